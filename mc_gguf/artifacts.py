@@ -1,0 +1,317 @@
+"""Calibration and Plan: the two files that pass between the steps calibrate -> plan -> quantize.
+
+Both carry a format version and the fingerprints of what they were made from. A calibration is a safetensors file
+(arrays) whose header holds one JSON document (everything else); a plan is JSON, one line per row of experts, sorted
+and stable so that it can be read and diffed. Files are written to a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf import __version__
+from mc_gguf.errors import ArtifactError
+
+PROJECTIONS: tuple[str, ...] = ("gate", "up", "down")
+CALIBRATION_VERSION = 1
+PLAN_VERSION = 1
+
+Floats = NDArray[np.float64]
+
+
+def expert_tensor_name(layer: int, projection: str) -> str:
+    """GGUF name of the stacked experts of one layer and projection, as llama.cpp's converter writes it."""
+    return f"blk.{layer}.ffn_{projection}_exps.weight"
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path` only when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal. Raises ArtifactError when it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of the source model: GGUF name, shape in ggml order (fastest first), and its 16/32-bit type."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What planning needs to know of the source model, so that it never opens the weights.
+
+    `kv_bytes` and `n_kv` count the GGUF metadata that the output copies from the source (mc_gguf's own keys not
+    included); `tensors` lists every tensor in file order, expert stacks included. `fingerprint` identifies the source.
+    """
+
+    architecture: str
+    n_layer: int
+    n_expert: int
+    n_expert_used: int
+    n_embd: int
+    n_ff: int
+    fingerprint: str
+    kv_bytes: int
+    n_kv: int
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Layers that have routed experts, ascending."""
+        names = {t.name for t in self.tensors}
+        return tuple(i for i in range(self.n_layer) if expert_tensor_name(i, "down") in names)
+
+    def expert_shape(self, projection: str) -> tuple[int, int]:
+        """(rows, weights per row) of one expert's matrix."""
+        return (self.n_embd, self.n_ff) if projection == "down" else (self.n_ff, self.n_embd)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelInfo:
+        tensors = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["type"]) for t in data["tensors"])
+        return cls(**{**data, "tensors": tensors})
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Statistics of every expert on a calibration text. L layers with experts, E experts, T candidate types.
+
+    frequency [L, E]            tokens routed to the expert
+    routing_weight [L, E]       sum of the routing weights (softmax over all experts, before renormalisation)
+    sq_error [L, E, 3, T]       squared error of the gate-weighted block output, summed over all routed tokens, when
+                                only this projection (gate, up, down) of only this expert has this type
+    output_sq [L, E]            squared norm of the gate-weighted expert output, summed over its tokens
+    imatrix_in [L, E, n_embd]   mean squared input of gate and up; zeros when no token came
+    imatrix_mid [L, E, n_ff]    mean squared input of down
+    ratio_quantiles [L, K-1, Q] quantiles 0..1 of w_j / w_0 for the ranks j = 1..K-1 (K = n_expert_used)
+    nominal_error [L, E, 3]     Frobenius norm at nominal 1, 2, 3 bits; published statistics have only this
+
+    Published statistics have `model` None and empty arrays for what they do not carry.
+    """
+
+    model: ModelInfo | None
+    layers: tuple[int, ...]
+    types: tuple[str, ...]
+    corpus: dict[str, Any]
+    frequency: Floats
+    routing_weight: Floats
+    sq_error: Floats
+    output_sq: Floats
+    imatrix_in: NDArray[np.float32]
+    imatrix_mid: NDArray[np.float32]
+    ratio_quantiles: Floats
+    nominal_error: Floats
+    fingerprint: str = ""
+    tool: str = field(default=f"mc_gguf {__version__}")
+
+    @property
+    def n_expert(self) -> int:
+        return int(self.frequency.shape[1])
+
+    def save(self, path: Path) -> Calibration:
+        """Write the file; returns this calibration with `fingerprint` set to the file's SHA-256."""
+        from safetensors.numpy import save
+
+        header = {
+            "format": "mc_gguf.calibration", "version": CALIBRATION_VERSION, "tool": self.tool,
+            "model": self.model.to_json() if self.model else None,
+            "layers": self.layers, "types": self.types, "corpus": self.corpus,
+        }  # fmt: skip
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        data = save(arrays, metadata={"mc_gguf": json.dumps(header, sort_keys=True)})
+        with atomic_write(path) as file:
+            file.write(data)
+        return replace(self, fingerprint=hashlib.sha256(data).hexdigest())
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Read a calibration, or the published statistics (JSON). Raises ArtifactError."""
+        fingerprint = sha256_of(path)
+        with path.open("rb") as file:
+            if file.read(1) == b"{":
+                return _load_published(path, fingerprint)
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as reader:  # type: ignore[no-untyped-call]
+                header = json.loads((reader.metadata() or {}).get("mc_gguf", "{}"))
+                _check_header(path, header, "mc_gguf.calibration", CALIBRATION_VERSION)
+                arrays = {name: reader.get_tensor(name) for name in _ARRAYS}
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ArtifactError(f"{path} is not a calibration file ({error}); make one with: mc-gguf calibrate") from error
+        model = ModelInfo.from_json(header["model"]) if header["model"] else None
+        return cls(
+            model=model, layers=tuple(header["layers"]), types=tuple(header["types"]), corpus=header["corpus"],
+            fingerprint=fingerprint, tool=header["tool"], **arrays,
+        )  # fmt: skip
+
+
+_ARRAYS = (
+    "frequency", "routing_weight", "sq_error", "output_sq", "imatrix_in", "imatrix_mid", "ratio_quantiles", "nominal_error",
+)  # fmt: skip
+
+
+def _check_header(path: Path, header: Mapping[str, Any], kind: str, version: int) -> None:
+    if header.get("format") != kind:
+        raise ArtifactError(f"{path} is not a {kind} file; its format field is {header.get('format')!r}")
+    if header.get("version") != version:
+        raise ArtifactError(
+            f"{path} has format version {header.get('version')}, this mc_gguf reads version {version}; make it again"
+        )
+
+
+def _load_published(path: Path, fingerprint: str) -> Calibration:
+    """The statistics published with the Mixture Compressor paper: frequency, routing_weight, quant_loss."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        frequency, weight, loss = (
+            np.asarray(data[key], dtype=np.float64) for key in ("frequency", "routing_weight", "quant_loss")
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is neither a calibration file nor published statistics: {error!r}") from error
+    n_layer, n_expert = frequency.shape if frequency.ndim == 2 else (0, 0)
+    if not n_layer or weight.shape != frequency.shape or loss.shape != (n_layer, n_expert, 3):
+        raise ArtifactError(
+            f"{path}: frequency and routing_weight must be [layer][expert] and quant_loss [layer][expert][3]; "
+            f"found {frequency.shape}, {weight.shape}, {loss.shape}"
+        )
+    none, none32 = np.zeros(0), np.zeros(0, dtype=np.float32)
+    return Calibration(
+        model=None, layers=tuple(range(n_layer)), types=(), corpus={"about": data.get("about", "")},
+        frequency=frequency, routing_weight=weight, sq_error=none, output_sq=none, imatrix_in=none32,
+        imatrix_mid=none32, ratio_quantiles=none, nominal_error=loss, fingerprint=fingerprint, tool="published",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FixedTypes:
+    """Types of the tensors that are not experts; the router and everything 1-D stay F32.
+
+    K and V are small and every token depends on them; Q, output projection and embeddings cost little at 6.6 bits.
+    """
+
+    attn_kv: str = "Q8_0"
+    attn: str = "Q6_K"
+    token_embd: str = "Q6_K"
+    output: str = "Q6_K"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The type of every expert and projection, with what it was decided from and what it will cost.
+
+    `experts[projection][i][expert]` is a ggml type name, i counting `layers`. `file_bytes` is exact when the
+    calibration knows the model, else None. `predicted_error` is the sum over experts of the squared output errors
+    divided by the same sum of squared outputs (None for published statistics). `bits` is set by strategy `mc` only.
+    """
+
+    strategy: str
+    budget: dict[str, float]
+    layers: tuple[int, ...]
+    experts: dict[str, tuple[tuple[str, ...], ...]]
+    fixed: FixedTypes
+    types: tuple[str, ...]
+    model_fingerprint: str
+    calibration_fingerprint: str
+    expert_bpw: float
+    expert_bytes: int | None
+    file_bytes: int | None
+    predicted_error: float | None
+    optimality_gap: float | None
+    seed: int = 0
+    bits: tuple[tuple[int, ...], ...] | None = None
+    tool: str = field(default=f"mc_gguf {__version__}")
+    fingerprint: str = ""
+
+    def type_of(self, layer: int, expert: int, projection: str) -> str:
+        return self.experts[projection][self.layers.index(layer)][expert]
+
+    def to_text(self) -> str:
+        """The file's text: sorted keys, one line per row of experts."""
+        body = {k: v for k, v in asdict(self).items() if k not in ("fingerprint", "experts", "bits")}
+        body |= {"format": "mc_gguf.plan", "version": PLAN_VERSION}
+        rows: dict[str, Sequence[Sequence[object]]] = {f"experts_{p}": self.experts[p] for p in PROJECTIONS}
+        if self.bits is not None:
+            rows["bits"] = self.bits
+        lines = [f'  "{key}": {json.dumps(body[key], sort_keys=True)}' for key in sorted(body)]
+        for key in sorted(rows):
+            table = ",\n".join(f"    {json.dumps(row)}" for row in rows[key])
+            lines.append(f'  "{key}": [\n{table}\n  ]')
+        return "{\n" + ",\n".join(sorted(lines)) + "\n}\n"
+
+    def save(self, path: Path) -> Plan:
+        """Write the file; returns this plan with `fingerprint` set to the file's SHA-256."""
+        data = self.to_text().encode()
+        with atomic_write(path) as file:
+            file.write(data)
+        return replace(self, fingerprint=hashlib.sha256(data).hexdigest())
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan. Raises ArtifactError when it is damaged, of another version, or incomplete."""
+        fingerprint = sha256_of(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            _check_header(path, data, "mc_gguf.plan", PLAN_VERSION)
+            data.pop("format")
+            data.pop("version")
+            experts = {p: tuple(tuple(row) for row in data.pop(f"experts_{p}")) for p in PROJECTIONS}
+            bits = data.pop("bits", None)
+            plan = cls(
+                **{
+                    **data, "layers": tuple(data["layers"]), "types": tuple(data["types"]), "experts": experts,
+                    "fixed": FixedTypes(**data["fixed"]), "fingerprint": fingerprint,
+                    "bits": tuple(tuple(row) for row in bits) if bits is not None else None,
+                }
+            )  # fmt: skip
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path} is not a valid plan ({error!r}); make one with: mc-gguf plan") from error
+        if any(len(rows) != len(plan.layers) for rows in plan.experts.values()):
+            raise ArtifactError(f"{path}: every projection needs one row of experts for each of {len(plan.layers)} layers")
+        return plan
