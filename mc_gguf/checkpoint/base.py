@@ -1,0 +1,160 @@
+"""What a source model looks like to the rest of mc_gguf, whatever it is stored as."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf.artifacts import PROJECTIONS, ModelInfo, TensorSpec, expert_tensor_name
+from mc_gguf.errors import SourceError
+from mc_gguf.gguf_file import Value
+
+SAMPLE_BYTES = 4096
+SAMPLES_PER_TENSOR = 3
+
+# Written anew by mc_gguf into every output, so never copied.
+_NOT_COPIED = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment")
+_NOT_COPIED_PREFIXES = ("split.", "mc_gguf.")
+
+
+class Checkpoint(Protocol):
+    """A 16/32-bit MoE model whose weights are read one at a time. Names, order and permutations are GGUF's.
+
+    `hparams` is the GGUF metadata of the architecture without its prefix ("attention.head_count", "rope.freq_base",
+    "expert_used_count", ...). Reading raises SourceError.
+    """
+
+    info: ModelInfo
+    hparams: Mapping[str, Any]
+    bos_id: int | None
+    add_bos: bool
+
+    def copy_kv(self, writer: Any) -> None:
+        """Add all metadata of the source that an output keeps to a gguf.GGUFWriter, always in the same order."""
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """A whole tensor that is not an expert stack, numpy order: (rows, cols) or (n,)."""
+
+    def expert(self, layer: int, projection: str, expert: int) -> NDArray[np.float32]:
+        """One expert's matrix, (rows, cols)."""
+
+    def raw(self, name: str, expert: int | None = None) -> NDArray[np.uint8]:
+        """The bytes of a tensor, or of one expert of a stack, in the type that `info.tensors` gives."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text`: no BOS is added, and what looks like a special token is plain text."""
+
+
+def copied(kv: Mapping[str, Value]) -> dict[str, Value]:
+    """The metadata that goes into an output: without what mc_gguf writes itself, empty arrays and strings."""
+    return {
+        key: value
+        for key, value in kv.items()
+        if key not in _NOT_COPIED and not key.startswith(_NOT_COPIED_PREFIXES) and value.value not in ("", [])
+    }
+
+
+def add_values(writer: Any, kv: Mapping[str, Value]) -> None:
+    """Put parsed metadata values into a gguf.GGUFWriter with the types they had."""
+    from mc_gguf.upstream import load_gguf
+
+    value_type = load_gguf().GGUFValueType
+    for key, value in kv.items():
+        item = None if value.item_type is None else value_type(value.item_type)
+        writer.add_key_value(key, _encoded(value.value), value_type(value.type), item)
+
+
+def _encoded(value: Any) -> Any:
+    """Text as the bytes it was read from: GGUF strings need not be UTF-8."""
+    if isinstance(value, list):
+        return [_encoded(item) for item in value]
+    return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+
+
+def kv_size(kv: Mapping[str, Value], architecture: str) -> int:
+    """Bytes that `kv` takes in an output's header, general.architecture included (which the writer adds)."""
+    from mc_gguf.upstream import load_gguf
+
+    writer = load_gguf().GGUFWriter(None, architecture)
+    add_values(writer, kv)
+    return sum(
+        len(writer._pack_val(key, load_gguf().GGUFValueType.STRING, add_vtype=False))
+        + len(writer._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type))
+        for key, value in writer.kv_data[0].items()
+    )
+
+
+def hparams_of(kv: Mapping[str, Value], architecture: str) -> dict[str, Any]:
+    """The keys under the architecture's prefix, without it."""
+    prefix = f"{architecture}."
+    return {key.removeprefix(prefix): value.value for key, value in kv.items() if key.startswith(prefix)}
+
+
+def bos_of(kv: Mapping[str, Value]) -> tuple[int | None, bool]:
+    """(BOS id, whether llama.cpp puts it before every text)."""
+    bos = kv.get("tokenizer.ggml.bos_token_id")
+    model = kv.get("tokenizer.ggml.model")
+    add = kv.get("tokenizer.ggml.add_bos_token")
+    default = model is not None and model.value == "llama"  # llama.cpp: SentencePiece models add it
+    return (None if bos is None else int(bos.value)), bool(default if add is None else add.value)
+
+
+def make_info(
+    path: Path, kv: Mapping[str, Value], architecture: str, tensors: Sequence[TensorSpec], samples: Iterable[bytes]
+) -> ModelInfo:
+    """ModelInfo of a source, after checking that it is a MoE model of the kind mc_gguf can treat. SourceError if not."""
+    hparams = hparams_of(kv, architecture)
+    n_layer, n_expert, n_used = (
+        int(hparams.get(key, 0)) for key in ("block_count", "expert_count", "expert_used_count")
+    )
+    specs = {t.name: t for t in tensors}
+    layers = [i for i in range(n_layer) if expert_tensor_name(i, "down") in specs]
+    if not n_expert or not n_used or not layers:
+        raise SourceError(f"{path} is no Mixture-of-Experts model with routed experts ({architecture}); nothing to do")
+    n_embd, n_ff, _ = specs[expert_tensor_name(layers[0], "gate")].shape if (
+        expert_tensor_name(layers[0], "gate") in specs
+    ) else (0, 0, 0)
+    for layer in layers:
+        for projection in PROJECTIONS:
+            name = expert_tensor_name(layer, projection)
+            expected = (n_ff, n_embd, n_expert) if projection == "down" else (n_embd, n_ff, n_expert)
+            if name not in specs or specs[name].shape != expected:
+                found = specs[name].shape if name in specs else "nothing"
+                raise SourceError(f"{path}: expected {name} of shape {list(expected)}, found {found}; not supported")
+    kept = copied(kv)
+    return ModelInfo(
+        architecture=architecture, n_layer=n_layer, n_expert=n_expert, n_expert_used=n_used, n_embd=n_embd, n_ff=n_ff,
+        fingerprint=fingerprint(kept, architecture, tensors, samples), kv_bytes=kv_size(kept, architecture),
+        n_kv=len(kept) + 1, tensors=tuple(tensors),
+    )  # fmt: skip
+
+
+def fingerprint(
+    kv: Mapping[str, Value], architecture: str, tensors: Sequence[TensorSpec], samples: Iterable[bytes]
+) -> str:
+    """SHA-256 over the metadata, the tensors' names, shapes and types, and samples of the weights.
+
+    The samples are SAMPLE_BYTES at the start, the middle and the end of every stored tensor (GGUF: of every expert),
+    because hashing 90 GB takes longer than quantizing some of it. A change between the samples goes unseen.
+    """
+    digest = hashlib.sha256(architecture.encode())
+    for key in sorted(kv):
+        digest.update(json.dumps([key, kv[key].type, kv[key].item_type, kv[key].value]).encode())
+    for spec in sorted(tensors, key=lambda t: t.name):
+        digest.update(json.dumps([spec.name, spec.shape, spec.type]).encode())
+    for sample in samples:
+        digest.update(hashlib.sha256(sample).digest())
+    return digest.hexdigest()
+
+
+def sample_offsets(n_bytes: int) -> list[tuple[int, int]]:
+    """(offset, length) of the samples of a stored tensor of `n_bytes`."""
+    last = max(0, n_bytes - SAMPLE_BYTES)
+    starts = sorted({last * i // (SAMPLES_PER_TENSOR - 1) for i in range(SAMPLES_PER_TENSOR)})
+    return [(start, min(SAMPLE_BYTES, n_bytes)) for start in starts]

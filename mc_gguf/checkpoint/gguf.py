@@ -1,0 +1,123 @@
+"""A 16/32-bit GGUF, in one file or in gguf-split shards, as a source model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf.artifacts import TensorSpec, expert_tensor_name
+from mc_gguf.checkpoint.base import add_values, bos_of, copied, hparams_of, make_info, sample_offsets
+from mc_gguf.errors import FormatError, SourceError
+from mc_gguf.gguf_file import GgufHeader, TensorEntry, read_header
+
+_SHARD_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_FLOATS = ("F32", "F16", "BF16")
+
+
+class GgufCheckpoint:
+    """See mc_gguf.checkpoint.Checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        headers = _open_shards(path)
+        self._path = headers[0].path
+        self._entries: dict[str, tuple[Path, TensorEntry]] = {}
+        for header in headers:
+            for name, entry in header.tensors.items():
+                if name in self._entries:
+                    raise SourceError(f"{header.path}: {name} is also in another shard")
+                self._entries[name] = (header.path, entry)
+        kv = headers[0].kv
+        architecture = headers[0].get("general.architecture")
+        if not isinstance(architecture, str):
+            raise SourceError(f"{path} has no key general.architecture; it is no model")
+        specs = [TensorSpec(e.name, e.shape, e.type.name) for _, e in self._entries.values()]
+        if quantized := next((s for s in specs if s.type not in _FLOATS), None):
+            raise SourceError(f"{path}: {quantized.name} is {quantized.type}; give the 16-bit or 32-bit model")
+        self._kv = copied(kv)
+        self.hparams = hparams_of(kv, architecture)
+        self.bos_id, self.add_bos = bos_of(kv)
+        self.info = make_info(path, kv, architecture, specs, self._samples())
+
+    def copy_kv(self, writer: Any) -> None:
+        add_values(writer, self._kv)
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        entry = self._entry(name)[1]
+        return _as_f32(self.raw(name), entry.type.name).reshape(tuple(reversed(entry.shape)))
+
+    def expert(self, layer: int, projection: str, expert: int) -> NDArray[np.float32]:
+        name = expert_tensor_name(layer, projection)
+        raw = self.raw(name, expert)
+        return _as_f32(raw, self._entry(name)[1].type.name).reshape(self.info.expert_shape(projection))
+
+    def raw(self, name: str, expert: int | None = None) -> NDArray[np.uint8]:
+        path, entry = self._entry(name)
+        n_bytes = entry.n_bytes if expert is None else entry.n_bytes // entry.shape[-1]
+        data = np.fromfile(path, dtype=np.uint8, count=n_bytes, offset=entry.offset + n_bytes * (expert or 0))
+        if len(data) != n_bytes:
+            raise SourceError(f"{path}: {name} is cut off; the file shrank after it was opened")
+        return data
+
+    def tokenize(self, text: str) -> list[int]:
+        tokens: list[int] = self._vocabulary.tokenize(text.encode("utf-8"), add_bos=False, special=False)
+        return tokens
+
+    @cached_property
+    def _vocabulary(self) -> Any:
+        """llama.cpp's tokenizer; the first shard has all of the metadata."""
+        from mc_gguf.llama import Llama
+
+        return Llama(str(self._path), vocab_only=True, verbose=False)
+
+    def _entry(self, name: str) -> tuple[Path, TensorEntry]:
+        if name not in self._entries:
+            raise SourceError(f"{self._path} has no tensor {name}")
+        return self._entries[name]
+
+    def _samples(self) -> Iterator[bytes]:
+        for name in sorted(self._entries):
+            path, entry = self._entries[name]
+            n_part = entry.shape[-1] if len(entry.shape) == 3 else 1
+            n_bytes = entry.n_bytes // n_part
+            with path.open("rb") as file:
+                for part in range(n_part):
+                    for start, length in sample_offsets(n_bytes):
+                        file.seek(entry.offset + part * n_bytes + start)
+                        yield f"{name}.{part}".encode() + file.read(length)
+
+
+def _as_f32(raw: NDArray[np.uint8], type_name: str) -> NDArray[np.float32]:
+    if type_name == "BF16":
+        wide = raw.view(np.uint16).astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    return raw.view(np.float16 if type_name == "F16" else np.float32).astype(np.float32, copy=False)
+
+
+def _open_shards(path: Path) -> list[GgufHeader]:
+    """The headers of all shards that belong to `path`, first shard first."""
+    try:
+        header = read_header(path)
+        count = int(header.get("split.count", 1))
+        if count <= 1:
+            return [header]
+        match = _SHARD_NAME.fullmatch(path.name)
+        if match is None or int(match["count"]) != count:
+            raise SourceError(f"{path} is one of {count} shards, but is not named like ...-00001-of-{count:05d}.gguf")
+        paths = [path.with_name(f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+        if missing := [p.name for p in paths if not p.is_file()]:
+            raise SourceError(f"{path.parent} lacks {len(missing)} of {count} shards: {', '.join(missing[:5])}")
+        headers = [read_header(p) for p in paths]
+    except FormatError as error:
+        raise SourceError(str(error)) from error
+    expected = header.get("split.tensors.count")
+    found = sum(len(h.tensors) for h in headers)
+    if expected is not None and expected != found:
+        raise SourceError(f"{path}: the shards hold {found} tensors, key split.tensors.count says {expected}")
+    return headers

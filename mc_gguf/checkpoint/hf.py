@@ -1,0 +1,221 @@
+"""A Hugging Face checkpoint directory, read through llama.cpp's own converter.
+
+The converter (conversion/ of the pinned source) decides names, metadata, tokenizer and permutations. It builds a tree
+of lazy tensors; here the tree is kept and evaluated one tensor, or one expert of a stack, at a time and without the
+cache that LazyBase.to_eager leaves in every node. Weights are mapped only while they are copied.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf.artifacts import PROJECTIONS, TensorSpec, expert_tensor_name
+from mc_gguf.checkpoint.base import add_values, bos_of, copied, hparams_of, make_info, sample_offsets
+from mc_gguf.errors import SourceError
+from mc_gguf.gguf_file import Value
+from mc_gguf.upstream import load_conversion, load_gguf
+
+# What upstream's converter raises on checkpoints it cannot take.
+_CONVERTER_ERRORS = (NotImplementedError, ValueError, KeyError, TypeError, IndexError, AssertionError, OSError, ImportError)
+
+
+class HfCheckpoint:
+    """See mc_gguf.checkpoint.Checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        stored = _stored_tensors(_shards(path))
+        conversion = load_conversion()
+        try:
+            model, self._lazy = _convert(path, conversion)
+        except _CONVERTER_ERRORS as error:
+            raise SourceError(f"llama.cpp's converter cannot read {path}: {_one_line(error)}") from error
+        writer = model.gguf_writer
+        architecture = writer.arch
+        kv = {key: _plain_value(value) for key, value in writer.kv_data[0].items()}
+        infos: dict[str, Any] = writer.tensors[0]
+        unknown = [name for name in infos if name not in self._lazy]
+        if unknown:
+            raise SourceError(f"{path}: {unknown[0]} is stored quantized; give the 16-bit or 32-bit checkpoint")
+        self._types = {name: info.dtype.name for name, info in infos.items()}
+        specs = [TensorSpec(n, tuple(int(d) for d in reversed(i.shape)), i.dtype.name) for n, i in infos.items()]
+        self._kv = copied(kv)
+        self.hparams = hparams_of(kv, architecture)
+        self.bos_id, self.add_bos = bos_of(kv)
+        self.info = make_info(path, kv, architecture, specs, _samples(stored))
+        self._experts = self._expert_parts()
+
+    def _expert_parts(self) -> dict[str, list[Any]]:
+        import torch
+
+        parts = {}
+        for name in (expert_tensor_name(i, p) for i in self.info.expert_layers for p in PROJECTIONS):
+            stack = self._lazy[name]
+            if stack._func is not torch.stack or stack._kwargs.get("dim", 0) != 0:
+                raise SourceError(
+                    f"{self._path}: the converter does not build {name} from one tensor per expert; "
+                    f"architecture {self.info.architecture} is not supported yet"
+                )
+            parts[name] = list(stack._args[0])
+        return parts
+
+    def copy_kv(self, writer: Any) -> None:
+        add_values(writer, self._kv)
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        if name not in self._lazy or name in self._experts:
+            raise SourceError(f"{self._path} has no tensor {name} that is not an expert stack")
+        return _evaluate_f32(self._lazy[name], name)
+
+    def expert(self, layer: int, projection: str, expert: int) -> NDArray[np.float32]:
+        name = expert_tensor_name(layer, projection)
+        return _evaluate_f32(self._experts[name][expert], f"{name}, expert {expert}")
+
+    def raw(self, name: str, expert: int | None = None) -> NDArray[np.uint8]:
+        gguf = load_gguf()
+        weights = self.tensor(name) if expert is None else _evaluate_f32(self._experts[name][expert], name)
+        data = gguf.quants.quantize(weights, gguf.GGMLQuantizationType[self._types[name]])
+        return np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+
+    def tokenize(self, text: str) -> list[int]:
+        tokenizer = self._tokenizer
+        if hasattr(tokenizer, "encode_special_tokens"):
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """tokenizers.Tokenizer of tokenizer.json; without that file, what transformers makes of the directory."""
+        file = self._path / "tokenizer.json"
+        if file.is_file():
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_file(str(file))
+            tokenizer.encode_special_tokens = True
+            tokenizer.no_truncation()
+            return tokenizer
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._path)
+
+
+def _convert(path: Path, conversion: ModuleType) -> tuple[Any, dict[str, Any]]:
+    """Run the converter up to, not including, the writing: (its model object, lazy float tensors by GGUF name)."""
+    gguf = load_gguf()
+    logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+    hparams = conversion.ModelBase.load_hparams(path, False)
+    base = conversion.get_model_class(conversion.get_model_architecture(hparams, conversion.ModelType.TEXT))
+    lazy: dict[str, Any] = {}
+
+    def modify_tensors(self: Any, data_torch: Any, name: str, bid: int | None) -> Iterator[tuple[str, Any]]:
+        for new_name, tensor in base.modify_tensors(self, data_torch, name, bid):
+            lazy[new_name] = tensor
+            yield new_name, tensor
+
+    recording = type(base.__name__, (base,), {"model_arch": base.model_arch, "modify_tensors": modify_tensors})
+    # The output name is never opened; a name that is no directory keeps upstream from composing one.
+    model = recording(path, gguf.LlamaFileType.GUESSED, path / "none.gguf", hparams=hparams)
+    model.prepare_tensors()
+    model.prepare_metadata(vocab_only=False)
+    return model, lazy
+
+
+def _evaluate(node: Any) -> Any:
+    """A lazy tensor's value, computed without storing anything in the tree."""
+    if node._data is not None:
+        return node._data
+    return node._func(*type(node)._recurse_apply(node._args, _evaluate), **node._kwargs)
+
+
+def _evaluate_f32(node: Any, name: str) -> NDArray[np.float32]:
+    import torch
+
+    try:
+        value = _evaluate(node) if hasattr(node, "_func") else node
+    except (OSError, ValueError) as error:
+        raise SourceError(f"cannot read the weights of {name}: {_one_line(error)}") from error
+    array: NDArray[np.float32] = np.ascontiguousarray(value.to(torch.float32).numpy())
+    return array
+
+
+def _plain_value(value: Any) -> Value:
+    """A gguf-py GGUFValue as our Value; text as str, which some of upstream's tokenizers give as bytes."""
+    data = value.value
+    item = None if value.sub_type is None else int(value.sub_type)
+    if isinstance(data, list | tuple):
+        data = [_text(x) for x in data]
+        if item is None and data:
+            item = int(load_gguf().GGUFValueType.get_type(data[0]))
+    return Value(int(value.type), _text(data), item)
+
+
+def _text(item: Any) -> Any:
+    if isinstance(item, bytes | bytearray):
+        return bytes(item).decode("utf-8", "surrogateescape")
+    return item.item() if isinstance(item, np.generic) else item
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def _shards(path: Path) -> list[Path]:
+    """The safetensors shards, after checking that everything a conversion needs is there."""
+    if not (path / "config.json").is_file():
+        raise SourceError(f"{path} has no config.json; give a Hugging Face checkpoint directory or a GGUF file")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")):
+        raise SourceError(f"{path} has no tokenizer (tokenizer.json or tokenizer.model); download it too")
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        if shards := sorted(path.glob("model*.safetensors")):
+            return shards
+        raise SourceError(f"{path} has no model*.safetensors; only safetensors checkpoints are supported")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SourceError(f"{index} has no readable weight_map; download it again") from error
+    if missing := [name for name in names if not (path / name).is_file()]:
+        raise SourceError(f"{path} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:5])}")
+    return [path / name for name in names]
+
+
+def _stored_tensors(shards: list[Path]) -> dict[str, tuple[Path, int, int]]:
+    """(shard, offset, bytes) of every stored tensor. SourceError when a shard is damaged or truncated."""
+    found: dict[str, tuple[Path, int, int]] = {}
+    for shard in shards:
+        size = shard.stat().st_size
+        with shard.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise SourceError(f"{shard} is truncated: its header alone needs {8 + length} bytes, it has {size}")
+            text = file.read(length)
+        try:
+            header = json.loads(text)
+            for name in header.keys() - {"__metadata__"}:
+                start, end = header[name]["data_offsets"]
+                found[name] = (shard, 8 + length + start, end - start)
+                if 8 + length + end > size:
+                    raise SourceError(f"{shard} is truncated: {name} ends at byte {8 + length + end} of {size}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SourceError(f"{shard} has a damaged safetensors header; download it again") from error
+    return found
+
+
+def _samples(stored: dict[str, tuple[Path, int, int]]) -> Iterator[bytes]:
+    """Samples of every stored tensor, ordered by tensor name, so that they do not depend on the sharding."""
+    for name in sorted(stored):
+        shard, offset, n_bytes = stored[name]
+        with shard.open("rb") as file:
+            for start, length in sample_offsets(n_bytes):
+                file.seek(offset + start)
+                yield name.encode() + file.read(length)

@@ -1,0 +1,212 @@
+"""A strict reader of GGUF headers: metadata and tensor infos, nothing of the weights, no dependency.
+
+Knows GGUF (version 3, little-endian, as ggml/src/gguf.cpp of the pinned llama.cpp reads it), not what mc_gguf adds:
+that is container.py. Whatever is wrong with a file becomes a FormatError that names the key or the tensor.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mc_gguf.errors import FormatError
+from mc_gguf.ggml_types import TYPES, GgmlType
+
+MAGIC = b"GGUF"
+VERSION = 3
+DEFAULT_ALIGNMENT = 32
+MAX_NAME_BYTES = 63
+MAX_DIMS = 4
+
+STRING, ARRAY, UINT32, FLOAT32 = 8, 9, 4, 6
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+
+# Types that may stand in a file but that mc_gguf never writes weights in (I32 holds the expert maps).
+OTHER_TYPES = (
+    GgmlType("Q4_1", 3, 32, 20), GgmlType("Q5_1", 7, 32, 24), GgmlType("Q8_1", 9, 32, 36),
+    GgmlType("Q8_K", 15, 256, 292), GgmlType("I8", 24, 1, 1), GgmlType("I16", 25, 1, 2), GgmlType("I32", 26, 1, 4),
+    GgmlType("I64", 27, 1, 8), GgmlType("F64", 28, 1, 8), GgmlType("TQ1_0", 34, 256, 54),
+    GgmlType("TQ2_0", 35, 256, 66), GgmlType("MXFP4", 39, 32, 17), GgmlType("NVFP4", 40, 64, 36),
+    GgmlType("Q1_0", 41, 128, 18), GgmlType("Q2_0", 42, 64, 18),
+)  # fmt: skip
+BY_ID: dict[int, GgmlType] = {t.id: t for t in (*TYPES.values(), *OTHER_TYPES)}
+
+
+@dataclass(frozen=True)
+class Value:
+    """One metadata value with the GGUF type ids it was stored under (`item_type` for arrays only)."""
+
+    type: int
+    value: Any
+    item_type: int | None = None
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor info: shape in ggml order (fastest first), `offset` from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GgmlType
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """Everything in a GGUF before the weights."""
+
+    path: Path
+    kv: Mapping[str, Value]
+    tensors: Mapping[str, TensorEntry]
+    alignment: int
+    data_offset: int
+    file_bytes: int
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a metadata key, or `default`."""
+        found = self.kv.get(key)
+        return default if found is None else found.value
+
+
+def pad(n: int, alignment: int) -> int:
+    """`n` rounded up to a multiple of `alignment`."""
+    return -(-n // alignment) * alignment
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Parse and check the header of `path`. Raises FormatError (OSError becomes one too)."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            if size < 24:
+                raise FormatError(f"{path}: {size} bytes are too few for a GGUF header")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Parser(path, data, size).header()
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from error
+
+
+class _Parser:
+    """A cursor over the mapped file; `where` says what is being read, for messages."""
+
+    def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
+        self.path, self.data, self.size = path, data, size
+        self.position, self.where = 0, "the header"
+
+    def fail(self, what: str) -> FormatError:
+        return FormatError(f"{self.path}: {self.where}: {what}")
+
+    def take(self, n_bytes: int) -> int:
+        """Position of the next `n_bytes`, which must be inside the file."""
+        start, end = self.position, self.position + n_bytes
+        if end > self.size:
+            raise self.fail(f"the file ends at byte {self.size}, {end - self.size} bytes too early")
+        self.position = end
+        return start
+
+    def scalar(self, code: str) -> Any:
+        (value,) = struct.unpack_from(code, self.data, self.take(struct.calcsize(code)))
+        return value
+
+    def string(self) -> str:
+        length = self.scalar("<Q")
+        start = self.take(length)
+        return self.data[start : start + length].decode("utf-8", "surrogateescape")
+
+    def header(self) -> GgufHeader:
+        start = self.take(4)
+        if self.data[start : start + 4] != MAGIC:
+            raise self.fail("no GGUF magic; this is not a GGUF file")
+        version = self.scalar("<I")
+        if version != VERSION:
+            raise self.fail(f"GGUF version {version:#x}; only little-endian files of version {VERSION} are supported")
+        n_tensor, n_kv = self.scalar("<Q"), self.scalar("<Q")
+        kv = self.metadata(n_kv)
+        alignment = kv["general.alignment"].value if "general.alignment" in kv else DEFAULT_ALIGNMENT
+        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+            raise FormatError(f"{self.path}: key general.alignment: {alignment!r} is not a power of two")
+        infos = self.infos(n_tensor, alignment)
+        data_offset = pad(self.position, alignment)
+        tensors = {t.name: TensorEntry(t.name, t.shape, t.type, data_offset + t.offset, t.n_bytes) for t in infos}
+        for tensor in tensors.values():
+            if tensor.offset + tensor.n_bytes > self.size:
+                raise FormatError(
+                    f"{self.path}: tensor {tensor.name}: ends at byte {tensor.offset + tensor.n_bytes}, the file "
+                    f"has {self.size}; it is truncated"
+                )
+        return GgufHeader(self.path, kv, tensors, alignment, data_offset, self.size)
+
+    def metadata(self, n_kv: int) -> dict[str, Value]:
+        kv: dict[str, Value] = {}
+        for index in range(n_kv):
+            self.where = f"key number {index}"
+            key = self.string()
+            self.where = f"key {key}"
+            if key in kv:
+                raise self.fail("appears twice")
+            kv[key] = self.value(self.scalar("<I"))
+        return kv
+
+    def value(self, type_id: int) -> Value:
+        if type_id == STRING:
+            return Value(type_id, self.string())
+        if type_id in _SCALARS:
+            return Value(type_id, self.number(type_id))
+        if type_id != ARRAY:
+            raise self.fail(f"unknown value type {type_id}")
+        item_type, length = self.scalar("<I"), self.scalar("<Q")
+        if item_type == STRING:
+            return Value(ARRAY, [self.string() for _ in range(length)], item_type)
+        if item_type not in _SCALARS:
+            raise self.fail(f"unknown array item type {item_type}")
+        code = _SCALARS[item_type]
+        start = self.take(length * struct.calcsize(code))
+        if item_type == 7 and any(b > 1 for b in self.data[start : start + length]):
+            raise self.fail("a boolean that is neither 0 nor 1")
+        return Value(ARRAY, list(struct.unpack_from(f"<{length}{code[1]}", self.data, start)), item_type)
+
+    def number(self, type_id: int) -> Any:
+        if type_id == 7 and self.data[self.position : self.position + 1] not in (b"\0", b"\1"):
+            raise self.fail("a boolean that is neither 0 nor 1")
+        return self.scalar(_SCALARS[type_id])
+
+    def infos(self, n_tensor: int, alignment: int) -> list[TensorEntry]:
+        found: dict[str, TensorEntry] = {}
+        expected = 0
+        for index in range(n_tensor):
+            self.where = f"tensor number {index}"
+            name = self.string()
+            self.where = f"tensor {name}"
+            if name in found:
+                raise self.fail("appears twice")
+            if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
+                raise self.fail(f"the name is longer than {MAX_NAME_BYTES} bytes")
+            entry = self.info(name)
+            if entry.offset != expected:
+                raise self.fail(f"offset {entry.offset}, but the tensors before it end at {expected}")
+            expected += pad(entry.n_bytes, alignment)
+            found[name] = entry
+        self.where = "the end of the tensor infos"
+        return list(found.values())
+
+    def info(self, name: str) -> TensorEntry:
+        n_dims = self.scalar("<I")
+        if not 1 <= n_dims <= MAX_DIMS:
+            raise self.fail(f"{n_dims} dimensions; 1 to {MAX_DIMS} are possible")
+        shape = tuple(self.scalar("<Q") for _ in range(n_dims))
+        if not all(shape) or prod(shape) >= 1 << 62:
+            raise self.fail(f"impossible shape {shape}")
+        type_id = self.scalar("<I")
+        if type_id not in BY_ID:
+            raise self.fail(f"unknown tensor type {type_id}")
+        kind = BY_ID[type_id]
+        if shape[0] % kind.block_size:
+            raise self.fail(f"rows of {shape[0]} are not a multiple of the {kind.block_size} weights of a {kind.name} block")
+        n_bytes = kind.row_bytes(shape[0]) * prod(shape[1:])
+        return TensorEntry(name, shape, kind, self.scalar("<Q"), n_bytes)

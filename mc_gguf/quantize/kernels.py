@@ -1,0 +1,151 @@
+"""ggml's own quantizers on numpy arrays: rows in, blocks out, and back.
+
+Every row is quantized on its own, so the bytes do not depend on how the rows are spread over threads; ctypes releases
+the GIL while ggml works. What ggml would answer with abort() (weights that are not finite, a missing importance
+matrix, rows that are not whole blocks) is refused here first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf import runtime
+from mc_gguf.errors import McError
+from mc_gguf.ggml_types import ggml_type
+
+# Rows are handed to a thread in pieces of about this many weights: small enough to balance, large enough to not matter.
+_PIECE_WEIGHTS = 1 << 20
+
+_initialised: set[str] = set()
+_init_lock = threading.Lock()
+
+
+class _TypeTraits(ctypes.Structure):
+    """struct ggml_type_traits of ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+@cache
+def _ggml() -> ctypes.CDLL:
+    library = runtime.load_ggml_base()
+    library.ggml_quantize_init.argtypes = [ctypes.c_int]
+    library.ggml_quantize_init.restype = None
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+    ]  # fmt: skip
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    return library
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="quantize")
+
+
+def init(types: Iterable[str]) -> None:
+    """Build ggml's lookup tables of `types` (seconds for some IQ types). Idempotent, safe from several threads."""
+    with _init_lock:
+        for name in types:
+            kind = ggml_type(name)
+            if kind.name not in _initialised:
+                _ggml().ggml_quantize_init(kind.id)
+                _initialised.add(kind.name)
+
+
+def quantize_rows(
+    weights: NDArray[np.float32], type_name: str, imatrix: NDArray[np.float32] | None, threads: int
+) -> NDArray[np.uint8]:
+    """Quantize `weights` (rows, cols) to `type_name`; returns (rows, bytes of a row). The same for any `threads`.
+
+    `imatrix` (cols,) is the mean squared input of each column; types that need one refuse None. Columns with an
+    importance of 0 get the smallest positive one (all ones when there is none): ggml aborts on blocks of zeros.
+    Raises McError when a row is not a whole number of blocks or a value is not finite.
+    """
+    kind = ggml_type(type_name)
+    rows, cols = weights.shape
+    source = np.ascontiguousarray(weights, dtype=np.float32)
+    output = np.empty((rows, kind.row_bytes(cols)), dtype=np.uint8)
+    importance = _checked_imatrix(kind.name, kind.needs_imatrix, imatrix, cols)
+    init([kind.name])
+    step = max(1, min(_PIECE_WEIGHTS // cols, -(-rows // max(1, threads))))
+    work = partial(_quantize_piece, kind.id, source, output, importance, step)
+    starts = range(0, rows, step)
+    if threads <= 1 or len(starts) == 1:
+        for start in starts:
+            work(start)
+    else:
+        list(_pool(threads).map(work, starts))
+    return output
+
+
+def _quantize_piece(
+    type_id: int,
+    source: NDArray[np.float32],
+    output: NDArray[np.uint8],
+    importance: NDArray[np.float32] | None,
+    step: int,
+    start: int,
+) -> None:
+    piece, target = source[start : start + step], output[start : start + step]
+    if not np.isfinite(piece).all():
+        raise McError(f"weights in rows {start} to {start + len(piece) - 1} are not finite; the source is damaged")
+    if type_id == 0:  # F32: ggml_quantize_chunk copies too, but only for aligned destinations
+        target[:] = piece.view(np.uint8)
+        return
+    written = _ggml().ggml_quantize_chunk(
+        type_id, piece.ctypes.data, target.ctypes.data, 0, len(piece), piece.shape[1],
+        None if importance is None else importance.ctypes.data,
+    )  # fmt: skip
+    if written != target.nbytes:
+        raise McError(f"ggml wrote {written} bytes of type {type_id} where {target.nbytes} were expected")
+
+
+def _checked_imatrix(
+    name: str, needed: bool, imatrix: NDArray[np.float32] | None, cols: int
+) -> NDArray[np.float32] | None:
+    if imatrix is None:
+        if needed:
+            raise McError(f"{name} needs an importance matrix; run: mc-gguf calibrate")
+        return None
+    values = np.ascontiguousarray(imatrix, dtype=np.float32)
+    if values.shape != (cols,):
+        raise McError(f"the importance matrix has shape {values.shape}, the rows have {cols} columns")
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise McError("the importance matrix has negative or non-finite values; calibrate again")
+    positive = values[values > 0]
+    if len(positive) == cols:
+        return values
+    return np.where(values > 0, values, positive.min() if len(positive) else np.float32(1)).astype(np.float32)
+
+
+def dequantize_rows(data: NDArray[np.uint8], type_name: str, cols: int, rows: int) -> NDArray[np.float32]:
+    """The weights (rows, cols) that blocks of `type_name` stand for, by ggml's to_float. Raises McError on a wrong size."""
+    kind = ggml_type(type_name)
+    source = np.ascontiguousarray(data, dtype=np.uint8).reshape(-1)
+    if source.nbytes != rows * kind.row_bytes(cols):
+        raise McError(f"{rows} x {cols} weights of {kind.name} take {rows * kind.row_bytes(cols)} bytes, not {source.nbytes}")
+    if kind.id == 0:
+        return source.view(np.float32).reshape(rows, cols).copy()
+    init([kind.name])
+    output = np.empty((rows, cols), dtype=np.float32)
+    traits = _ggml().ggml_get_type_traits(kind.id).contents
+    traits.to_float(source.ctypes.data, output.ctypes.data, rows * cols)
+    return output
