@@ -1,0 +1,137 @@
+"""Calibration text as token rows [n_rows, ctx]: the bundled mixture or files of the user, seeded and hashed.
+
+Windows are spread over the whole text, one at a random place in each of n_rows equal parts, so that every domain of a
+mixture is represented whatever the number of tokens. Every row starts with BOS when the model's tokenizer adds it, as
+llama.cpp's imatrix and perplexity tools do.
+
+How much text: 65,536 tokens (128 rows of 512) is where llama.cpp users make imatrix files. Expert profiles from 8,192
+tokens are noise (two halves of one text agree on 60 % of the hot experts) and i-quants break with an importance matrix
+from 5,000, so fewer than MIN_TOKENS is warned about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf.errors import SourceError
+
+DEFAULT_TOKENS = 65_536
+DEFAULT_CTX = 512
+MIN_TOKENS = 16_384
+BUNDLED = "calibration-mix.txt"
+
+log = logging.getLogger(__name__)
+
+
+class Tokenizer(Protocol):
+    """The part of a checkpoint that a corpus needs."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def add_bos(self) -> bool: ...
+
+    def tokenize(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Token rows [n_rows, ctx] int32 and where they come from.
+
+    `sha256` is of the texts' bytes in order; `available` counts the tokens of the whole text, BOS not included.
+    """
+
+    rows: NDArray[np.int32]
+    sources: tuple[str, ...]
+    sha256: str
+    available: int
+    seed: int
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.rows.size)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a calibration records of its text."""
+        n_rows, ctx = self.rows.shape
+        return {
+            "sources": list(self.sources), "sha256": self.sha256, "available_tokens": self.available,
+            "tokens": self.n_tokens, "rows": n_rows, "ctx": ctx, "seed": self.seed,
+        }  # fmt: skip
+
+
+def load_corpus(
+    tokenizer: Tokenizer,
+    files: Sequence[Path] = (),
+    tokens: int = DEFAULT_TOKENS,
+    ctx: int = DEFAULT_CTX,
+    seed: int = 0,
+    max_ctx: int | None = None,
+) -> Corpus:
+    """Rows of `ctx` tokens (at most `max_ctx`, the model's context), about `tokens` in all, BOS included.
+
+    Raises SourceError when a file is not UTF-8 text or all of the text is shorter than one row.
+    """
+    ctx = min(ctx, max_ctx or ctx)
+    if ctx < 2 or tokens < ctx:
+        raise SourceError(f"cannot make rows of {ctx} tokens out of {tokens}: use --ctx of at least 2 and --tokens >= --ctx")
+    names, texts = _read(files)
+    stream = np.concatenate([np.asarray(tokenizer.tokenize(_decode(n, t)), dtype=np.int32) for n, t in zip(names, texts, strict=True)])
+    rows = _windows(stream, tokens // ctx, ctx, _bos(tokenizer), seed)
+    _warn(rows.size, tokens, ctx)
+    return Corpus(rows, names, hashlib.sha256(b"".join(texts)).hexdigest(), int(stream.size), seed)
+
+
+def _read(files: Sequence[Path]) -> tuple[tuple[str, ...], list[bytes]]:
+    """Names (without directories: two machines give the same calibration) and bytes of the texts."""
+    if not files:
+        return (BUNDLED,), [resources.files("mc_gguf").joinpath("data", BUNDLED).read_bytes()]
+    try:
+        return tuple(f.name for f in files), [f.read_bytes() for f in files]
+    except OSError as error:
+        raise SourceError(f"cannot read calibration text {error.filename}: {error.strerror}") from error
+
+
+def _decode(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"calibration text {name} is not UTF-8 (byte {error.start}); convert it first") from error
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    return [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+
+
+def _windows(stream: NDArray[np.int32], n_rows: int, ctx: int, bos: list[int], seed: int) -> NDArray[np.int32]:
+    """`n_rows` windows of `stream` that do not overlap: one in each of n_rows equal parts, at a random place."""
+    width = ctx - len(bos)
+    fitting = stream.size // width
+    if fitting == 0:
+        raise SourceError(f"the calibration text has {stream.size} tokens, less than one row of {ctx}; add --text or lower --ctx")
+    n_rows = min(n_rows, fitting)
+    edges = np.linspace(0, stream.size, n_rows + 1).astype(np.int64)
+    slack = np.maximum(edges[1:] - edges[:-1] - width, 0)
+    starts = np.minimum(edges[:-1] + np.random.default_rng(seed).integers(0, slack + 1), stream.size - width)
+    rows = stream[starts[:, None] + np.arange(width)]
+    return np.concatenate([np.tile(np.asarray(bos, dtype=np.int32), (n_rows, 1)), rows], axis=1)
+
+
+def _warn(found: int, asked: int, ctx: int) -> None:
+    if found + ctx <= asked:
+        log.warning("the calibration text gives only %d of the %d tokens asked for; add more with --text", found, asked)
+    if found < MIN_TOKENS:
+        log.warning(
+            "%d tokens of calibration text are few: expert statistics are noisy and 1- and 2-bit types suffer; use %d or more",
+            found, MIN_TOKENS,
+        )  # fmt: skip

@@ -1,0 +1,225 @@
+"""One decoder layer at a time in torch float32, from a checkpoint in GGUF conventions (`llama` architecture, MoE).
+
+Follows llama.cpp's graph (src/models/llama.cpp, build_moe_ffn): RMSNorm, grouped-query attention with interleaved
+("NORM") rotary embedding, router softmax over all experts, top-k, weights renormalised. Weights are read when they
+are needed and dropped after: attention of one layer, then one expert after another, so that memory does not depend on
+the number of layers and hardly on the number of experts. The second implementation is transformers' Mixtral (tests).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mc_gguf.errors import SourceError
+
+if TYPE_CHECKING:
+    from mc_gguf.checkpoint import Checkpoint
+
+# Tokens that go through attention or an expert at once: large enough for full matmul speed, small enough that the
+# activations of an expert (n_ff 14336: 3 x 117 MB) stay below its weights.
+CHUNK = 2048
+# llama.cpp divides by at least the smallest F16 normal when it renormalises the routing weights.
+MIN_WEIGHT_SUM = 6.103515625e-5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the layers need besides their weights; from the GGUF metadata, defaults as in llama.cpp."""
+
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    rope_base: float
+    rope_scale: float
+    eps: float
+    attn_scale: float
+    n_expert: int
+    n_used: int
+    weight_scale: float
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Shape:
+        """Raises SourceError when the model needs what this forward does not do."""
+        info, hparams = checkpoint.info, checkpoint.hparams
+        if info.architecture != "llama" or info.n_expert < 1:
+            raise SourceError(
+                f"calibration supports Mixtral (GGUF architecture 'llama' with experts), not {info.architecture!r} "
+                f"with {info.n_expert} experts"
+            )
+        n_head = _count(hparams, "attention.head_count")
+        n_head_kv = _count(hparams, "attention.head_count_kv") if "attention.head_count_kv" in hparams else n_head
+        head_dim = int(hparams.get("attention.key_length", info.n_embd // n_head))
+        if int(hparams.get("rope.dimension_count", head_dim)) != head_dim:
+            raise SourceError(f"rope.dimension_count differs from the head size {head_dim}: not supported by calibration")
+        return cls(
+            n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim,
+            rope_base=float(hparams.get("rope.freq_base", 10000.0)), rope_scale=_rope_scale(hparams),
+            eps=float(_need(hparams, "attention.layer_norm_rms_epsilon")),
+            attn_scale=float(hparams.get("attention.scale", 0.0)) or head_dim**-0.5,
+            n_expert=info.n_expert, n_used=info.n_expert_used,
+            weight_scale=float(hparams.get("expert_weights_scale", 0.0)) or 1.0,
+        )  # fmt: skip
+
+
+def _need(hparams: Mapping[str, Any], key: str) -> Any:
+    if key not in hparams:
+        raise SourceError(f"the model's metadata lacks {key}")
+    return hparams[key]
+
+
+def _count(hparams: Mapping[str, Any], key: str) -> int:
+    value = _need(hparams, key)
+    if not isinstance(value, int):
+        raise SourceError(f"{key} differs between layers ({value}): not supported by calibration")
+    return value
+
+
+def _rope_scale(hparams: Mapping[str, Any]) -> float:
+    kind = str(hparams.get("rope.scaling.type", "none"))
+    if kind not in ("none", "linear"):
+        raise SourceError(f"rope.scaling.type {kind!r} is not supported by calibration")
+    return 1.0 / float(hparams.get("rope.scaling.factor", 1.0) or 1.0) if kind == "linear" else 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Router output of N tokens, K experts each, best first.
+
+    experts [N, K] int64; probs [N, K]: softmax over all experts; weights [N, K]: what multiplies the expert's output.
+    all_probs [N, E].
+    """
+
+    experts: Tensor
+    probs: Tensor
+    weights: Tensor
+    all_probs: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """float32 matrices of one expert: gate and up [n_ff, n_embd], down [n_embd, n_ff]."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """x [n, n_embd] -> silu(x gate') * (x up') [n, n_ff]."""
+        return F.silu(x @ self.gate.T).mul_(x @ self.up.T)
+
+
+class Decoder:
+    """The layers of one checkpoint. Hidden states are float32 [n_rows, ctx, n_embd]."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.shape = Shape.of(checkpoint)
+        self._names = {t.name for t in checkpoint.info.tensors}
+
+    def embed(self, rows: NDArray[np.int32]) -> Tensor:
+        """Token rows [n_rows, ctx] -> hidden states."""
+        table = self.checkpoint.tensor("token_embd.weight")
+        if rows.min() < 0 or rows.max() >= table.shape[0]:
+            raise SourceError(f"a token id is outside the model's vocabulary of {table.shape[0]}")
+        return torch.from_numpy(np.ascontiguousarray(table[rows], dtype=np.float32))
+
+    @torch.inference_mode()
+    def attention(self, layer: int, hidden: Tensor) -> None:
+        """Add the attention block of `layer` to `hidden`, in place."""
+        norm = self._tensor(f"blk.{layer}.attn_norm.weight")
+        q, k, v, out = (self._linear(f"blk.{layer}.attn_{part}") for part in ("q", "k", "v", "output"))
+        cos, sin = self._rotation(hidden.shape[1])
+        shared = self.shape.n_head // self.shape.n_head_kv
+        for rows in _row_chunks(hidden):
+            x = self.norm(rows, norm)
+            queries = _rotate(self._heads(_apply(x, q)), cos, sin)
+            keys, values = _rotate(self._heads(_apply(x, k)), cos, sin), self._heads(_apply(x, v))
+            keys, values = (t.repeat_interleave(shared, dim=1) for t in (keys, values))
+            mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=self.shape.attn_scale)
+            rows += _apply(mixed.transpose(1, 2).flatten(2), out)
+
+    @torch.inference_mode()
+    def route(self, layer: int, hidden: Tensor) -> Routing:
+        """Router of `layer` for `hidden` [N, n_embd] as it is after attention (not normalised yet)."""
+        norm, router = self.ffn_norm(layer), self._tensor(f"blk.{layer}.ffn_gate_inp.weight")
+        logits = torch.cat([self.norm(part, norm) @ router.T for part in hidden.split(CHUNK)])
+        all_probs = torch.softmax(logits, dim=-1)
+        probs, experts = torch.topk(all_probs, self.shape.n_used, dim=-1)
+        weights = probs / probs.sum(-1, keepdim=True).clamp_(min=MIN_WEIGHT_SUM) * self.shape.weight_scale
+        return Routing(experts, probs, weights, all_probs)
+
+    def ffn_norm(self, layer: int) -> Tensor:
+        return self._tensor(f"blk.{layer}.ffn_norm.weight")
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm over the last dimension."""
+        return F.rms_norm(x, (x.shape[-1],), weight, self.shape.eps)
+
+    def expert(self, layer: int, expert: int) -> Expert:
+        """Weights of one expert, read now."""
+        gate, up, down = (
+            torch.from_numpy(np.ascontiguousarray(self.checkpoint.expert(layer, p, expert), dtype=np.float32))
+            for p in ("gate", "up", "down")
+        )
+        return Expert(gate, up, down)
+
+    @torch.inference_mode()
+    def feed_forward(self, layer: int, hidden: Tensor) -> None:
+        """Add the MoE block of `layer` to `hidden`, in place, without collecting anything."""
+        flat = hidden.flatten(0, 1)
+        routing, norm, added = self.route(layer, flat), self.ffn_norm(layer), torch.zeros_like(flat)
+        for number in range(self.shape.n_expert):
+            tokens, slots = torch.nonzero(routing.experts == number, as_tuple=True)
+            expert = self.expert(layer, number)
+            for part in torch.arange(len(tokens)).split(CHUNK):
+                y = expert.hidden(self.norm(flat[tokens[part]], norm)) @ expert.down.T
+                added.index_add_(0, tokens[part], y * routing.weights[tokens[part], slots[part], None])
+        flat += added
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and output matrix: [..., n_vocab]. The output matrix may be tied to the embeddings."""
+        name = "output.weight" if "output.weight" in self._names else "token_embd.weight"
+        return self.norm(hidden, self._tensor("output_norm.weight")) @ self._tensor(name).T
+
+    def _tensor(self, name: str) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.checkpoint.tensor(name), dtype=np.float32))
+
+    def _linear(self, name: str) -> tuple[Tensor, Tensor | None]:
+        bias = self._tensor(f"{name}.bias") if f"{name}.bias" in self._names else None
+        return self._tensor(f"{name}.weight"), bias
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[rows, ctx, heads * head_dim] -> [rows, heads, ctx, head_dim]."""
+        return x.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+
+    def _rotation(self, ctx: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [ctx, head_dim / 2]; in float64 first, positions times small frequencies lose bits."""
+        half = torch.arange(0, self.shape.head_dim, 2, dtype=torch.float64) / self.shape.head_dim
+        frequency = self.shape.rope_base**-half * self.shape.rope_scale
+        if "rope_freqs.weight" in self._names:
+            frequency = frequency / self._tensor("rope_freqs.weight").double()
+        angle = torch.outer(torch.arange(ctx, dtype=torch.float64), frequency)
+        return angle.cos().float(), angle.sin().float()
+
+
+def _apply(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
+    return F.linear(x, *linear)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of neighbouring pairs (2i, 2i+1), the order into which the converter permutes Q and K."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def _row_chunks(hidden: Tensor) -> Iterator[Tensor]:
+    return iter(hidden.split(max(1, CHUNK // hidden.shape[1])))
