@@ -1,0 +1,116 @@
+"""A progress line on stderr: percent, elapsed and remaining time.
+
+    with progress("calibrate", total=32, unit="layer") as bar:
+        for layer in layers:
+            ...
+            bar.advance(note=f"layer {layer}")
+
+On a terminal one line is redrawn at most ten times a second; elsewhere a line is printed about every 10 %. No thread, no
+dependency. MC_GGUF_QUIET=1 or quiet=True silences it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+REDRAW_SECONDS = 0.1
+LINE_SHARE = 0.1  # without a terminal: one line for each such share of the work
+
+
+class Progress:
+    """How much of `total` is done. Made by progress(); total 0 means that it is not known yet."""
+
+    def __init__(self, label: str, total: float, unit: str, stream: TextIO, quiet: bool) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0.0
+        self._stream, self._quiet = stream, quiet
+        self._tty = stream.isatty()
+        self._start = time.monotonic()
+        self._drawn_at = float("-inf")
+        self._drawn_share = -1.0
+        self._open_line = False
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        """`amount` more units are done; `note` says what the current one is."""
+        self.update(self.done + amount, note=note)
+
+    def update(self, done: float, total: float | None = None, note: str = "") -> None:
+        """`done` units of `total` are done (both absolute: for work that counts by itself)."""
+        self.done = done
+        self.total = self.total if total is None else total
+        if self._is_due():
+            self._draw(note)
+
+    def say(self, text: str) -> None:
+        """A line of its own, between the states of the bar."""
+        if not self._quiet:
+            self._stream.write(("\r\x1b[K" if self._open_line else "") + text + "\n")
+            self._stream.flush()
+            self._open_line = False
+
+    def close(self, note: str = "") -> None:
+        """The last state stays on the screen, ended by a newline."""
+        if not self._quiet and (self._tty or self._drawn_share < self._share):
+            self._draw(note)
+        if self._open_line:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._open_line = False
+
+    @property
+    def _share(self) -> float:
+        return min(1.0, self.done / self.total) if self.total else 0.0
+
+    def _is_due(self) -> bool:
+        if self._quiet:
+            return False
+        if self._tty:
+            return time.monotonic() - self._drawn_at >= REDRAW_SECONDS
+        return self._drawn_share < 0 or self._share - self._drawn_share >= LINE_SHARE - 1e-9
+
+    def _draw(self, note: str) -> None:
+        self._drawn_at = time.monotonic()
+        self._drawn_share = self._share
+        text = self._text(self._drawn_at - self._start, note)
+        if self._tty:
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write("\r" + text[:width] + "\x1b[K")
+            self._open_line = True
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def _text(self, elapsed_s: float, note: str) -> str:
+        parts = [f"{self.label}: {100 * self._share:3.0f} %"]
+        if self.total:
+            parts.append(f"{self.done:g}/{self.total:g} {self.unit}".rstrip())
+        parts.append(f"elapsed {clock(elapsed_s)}")
+        if 0 < self._share < 1:
+            parts.append(f"left {clock(elapsed_s / self._share - elapsed_s)}")
+        if note:
+            parts.append(note)
+        return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from one hour on."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def progress(label: str, total: float = 0, unit: str = "", quiet: bool = False) -> Iterator[Progress]:
+    """A Progress for the length of the block."""
+    quiet = quiet or os.environ.get("MC_GGUF_QUIET", "") not in ("", "0")
+    bar = Progress(label, total, unit, sys.stderr, quiet)
+    try:
+        yield bar
+    finally:
+        bar.close()

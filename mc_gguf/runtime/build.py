@@ -1,0 +1,303 @@
+"""Build the runtime: source -> cmake -> <cache>/runtimes/<key>, which appears complete or not at all.
+
+Work happens in <cache>/work/<key>. An interrupted or failed build keeps it, so that the next one continues with the object
+files that are there; success removes it. Libraries and the part of the source tree that is needed later (gguf-py, the
+converter, headers) are then copied beside the final place and renamed into it. A lock file keeps two builds of the same
+key apart. With ccache installed, llama.cpp's build uses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mc_gguf import upstream
+from mc_gguf.errors import RuntimeBuildError
+from mc_gguf.progress import Progress, progress
+from mc_gguf.runtime import source as sources
+from mc_gguf.runtime.locate import (
+    BACKEND_FLAGS,
+    BACKENDS,
+    CMAKE_FLAGS,
+    LIBRARIES,
+    MANIFEST,
+    Runtime,
+    find,
+    load,
+    runtime_key,
+)
+from mc_gguf.runtime.shell import Log
+
+FREE_BYTES = 1_000_000_000
+# What later steps read from the source tree: gguf-py, the converter, the headers and the sources of our test programs.
+KEPT_SOURCE = (
+    "conversion",
+    "ggml/include",
+    "ggml/src",
+    "gguf-py",
+    "include",
+    "LICENSE",
+    "mc",
+    "models/templates",
+    "src",
+    "tests/test-backend-ops.cpp",
+)
+STEP = re.compile(r"^\[\s*(\d+)(?:/(\d+)\]|%\])\s*(.*)")  # ninja's [12/78] or make's [ 15%]
+COMPILERS = ("c++", "g++", "clang++")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One build to do and where its parts lie."""
+
+    backend: str
+    patched: bool
+    jobs: int
+
+    @property
+    def key(self) -> str:
+        return runtime_key(self.backend, self.patched)
+
+    @property
+    def work(self) -> Path:
+        return upstream.cache_dir() / "work" / self.key
+
+    @property
+    def target(self) -> Path:
+        return upstream.cache_dir() / "runtimes" / self.key
+
+    @property
+    def log(self) -> Log:
+        return Log(upstream.cache_dir() / "logs" / f"{self.key}.log")
+
+    def runtime(self) -> Runtime:
+        return Runtime(self.target, self.backend, self.patched)
+
+
+def build(backend: str = "cpu", jobs: int | None = None, force: bool = False, patched: bool = True) -> Runtime:
+    """Builds the runtime unless it is there, and returns it. `jobs` defaults to the number of usable cores.
+
+    Raises RuntimeBuildError: unknown backend, missing tool, no space, wrong hash, failed step (the message names the log).
+    """
+    if backend not in BACKENDS:
+        raise RuntimeBuildError(f"unknown backend {backend!r}: one of {', '.join(BACKENDS)}")
+    task = Build(backend, patched, jobs or usable_cores())
+    if not force and (task.target / MANIFEST).is_file():
+        return task.runtime()
+    check_tools(backend)
+    check_space(upstream.cache_dir())
+    with locked(task):
+        if force:
+            shutil.rmtree(task.work, ignore_errors=True)
+        elif (task.target / MANIFEST).is_file():  # another process built it while this one waited
+            return task.runtime()
+        _build_locked(task)
+    return task.runtime()
+
+
+def _build_locked(task: Build) -> None:
+    task.work.mkdir(parents=True, exist_ok=True)
+    task.log.path.parent.mkdir(parents=True, exist_ok=True)
+    task.log.path.write_text(f"{task.key}\n")
+    with progress(f"runtime {task.backend}") as bar:
+        bar.say(f"log: {task.log.path}")
+        bar.say("fetching, checking and patching the source")
+        tree = sources.prepare(task.work, task.patched, task.log)
+        bar.say("configuring")
+        configure(task, tree)
+        compile_libraries(task, bar)
+        install(task, tree)
+        bar.say(f"installed: {task.target}")
+    shutil.rmtree(task.work, ignore_errors=True)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_tools(backend: str) -> None:
+    """RuntimeBuildError that names the first missing tool, before anything is downloaded."""
+    for tool in ("git", "cmake"):
+        if shutil.which(tool) is None:
+            raise RuntimeBuildError(f"{tool} is not installed, and building llama.cpp needs it: install {tool}")
+    cxx_compiler()
+    if shutil.which("ninja") is None and shutil.which("make") is None:
+        raise RuntimeBuildError("neither make nor ninja is installed, and building llama.cpp needs one: install make")
+    if backend == "cuda" and not (_cuda_compiler()):
+        raise RuntimeBuildError("nvcc is not installed, and the cuda backend needs it: install the CUDA toolkit")
+    if backend == "vulkan" and shutil.which("glslc") is None:
+        raise RuntimeBuildError("glslc is not installed, and the vulkan backend needs it: install glslc and libvulkan-dev")
+    if backend == "metal" and sys.platform != "darwin":
+        raise RuntimeBuildError("the metal backend is for macOS: choose cpu, cuda or vulkan")
+    if importlib.util.find_spec("pip") is None:
+        raise RuntimeBuildError(f"{sys.executable} has no pip to fetch llama.cpp with; run: {sys.executable} -m ensurepip")
+
+
+def cxx_compiler() -> str:
+    """The C++ compiler: $CXX, else the first of c++, g++, clang++ that is installed."""
+    wanted = os.environ.get("CXX")
+    for name in [wanted.split()[0]] if wanted else COMPILERS:
+        if found := shutil.which(name):
+            return found
+    what = f"CXX is {wanted!r}, which is not" if wanted else "no C++ compiler is"
+    raise RuntimeBuildError(f"{what} installed, and building llama.cpp needs one: install g++ or clang")
+
+
+def _cuda_compiler() -> str | None:
+    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def check_space(folder: Path) -> None:
+    """RuntimeBuildError when the disk under `folder` has less than 1 GB free."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < FREE_BYTES:
+        raise RuntimeBuildError(
+            f"{free / 1e9:.1f} GB are free under {existing}, a build needs {FREE_BYTES / 1e9:.0f} GB: "
+            "make room, or set MC_GGUF_CACHE to a folder on another disk"
+        )
+
+
+@contextlib.contextmanager
+def locked(task: Build) -> Iterator[None]:
+    """One build of a key at a time, also between processes; the second waits."""
+    path = upstream.cache_dir() / "locks" / task.key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.stderr.write("another process is building this runtime; waiting for it\n")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def build_env(task: Build) -> dict[str, str]:
+    """ccache sees paths relative to the work folder, so builds of different keys share their objects."""
+    return {"CCACHE_BASEDIR": str(task.work), "CCACHE_NOHASHDIR": "1", **os.environ}
+
+
+def configure(task: Build, tree: Path) -> None:
+    """cmake's configuration in work/build; Ninja where it is installed."""
+    generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
+    origin = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
+    flags = [*CMAKE_FLAGS, *BACKEND_FLAGS[task.backend], f"-DCMAKE_INSTALL_RPATH={origin}"]
+    if task.patched:
+        flags.append(f"-DMC_PATCHSET={upstream.patchset_digest()}")
+    folder = task.work / "build"
+    cache = folder / "CMakeCache.txt"
+    if cache.is_file() and f"CMAKE_GENERATOR:INTERNAL={generator}\n" not in cache.read_text():
+        shutil.rmtree(folder)  # ninja was installed or removed since the interrupted build
+    command = ["cmake", "-S", tree, "-B", folder, "-G", generator, *flags]
+    task.log.run("configuring llama.cpp with cmake", command, task.work, build_env(task))
+
+
+def compile_libraries(task: Build, bar: Progress) -> None:
+    """Builds the target `llama` with its libraries, showing step, percent and elapsed time."""
+
+    def show(line: str) -> None:
+        if match := STEP.match(line):
+            done, total, what = match.groups()
+            bar.update(float(done), float(total or 100), note=what.rsplit("/", 1)[-1])
+
+    bar.unit = "steps"
+    command = ["cmake", "--build", task.work / "build", "--target", "llama", "--parallel", str(task.jobs)]
+    task.log.run("compiling llama.cpp", command, task.work, build_env(task), show)
+
+
+def install(task: Build, tree: Path) -> None:
+    """Copies libraries and kept source beside the final place, checks them, and renames the whole into it."""
+    staging = task.target.with_name(f".{task.key}.{os.getpid()}.tmp")
+    old = task.target.with_name(f".{task.key}.{os.getpid()}.old.tmp")
+    _remove_leftovers(task)
+    try:
+        _copy_libraries(task.work / "build", staging / "lib")
+        _copy_source(tree, staging / "source")
+        staged = Runtime(staging, task.backend, task.patched)
+        missing = [name for name in LIBRARIES if not staged.library(name).is_file()]
+        assert not missing
+        if task.patched and upstream.series():
+            load(staged)
+        (staging / MANIFEST).write_text(json.dumps(_manifest(task), indent=1, sort_keys=True) + "\n")
+        if task.target.exists():
+            task.target.rename(old)
+        staging.rename(task.target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_leftovers(task: Build) -> None:
+    """Staging folders of builds of this key that were killed (the lock is ours, so none is alive)."""
+    for path in task.target.parent.glob(f".{task.key}.*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _copy_libraries(folder: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    for pattern in ("lib*.so*", "lib*.dylib"):
+        for path in folder.rglob(pattern):
+            shutil.copy2(path, target / path.name, follow_symlinks=False)
+
+
+def _copy_source(tree: Path, target: Path) -> None:
+    for name in KEPT_SOURCE:
+        origin = tree / name
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if origin.is_dir():
+            shutil.copytree(origin, target / name)
+        elif origin.is_file():
+            shutil.copy2(origin, target / name)
+
+
+def _manifest(task: Build) -> dict[str, str | bool | list[str]]:
+    pin = upstream.pin()
+    return {
+        "backend": task.backend,
+        "commit": pin.commit,
+        "flags": [*CMAKE_FLAGS, *BACKEND_FLAGS[task.backend]],
+        "machine": platform.machine(),
+        "patched": task.patched,
+        "patchset": upstream.patchset_digest() if task.patched else "",
+        "version": pin.version,
+    }
+
+
+def compile_program(runtime: Runtime, source: Path, name: str) -> Path:
+    """A C++17 program compiled against the runtime's own headers and libraries, cached by content in its bin folder.
+
+    For tests and benchmarks: `source` may include ggml's and llama.cpp's headers, private ones too.
+    """
+    tree, lib = runtime.source_dir, runtime.lib_dir
+    includes = [f"-I{tree / folder}" for folder in ("ggml/include", "ggml/src", "include", "src", "mc")]
+    options = ["-O2", "-std=c++17", "-pthread", *includes]
+    links = [f"-L{lib}", f"-Wl,-rpath,{lib}", *(f"-l{library}" for library in reversed(LIBRARIES))]
+    digest = hashlib.sha256(source.read_bytes() + " ".join([*options, *links]).encode()).hexdigest()[:12]
+    program = runtime.path / "bin" / f"{name}-{digest}"
+    if program.is_file():
+        return program
+    program.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = program.with_name(f".{program.name}.{os.getpid()}.tmp")
+    log = Log(upstream.cache_dir() / "logs" / f"{program.name}.log")
+    log.path.parent.mkdir(parents=True, exist_ok=True)
+    command = [cxx_compiler(), *options, source, *links, "-o", unfinished]
+    log.run(f"compiling {source.name}", command, source.parent)
+    unfinished.replace(program)
+    return program
+
+
+def build_tests(runtime: Runtime) -> Path:
+    """llama.cpp's test-backend-ops, as patched, for the test-suite."""
+    return compile_program(runtime, runtime.source_dir / "tests" / "test-backend-ops.cpp", "test-backend-ops")

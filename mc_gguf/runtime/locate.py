@@ -1,0 +1,245 @@
+"""Find the installed runtime and load its libraries, after checking that they carry exactly our patch set.
+
+A runtime lies in <cache>/runtimes/<key>, key being a hash of everything that its bytes depend on (see runtime_key). A
+changed patch, flag or CPU therefore leads to another directory, never to a stale library. The check at load does not
+trust the directory's name: libllama exports mc_patchset(), and what it returns must equal the digest computed from the
+patches that this package carries.
+
+Environment: MC_GGUF_BACKEND picks among several built backends; MC_GGUF_RUNTIME names a directory to use instead of the
+cache (a runtime directory or a folder of libraries; the digest is checked all the same).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mc_gguf import __version__, upstream
+from mc_gguf.errors import RuntimeBuildError
+
+BACKENDS: tuple[str, ...] = ("cpu", "cuda", "vulkan", "metal")
+PREFERENCE: tuple[str, ...] = ("metal", "cuda", "vulkan", "cpu")  # the first one that is built is used
+LIBRARIES: tuple[str, ...] = ("ggml-base", "ggml-cpu", "ggml", "llama")
+MANIFEST = "runtime.json"  # written last: a directory without it is no runtime
+
+# Stock defaults but for what we do not ship; the same for the patched and the reference build.
+CMAKE_FLAGS: tuple[str, ...] = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=ON",
+    "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_TOOLS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_COMMON=OFF",
+    "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+)
+BACKEND_FLAGS: dict[str, tuple[str, ...]] = {
+    "cpu": ("-DGGML_METAL=OFF",),
+    "cuda": ("-DGGML_CUDA=ON",),
+    "vulkan": ("-DGGML_VULKAN=ON",),
+    "metal": ("-DGGML_METAL=ON", "-DGGML_METAL_EMBED_LIBRARY=ON"),
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An installed runtime. `backend` is "?" and `patched` a claim to be checked where MC_GGUF_RUNTIME named it."""
+
+    path: Path
+    backend: str
+    patched: bool
+
+    @property
+    def lib_dir(self) -> Path:
+        return self.path / "lib" if (self.path / "lib").is_dir() else self.path
+
+    @property
+    def source_dir(self) -> Path:
+        return self.path / "source"
+
+    def library(self, name: str) -> Path:
+        """The path of lib<name>; `name` is one of LIBRARIES or a backend's library such as "ggml-vulkan"."""
+        suffix = ".dylib" if sys.platform == "darwin" else ".so"
+        path = self.lib_dir / f"lib{name}{suffix}"
+        if not path.is_file():
+            raise RuntimeBuildError(f"{path} is missing; {upstream.BUILD_HINT} --force")
+        return path
+
+
+def runtime_key(backend: str, patched: bool) -> str:
+    """Hash of what a build depends on: upstream, patches, backend, flags, and the CPU (llama.cpp builds for it)."""
+    patches = upstream.patchset_digest() if patched else "unpatched"
+    parts = (upstream.pin().sdist_sha256, patches, backend, *CMAKE_FLAGS, *BACKEND_FLAGS[backend], _machine())
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return f"{backend}-{'patched' if patched else 'unpatched'}-{digest}"
+
+
+@functools.cache
+def _machine() -> str:
+    """System, architecture and CPU features: a native build runs only where these are the same."""
+    features = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        features = next((line for line in lines if line.lower().startswith(("flags", "features"))), features)
+    return f"{platform.system()} {platform.machine()} {' '.join(sorted(features.split()))}"
+
+
+def find(backend: str | None = None, patched: bool = True) -> Runtime | None:
+    """The installed runtime for this package, backend (default: the preferred one that is built) and machine."""
+    override = os.environ.get("MC_GGUF_RUNTIME")
+    if override and patched and backend is None:
+        return Runtime(Path(override), "?", True)
+    wanted = backend or os.environ.get("MC_GGUF_BACKEND")
+    if wanted and wanted not in BACKENDS:
+        raise RuntimeBuildError(f"unknown backend {wanted!r}: one of {', '.join(BACKENDS)}")
+    for name in [wanted] if wanted else PREFERENCE:
+        path = upstream.cache_dir() / "runtimes" / runtime_key(name, patched)
+        if (path / MANIFEST).is_file():
+            return Runtime(path, name, patched)
+    return None
+
+
+def require(backend: str | None = None, patched: bool = True) -> Runtime:
+    """As find(), but RuntimeBuildError that says what to run when there is none."""
+    if found := find(backend, patched):
+        return found
+    options = (f" --backend {backend}" if backend else "") + ("" if patched else " --unpatched")
+    kind = "patched" if patched else "unpatched"
+    raise RuntimeBuildError(
+        f"the {kind} llama.cpp runtime is not built for this version of mc-gguf; {upstream.BUILD_HINT}{options}"
+    )
+
+
+def library_path(name: str) -> Path:
+    """The path of lib<name> of the patched runtime; `name` is one of llama, ggml, ggml-base, ggml-cpu.
+
+    The libraries have been checked (load), so that nobody uses an unpatched or differently patched one.
+    """
+    runtime = require()
+    load(runtime)
+    return runtime.library(name)
+
+
+def load_ggml_base() -> ctypes.CDLL:
+    """libggml-base of the patched runtime: types and quantizers."""
+    return ctypes.CDLL(str(library_path("ggml-base")))
+
+
+def load(runtime: Runtime) -> ctypes.CDLL:
+    """libllama of a patched runtime. Raises RuntimeBuildError when it carries another patch set or none."""
+    path = runtime.library("llama")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeBuildError(f"cannot load {path} ({error}); {upstream.BUILD_HINT} --force") from error
+    found, expected = _patchset(library), upstream.patchset_digest()
+    if found != expected:
+        what = f"has patch set {found[:12]}" if found else "is not patched"
+        raise RuntimeBuildError(
+            f"{path} {what}, but this mc-gguf needs patch set {expected[:12]}; {upstream.BUILD_HINT}"
+        )
+    return library
+
+
+def _patchset(library: ctypes.CDLL) -> str | None:
+    """What the library says about its patches; None for a stock one."""
+    try:
+        function = library.mc_patchset
+    except AttributeError:
+        return None
+    function.restype = ctypes.c_char_p
+    function.argtypes = []
+    value = function()
+    return value.decode() if value else None
+
+
+def use_in_llama_cpp() -> ModuleType:
+    """Imports llama_cpp on the checked patched libraries and returns it.
+
+    llama_cpp takes libllama from LLAMA_CPP_LIB_PATH when it is imported. Raises RuntimeBuildError when it was imported
+    before with other libraries, or when any other libllama or libggml is in the process: two copies of ggml have two
+    sets of globals, and which one a call reaches depends on the order of loading.
+    """
+    runtime = require()
+    load(runtime)
+    if "llama_cpp" not in sys.modules:
+        os.environ["LLAMA_CPP_LIB_PATH"] = str(runtime.lib_dir)
+    module = importlib.import_module("llama_cpp")
+    library: Any = importlib.import_module("llama_cpp.llama_cpp")._lib
+    check_loaded([Path(library._name), *mapped_libraries()], runtime.lib_dir)
+    _provide_ggml_module(runtime)
+    return module
+
+
+def _provide_ggml_module(runtime: Runtime) -> None:
+    """llama_cpp._ggml, which nothing in llama_cpp imports by itself, loads libggml from the package's own folder
+    whatever LLAMA_CPP_LIB_PATH says: put the right library in its place before somebody asks for it."""
+    name = "llama_cpp._ggml"
+    if name not in sys.modules:
+        module = ModuleType(name)
+        module.libggml = ctypes.CDLL(str(runtime.library("ggml")))  # type: ignore[attr-defined]
+        sys.modules[name] = module
+
+
+def check_loaded(libraries: Iterable[Path], lib_dir: Path) -> None:
+    """RuntimeBuildError when one of the loaded llama.cpp libraries is not from lib_dir."""
+    for path in libraries:
+        if path.resolve().parent != lib_dir.resolve():
+            raise RuntimeBuildError(
+                f"{path} is loaded in this process, but mc-gguf needs the libraries in {lib_dir}: "
+                "import Llama from mc_gguf before anything imports llama_cpp"
+            )
+
+
+def mapped_libraries() -> list[Path]:
+    """The libllama and libggml* files that are mapped into this process (Linux; elsewhere none are seen)."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return []
+    files = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if line.count("/")}
+    return sorted(Path(file) for file in files if Path(file).name.startswith(("libllama.", "libggml")))
+
+
+def info() -> dict[str, Any]:
+    """What `mc-gguf runtime info` prints: versions, commit, patch digest, backends, path. Needs no runtime."""
+    pin, found = upstream.pin(), find()
+    return {
+        "mc_gguf": __version__,
+        "llama_cpp_python": pin.version,
+        "llama_cpp_commit": pin.commit,
+        "patches": [path.name for path in upstream.series()],
+        "patch_digest": upstream.patchset_digest(),
+        "cache": str(upstream.cache_dir()),
+        "built": found is not None,
+        "backend": found.backend if found else None,
+        "path": str(found.path) if found else None,
+        "backends": {name: find(name) is not None for name in BACKENDS},
+        "unpatched": find(patched=False) is not None,
+    }
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """info() as text, with the next command where nothing is built."""
+    built = [name for name, there in facts["backends"].items() if there]
+    lines = [
+        f"mc_gguf           {facts['mc_gguf']}",
+        f"llama-cpp-python  {facts['llama_cpp_python']}",
+        f"llama.cpp commit  {facts['llama_cpp_commit']}",
+        f"patches           {len(facts['patches'])}, digest {facts['patch_digest']}",
+        f"backends built    {', '.join(built) or 'none'}",
+        f"path              {facts['path'] or 'not built; ' + upstream.BUILD_HINT}",
+    ]
+    return "\n".join(lines)
