@@ -179,7 +179,7 @@ class Calibration:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, framework="numpy") as reader:  # type: ignore[no-untyped-call]
+            with safe_open(path, framework="numpy") as reader:
                 header = json.loads((reader.metadata() or {}).get("mc_gguf", "{}"))
                 _check_header(path, header, "mc_gguf.calibration", CALIBRATION_VERSION)
                 arrays = {name: reader.get_tensor(name) for name in _ARRAYS}

@@ -1,7 +1,7 @@
 """Talk with a model in the terminal: one prompt, or a conversation with history.
 
-A model with a chat template gets messages in that template; a base model, which has none, continues the running text.
-Ctrl-C stops an answer (what was said so far stays in the history), Ctrl-D or /exit leaves.
+A model with a chat template gets messages in that template; a base model, which has none, continues the
+running text. Ctrl-C stops an answer (what was said so far stays in the history), Ctrl-D or /exit leaves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ DEFAULT_CONTEXT = 4096  # tokens; a model's own maximum may need gigabytes of ca
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are generated: at most `max_tokens`, `temperature` 0 is greedy, `seed` None is a new one each time."""
+    """How answers are generated: at most `max_tokens`, `temperature` 0 is greedy, `seed` None is a new one
+    each time.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.8
@@ -66,13 +68,15 @@ class Conversation:
                 self._remember(prompt, "".join(pieces))
 
     def _chat(self, prompt: str) -> Iterator[str]:
-        messages = [*self.messages, {"role": "user", "content": prompt}]
-        for chunk in self.llm.create_chat_completion(messages=messages, stream=True, **self._options()):  # type: ignore[arg-type]  # its own TypedDicts
-            yield chunk["choices"][0]["delta"].get("content") or ""  # type: ignore[index]  # stream=True: chunks
+        messages: Any = [*self.messages, {"role": "user", "content": prompt}]
+        stream: Any = self.llm.create_chat_completion(messages, stream=True, **self._options())
+        for chunk in stream:
+            yield chunk["choices"][0]["delta"].get("content") or ""
 
     def _complete(self, text: str) -> Iterator[str]:
-        for chunk in self.llm.create_completion(text, stream=True, **self._options()):
-            yield chunk["choices"][0]["text"]  # type: ignore[index]  # stream=True: chunks
+        stream: Any = self.llm.create_completion(text, stream=True, **self._options())
+        for chunk in stream:
+            yield chunk["choices"][0]["text"]
 
     def _options(self) -> dict[str, Any]:
         options = self.sampling
@@ -84,7 +88,11 @@ class Conversation:
 
 
 def chat(
-    model: Path, prompt: str | None, sampling: Sampling, n_ctx: int = DEFAULT_CONTEXT, n_threads: int | None = None
+    model: Path,
+    prompt: str | None,
+    sampling: Sampling,
+    n_ctx: int = DEFAULT_CONTEXT,
+    n_threads: int | None = None,
 ) -> None:
     """Loads the model and answers `prompt` on stdout, or talks until the user leaves when there is none."""
     from mc_gguf.llama import Llama

@@ -4,7 +4,8 @@
     llm = Llama("model.gguf", n_ctx=2048)
     print(llm("Once upon a time", max_tokens=32)["choices"][0]["text"])
 
-Importing this module loads the runtime and checks its patch set; RuntimeBuildError says what to run when that fails.
+Importing this module loads the runtime and checks its patch set; RuntimeBuildError says what to run when
+that fails.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ from llama_cpp._logger import logger  # noqa: E402
 GGUF_MAGIC = b"GGUF"
 LOG_WARN, LOG_ERROR, LOG_CONTINUED = 3, 4, 5  # enum ggml_log_level
 KEPT_LINES = 8
+CONTEXT_STEP = 256  # tokens
 
 _problems: list[str] = []  # the latest errors and warnings of llama.cpp, oldest first
 
 
-class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no type information
+class Llama(llama_cpp.Llama):
     """A llama_cpp.Llama that is quiet and uses all cores by default.
 
-    model_path: a GGUF file, plain or mixed-expert. All keyword arguments are llama_cpp.Llama's. Raises SourceError when
-    there is no such file and FormatError, with llama.cpp's reason, when it cannot be loaded.
+    model_path: a GGUF file, plain or mixed-expert. All keyword arguments are llama_cpp.Llama's. Raises
+    SourceError when there is no such file and FormatError, with llama.cpp's reason, when it cannot be
+    loaded.
     """
 
     _stack = contextlib.ExitStack()  # so that __del__ works on an object whose __init__ raised early
@@ -48,12 +51,17 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no type inf
             options["n_threads"] = usable_cores()
         if not options.get("n_threads_batch"):
             options["n_threads_batch"] = options["n_threads"]
+        if wanted := options.get("n_ctx"):
+            # llama.cpp rounds up by itself, but llama_cpp sizes its arrays by the number that it was given.
+            options["n_ctx"] = -(-wanted // CONTEXT_STEP) * CONTEXT_STEP
         _problems.clear()
         llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
         try:
             super().__init__(str(path), verbose=verbose, **options)
         except ValueError as error:
-            if not str(error).startswith("Failed to "):  # those are about the file, the others about an argument
+            if not str(error).startswith(
+                "Failed to "
+            ):  # those are about the file, the others about an argument
                 raise
             raise FormatError(f"{path}: {_reason() or error}") from error
 
@@ -61,9 +69,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no type inf
 def check_file(path: Path) -> None:
     """SourceError when `path` is no readable file, FormatError when it does not begin like a GGUF."""
     if not path.exists():
-        raise SourceError(f"{path}: no such file; give the path of a GGUF, for instance one made by mc-gguf convert")
+        raise SourceError(
+            f"{path}: no such file; give the path of a GGUF, for instance one made by mc-gguf convert"
+        )
     if path.is_dir():
-        raise SourceError(f"{path} is a directory; give the path of a GGUF, for instance one made by mc-gguf convert")
+        raise SourceError(
+            f"{path} is a directory; give the path of a GGUF, for instance one made by mc-gguf convert"
+        )
     try:
         with path.open("rb") as file:
             magic = file.read(len(GGUF_MAGIC))
@@ -90,7 +102,9 @@ def _reason() -> str:
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]  # llama_cpp has no type information
 def _log_callback(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
-    """Replaces llama_cpp's, whose level numbers are not the library's: it prints warnings and drops errors when quiet."""
+    """Replaces llama_cpp's, whose level numbers are not the library's: it prints warnings and drops errors
+    when quiet.
+    """
     line = text.decode("utf-8", "replace")
     if level == LOG_ERROR:
         _problems.append(line.strip())

@@ -5,8 +5,8 @@
             ...
             bar.advance(note=f"layer {layer}")
 
-On a terminal one line is redrawn at most ten times a second; elsewhere a line is printed about every 10 %. No thread, no
-dependency. MC_GGUF_QUIET=1 or quiet=True silences it.
+On a terminal one line is redrawn at most ten times a second; elsewhere a line is printed about every 10 %.
+No thread, no dependency. MC_GGUF_QUIET=1 or quiet=True silences it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""The pinned upstream (llama-cpp-python with llama.cpp inside) and our patch set: where they are and what they hash to.
+"""The pinned upstream (llama-cpp-python with llama.cpp inside) and our patch set: where they are and what
+they hash to.
 
-patches/UPSTREAM is the one place that holds the pin. This module reads it, computes the digest of the patch set, knows
-the per-user cache, and imports gguf-py and the HF converter from the pinned llama.cpp source, never from elsewhere.
-It builds nothing: mc_gguf.runtime does.
+patches/UPSTREAM is the one place that holds the pin. This module reads it, computes the digest of the patch
+set, knows the per-user cache, and imports gguf-py and the HF converter from the pinned llama.cpp source,
+never from elsewhere. It builds nothing: mc_gguf.runtime does.
 
-Environment: MC_GGUF_CACHE moves the cache; MC_GGUF_SOURCE (for developers) names a llama.cpp tree to import from.
+Environment: MC_GGUF_CACHE moves the cache; MC_GGUF_SOURCE (for developers) names a llama.cpp tree to import
+from.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Upstream:
 
 
 def patches_dir() -> Path:
-    """The directory with UPSTREAM, series and the patches: inside a wheel, or at the top of the repository."""
+    """The directory with UPSTREAM, series and the patches: inside a wheel, or at the top of the repository.
+    """
     package = Path(__file__).resolve().parent
     for path in (package / "_patches", package.parent / "patches"):
         if (path / "UPSTREAM").is_file():
@@ -75,7 +78,9 @@ def own_sources() -> list[Path]:
 
 
 def patchset_digest() -> str:
-    """SHA-256 over names and bytes of the patches, in order, and of our sources: what mc_patchset() must return."""
+    """SHA-256 over names and bytes of the patches, in order, and of our sources: what mc_patchset() must
+    return.
+    """
     digest = hashlib.sha256()
     for path in (*series(), *own_sources()):
         content = path.read_bytes()
@@ -85,7 +90,8 @@ def patchset_digest() -> str:
 
 
 def cache_dir() -> Path:
-    """The per-user cache: $MC_GGUF_CACHE, else mc_gguf in the platform's cache directory. Not created here."""
+    """The per-user cache: $MC_GGUF_CACHE, else mc_gguf in the platform's cache directory. Not created here.
+    """
     if override := os.environ.get("MC_GGUF_CACHE"):
         return Path(override).expanduser().resolve()
     if sys.platform == "darwin":
@@ -96,14 +102,17 @@ def cache_dir() -> Path:
 def source_dir() -> Path:
     """The llama.cpp source tree that an installed runtime was built from (has gguf-py/ and conversion/).
 
-    Our patches touch neither, so the tree of the unpatched build serves too. Raises RuntimeBuildError without one.
+    Our patches touch neither, so the tree of the unpatched build serves too. Raises RuntimeBuildError
+    without one.
     """
     from mc_gguf.runtime import find  # runtime imports this module
 
     if override := os.environ.get("MC_GGUF_SOURCE"):
         tree = Path(override)
         if not (tree / "gguf-py").is_dir():
-            raise RuntimeBuildError(f"MC_GGUF_SOURCE is {tree}, which is no llama.cpp tree: it has no gguf-py")
+            raise RuntimeBuildError(
+                f"MC_GGUF_SOURCE is {tree}, which is no llama.cpp tree: it has no gguf-py"
+            )
         return tree
     for patched in (True, False):
         if found := find(patched=patched):
@@ -112,7 +121,9 @@ def source_dir() -> Path:
 
 
 def load_gguf() -> ModuleType:
-    """gguf-py of the pinned source, imported. PyPI's gguf of the same version number lacks what conversion/ needs."""
+    """gguf-py of the pinned source, imported. PyPI's gguf of the same version number lacks what conversion/
+    needs.
+    """
     return _import_from("gguf", source_dir() / "gguf-py")
 
 
@@ -137,7 +148,8 @@ def _import_from(name: str, folder: Path) -> ModuleType:
 
 @contextmanager
 def _first_on_path(folder: Path) -> Iterator[None]:
-    """Only during the import: the tree's other folders (tests, src, common) must not shadow anything later."""
+    """Only during the import: the tree's other folders (tests, src, common) must not shadow anything later.
+    """
     sys.path.insert(0, str(folder))
     try:
         yield

@@ -1,7 +1,9 @@
-"""The command line: a group that imports a command's module only when it is needed, and the single error edge.
+"""The command line: a group that imports a command's module only when it is needed, and the single error
+edge.
 
-Each module mc_gguf/cli/<name>.py defines one click command object named `command`. Their imports are cheap (click and
-mc_gguf's light modules), their bodies import the rest, so `mc-gguf --help` needs neither torch nor numpy.
+Each module mc_gguf/cli/<name>.py defines one click command object named `command`. Their imports are cheap
+(click and mc_gguf's light modules), their bodies import the rest, so `mc-gguf --help` needs neither torch
+nor numpy.
 """
 
 from __future__ import annotations
@@ -19,15 +21,26 @@ from mc_gguf import __version__
 from mc_gguf.errors import McError
 
 COMMANDS: tuple[str, ...] = ("calibrate", "plan", "quantize", "convert", "inspect", "chat", "runtime")
-# What the system refuses for reasons that the user can change; other OSErrors are bugs and keep their traceback.
+# What the system refuses for reasons that the user can change; other OSErrors are bugs with a traceback.
 USER_ERRNOS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.EMFILE}
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EIO,
+        errno.ENOENT,
+        errno.EMFILE,
+    }
     | {errno.EISDIR, errno.ENOTDIR, errno.EFBIG, errno.ENAMETOOLONG}
 )
 
 
 class CommandGroup(click.Group):
-    """Loads commands by name, in the order of COMMANDS, and turns expected errors into one line and exit code 1."""
+    """Loads commands by name, in the order of COMMANDS, and turns expected errors into one line and exit
+    code 1.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -52,7 +65,9 @@ def guarded(call: Callable[[], Any]) -> Any:
     except KeyboardInterrupt:
         _fail("\nInterrupted", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: no error at exit either
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader left: no error at exit either
         raise SystemExit(1) from None
     except OSError as error:
         if error.errno not in USER_ERRNOS:
@@ -66,7 +81,9 @@ def _fail(line: str, code: int) -> None:
     raise SystemExit(code)
 
 
-@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="mc-gguf")
 def main() -> None:
     """Mixed-expert GGUF files for Mixture-of-Experts models: every expert gets its own quantization type.

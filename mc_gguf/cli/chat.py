@@ -10,18 +10,33 @@ import click
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", help="Answer this and stop; without it the chat is interactive.")
-@click.option("-n", "--tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Most tokens an answer has.")
-@click.option("--temp", type=click.FloatRange(min=0), default=0.8, show_default=True, help="Temperature; 0 is greedy.")
+@click.option(
+    "-n",
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Most tokens an answer has.",
+)
+@click.option(
+    "--temp", type=click.FloatRange(min=0), default=0.8, show_default=True, help="Temperature; 0 is greedy."
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Same seed, same answer.  [default: random]")
-@click.option("--ctx", type=click.IntRange(min=0), default=4096, show_default=True, help="Context in tokens; 0: the model's maximum.")
+@click.option(
+    "--ctx",
+    type=click.IntRange(min=0),
+    default=4096,
+    show_default=True,
+    help="Context in tokens; 0: the model's maximum.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all cores]")
 def command(
     model: Path, prompt: str | None, tokens: int, temp: float, seed: int | None, ctx: int, threads: int | None
 ) -> None:
     """Chat with MODEL, or complete one prompt.
 
-    Uses the model's chat template if it has one; otherwise the text is continued. In the interactive chat Ctrl-C stops an
-    answer, /reset forgets the conversation, /exit or Ctrl-D leaves.
+    Uses the model's chat template if it has one; otherwise the text is continued. In the interactive chat
+    Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D leaves.
     """
     from mc_gguf.chat import Sampling, chat
 

@@ -13,10 +13,16 @@ def command() -> None:
 
 
 @command.command()
-@click.option("--backend", type=click.Choice(["cpu", "cuda", "vulkan", "metal"]), default="cpu", show_default=True)
-@click.option("--jobs", type=click.IntRange(min=1), help="Compile so many files at once.  [default: all cores]")
+@click.option(
+    "--backend", type=click.Choice(["cpu", "cuda", "vulkan", "metal"]), default="cpu", show_default=True
+)
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Compile so many files at once.  [default: all cores]"
+)
 @click.option("--force", is_flag=True, help="Build again, from nothing, what is already built.")
-@click.option("--unpatched", is_flag=True, help="Build stock llama.cpp: the reference of tests and benchmarks.")
+@click.option(
+    "--unpatched", is_flag=True, help="Build stock llama.cpp: the reference of tests and benchmarks."
+)
 @click.option("--tests", is_flag=True, help="Build llama.cpp's test-backend-ops too.")
 def build(backend: str, jobs: int | None, force: bool, unpatched: bool, tests: bool) -> None:
     """Fetch the pinned llama.cpp through pip, check it, patch it, build it into the user's cache.

@@ -1,4 +1,5 @@
-"""The patched llama.cpp: build it once into the user's cache, find it, load it, check that it is the right one.
+"""The patched llama.cpp: build it once into the user's cache, find it, load it, check that it is the right
+one.
 
     mc-gguf runtime build [--backend cpu|cuda|vulkan|metal] [--unpatched]
 

@@ -1,9 +1,9 @@
 """Build the runtime: source -> cmake -> <cache>/runtimes/<key>, which appears complete or not at all.
 
-Work happens in <cache>/work/<key>. An interrupted or failed build keeps it, so that the next one continues with the object
-files that are there; success removes it. Libraries and the part of the source tree that is needed later (gguf-py, the
-converter, headers) are then copied beside the final place and renamed into it. A lock file keeps two builds of the same
-key apart. With ccache installed, llama.cpp's build uses it.
+Work happens in <cache>/work/<key>. An interrupted or failed build keeps it, so that the next one continues
+with the object files that are there; success removes it. Libraries and the part of the source tree that is
+needed later (gguf-py, the converter, headers) are then copied beside the final place and renamed into it. A
+lock file keeps two builds of the same key apart. With ccache installed, llama.cpp's build uses it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ from mc_gguf.runtime.locate import (
     LIBRARIES,
     MANIFEST,
     Runtime,
-    find,
     load,
     runtime_key,
 )
 from mc_gguf.runtime.shell import Log
 
 FREE_BYTES = 1_000_000_000
-# What later steps read from the source tree: gguf-py, the converter, the headers and the sources of our test programs.
+# What later steps read from the source tree: gguf-py, the converter, headers, sources of test programs.
 KEPT_SOURCE = (
     "conversion",
     "ggml/include",
@@ -85,10 +84,13 @@ class Build:
         return Runtime(self.target, self.backend, self.patched)
 
 
-def build(backend: str = "cpu", jobs: int | None = None, force: bool = False, patched: bool = True) -> Runtime:
+def build(
+    backend: str = "cpu", jobs: int | None = None, force: bool = False, patched: bool = True
+) -> Runtime:
     """Builds the runtime unless it is there, and returns it. `jobs` defaults to the number of usable cores.
 
-    Raises RuntimeBuildError: unknown backend, missing tool, no space, wrong hash, failed step (the message names the log).
+    Raises RuntimeBuildError: unknown backend, missing tool, no space, wrong hash, failed step (the message
+    names the log).
     """
     if backend not in BACKENDS:
         raise RuntimeBuildError(f"unknown backend {backend!r}: one of {', '.join(BACKENDS)}")
@@ -131,18 +133,28 @@ def check_tools(backend: str) -> None:
     """RuntimeBuildError that names the first missing tool, before anything is downloaded."""
     for tool in ("git", "cmake"):
         if shutil.which(tool) is None:
-            raise RuntimeBuildError(f"{tool} is not installed, and building llama.cpp needs it: install {tool}")
+            raise RuntimeBuildError(
+                f"{tool} is not installed, and building llama.cpp needs it: install {tool}"
+            )
     cxx_compiler()
     if shutil.which("ninja") is None and shutil.which("make") is None:
-        raise RuntimeBuildError("neither make nor ninja is installed, and building llama.cpp needs one: install make")
+        raise RuntimeBuildError(
+            "neither make nor ninja is installed, and building llama.cpp needs one: install make"
+        )
     if backend == "cuda" and not (_cuda_compiler()):
-        raise RuntimeBuildError("nvcc is not installed, and the cuda backend needs it: install the CUDA toolkit")
+        raise RuntimeBuildError(
+            "nvcc is not installed, and the cuda backend needs it: install the CUDA toolkit"
+        )
     if backend == "vulkan" and shutil.which("glslc") is None:
-        raise RuntimeBuildError("glslc is not installed, and the vulkan backend needs it: install glslc and libvulkan-dev")
+        raise RuntimeBuildError(
+            "glslc is not installed, and the vulkan backend needs it: install glslc and libvulkan-dev"
+        )
     if backend == "metal" and sys.platform != "darwin":
         raise RuntimeBuildError("the metal backend is for macOS: choose cpu, cuda or vulkan")
     if importlib.util.find_spec("pip") is None:
-        raise RuntimeBuildError(f"{sys.executable} has no pip to fetch llama.cpp with; run: {sys.executable} -m ensurepip")
+        raise RuntimeBuildError(
+            f"{sys.executable} has no pip to fetch llama.cpp with; run: {sys.executable} -m ensurepip"
+        )
 
 
 def cxx_compiler() -> str:
@@ -156,7 +168,9 @@ def cxx_compiler() -> str:
 
 
 def _cuda_compiler() -> str | None:
-    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return (
+        os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    )
 
 
 def check_space(folder: Path) -> None:
@@ -200,7 +214,7 @@ def configure(task: Build, tree: Path) -> None:
     cache = folder / "CMakeCache.txt"
     if cache.is_file() and f"CMAKE_GENERATOR:INTERNAL={generator}\n" not in cache.read_text():
         shutil.rmtree(folder)  # ninja was installed or removed since the interrupted build
-    command = ["cmake", "-S", tree, "-B", folder, "-G", generator, *flags]
+    command: list[str | Path] = ["cmake", "-S", tree, "-B", folder, "-G", generator, *flags]
     task.log.run("configuring llama.cpp with cmake", command, task.work, build_env(task))
 
 
@@ -213,7 +227,8 @@ def compile_libraries(task: Build, bar: Progress) -> None:
             bar.update(float(done), float(total or 100), note=what.rsplit("/", 1)[-1])
 
     bar.unit = "steps"
-    command = ["cmake", "--build", task.work / "build", "--target", "llama", "--parallel", str(task.jobs)]
+    command: list[str | Path] = ["cmake", "--build", task.work / "build", "--target", "llama"]
+    command += ["--parallel", str(task.jobs)]
     task.log.run("compiling llama.cpp", command, task.work, build_env(task), show)
 
 
@@ -276,7 +291,8 @@ def _manifest(task: Build) -> dict[str, str | bool | list[str]]:
 
 
 def compile_program(runtime: Runtime, source: Path, name: str) -> Path:
-    """A C++17 program compiled against the runtime's own headers and libraries, cached by content in its bin folder.
+    """A C++17 program compiled against the runtime's own headers and libraries, cached by content in its bin
+    folder.
 
     For tests and benchmarks: `source` may include ggml's and llama.cpp's headers, private ones too.
     """
@@ -292,7 +308,7 @@ def compile_program(runtime: Runtime, source: Path, name: str) -> Path:
     unfinished = program.with_name(f".{program.name}.{os.getpid()}.tmp")
     log = Log(upstream.cache_dir() / "logs" / f"{program.name}.log")
     log.path.parent.mkdir(parents=True, exist_ok=True)
-    command = [cxx_compiler(), *options, source, *links, "-o", unfinished]
+    command: list[str | Path] = [cxx_compiler(), *options, source, *links, "-o", unfinished]
     log.run(f"compiling {source.name}", command, source.parent)
     unfinished.replace(program)
     return program

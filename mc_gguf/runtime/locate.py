@@ -1,12 +1,12 @@
 """Find the installed runtime and load its libraries, after checking that they carry exactly our patch set.
 
-A runtime lies in <cache>/runtimes/<key>, key being a hash of everything that its bytes depend on (see runtime_key). A
-changed patch, flag or CPU therefore leads to another directory, never to a stale library. The check at load does not
-trust the directory's name: libllama exports mc_patchset(), and what it returns must equal the digest computed from the
-patches that this package carries.
+A runtime lies in <cache>/runtimes/<key>, key being a hash of everything that its bytes depend on (see
+runtime_key). A changed patch, flag or CPU therefore leads to another directory, never to a stale library.
+The check at load does not trust the directory's name: libllama exports mc_patchset(), and what it returns
+must equal the digest computed from the patches that this package carries.
 
-Environment: MC_GGUF_BACKEND picks among several built backends; MC_GGUF_RUNTIME names a directory to use instead of the
-cache (a runtime directory or a folder of libraries; the digest is checked all the same).
+Environment: MC_GGUF_BACKEND picks among several built backends; MC_GGUF_RUNTIME names a directory to use
+instead of the cache (a runtime directory or a folder of libraries; the digest is checked all the same).
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ CMAKE_FLAGS: tuple[str, ...] = (
     "-DLLAMA_BUILD_COMMON=OFF",
     "-DLLAMA_BUILD_APP=OFF",
     "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_ALL_WARNINGS=OFF",
 )
 BACKEND_FLAGS: dict[str, tuple[str, ...]] = {
     "cpu": ("-DGGML_METAL=OFF",),
@@ -55,7 +56,9 @@ BACKEND_FLAGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Runtime:
-    """An installed runtime. `backend` is "?" and `patched` a claim to be checked where MC_GGUF_RUNTIME named it."""
+    """An installed runtime. `backend` is "?" and `patched` a claim to be checked where MC_GGUF_RUNTIME named
+    it.
+    """
 
     path: Path
     backend: str
@@ -79,7 +82,9 @@ class Runtime:
 
 
 def runtime_key(backend: str, patched: bool) -> str:
-    """Hash of what a build depends on: upstream, patches, backend, flags, and the CPU (llama.cpp builds for it)."""
+    """Hash of what a build depends on: upstream, patches, backend, flags, and the CPU (llama.cpp builds for
+    it).
+    """
     patches = upstream.patchset_digest() if patched else "unpatched"
     parts = (upstream.pin().sdist_sha256, patches, backend, *CMAKE_FLAGS, *BACKEND_FLAGS[backend], _machine())
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -98,7 +103,9 @@ def _machine() -> str:
 
 
 def find(backend: str | None = None, patched: bool = True) -> Runtime | None:
-    """The installed runtime for this package, backend (default: the preferred one that is built) and machine."""
+    """The installed runtime for this package, backend (default: the preferred one that is built) and
+    machine.
+    """
     override = os.environ.get("MC_GGUF_RUNTIME")
     if override and patched and backend is None:
         return Runtime(Path(override), "?", True)
@@ -117,10 +124,8 @@ def require(backend: str | None = None, patched: bool = True) -> Runtime:
     if found := find(backend, patched):
         return found
     options = (f" --backend {backend}" if backend else "") + ("" if patched else " --unpatched")
-    kind = "patched" if patched else "unpatched"
-    raise RuntimeBuildError(
-        f"the {kind} llama.cpp runtime is not built for this version of mc-gguf; {upstream.BUILD_HINT}{options}"
-    )
+    what = f"the {'patched' if patched else 'unpatched'} llama.cpp runtime"
+    raise RuntimeBuildError(f"{what} is not built for this mc-gguf; {upstream.BUILD_HINT}{options}")
 
 
 def library_path(name: str) -> Path:
@@ -169,9 +174,9 @@ def _patchset(library: ctypes.CDLL) -> str | None:
 def use_in_llama_cpp() -> ModuleType:
     """Imports llama_cpp on the checked patched libraries and returns it.
 
-    llama_cpp takes libllama from LLAMA_CPP_LIB_PATH when it is imported. Raises RuntimeBuildError when it was imported
-    before with other libraries, or when any other libllama or libggml is in the process: two copies of ggml have two
-    sets of globals, and which one a call reaches depends on the order of loading.
+    llama_cpp takes libllama from LLAMA_CPP_LIB_PATH when it is imported. Raises RuntimeBuildError when it
+    was imported before with other libraries, or when any other libllama or libggml is in the process: two
+    copies of ggml have two sets of globals, and which one a call reaches depends on the order of loading.
     """
     runtime = require()
     load(runtime)
@@ -185,8 +190,9 @@ def use_in_llama_cpp() -> ModuleType:
 
 
 def _provide_ggml_module(runtime: Runtime) -> None:
-    """llama_cpp._ggml, which nothing in llama_cpp imports by itself, loads libggml from the package's own folder
-    whatever LLAMA_CPP_LIB_PATH says: put the right library in its place before somebody asks for it."""
+    """llama_cpp._ggml, which nothing in llama_cpp imports by itself, loads libggml from the package's own
+    folder whatever LLAMA_CPP_LIB_PATH says: put the right library in its place before somebody asks for
+    it."""
     name = "llama_cpp._ggml"
     if name not in sys.modules:
         module = ModuleType(name)
@@ -214,7 +220,8 @@ def mapped_libraries() -> list[Path]:
 
 
 def info() -> dict[str, Any]:
-    """What `mc-gguf runtime info` prints: versions, commit, patch digest, backends, path. Needs no runtime."""
+    """What `mc-gguf runtime info` prints: versions, commit, patch digest, backends, path. Needs no runtime.
+    """
     pin, found = upstream.pin(), find()
     return {
         "mc_gguf": __version__,

@@ -1,4 +1,6 @@
-"""Run a build's commands: output into a log file, lines to whoever shows progress, one clear error on failure."""
+"""Run a build's commands: output into a log file, lines to whoever shows progress, one clear error on
+failure.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,11 @@ class Log:
         env: Mapping[str, str] | None = None,
         on_line: Callable[[str], None] = lambda line: None,
     ) -> str:
-        """Runs `command`, stderr with stdout, and returns its output. Each line goes to the log and to `on_line`.
+        """Runs `command`, stderr with stdout, and returns its output. Each line goes to the log and to
+        `on_line`.
 
-        Raises RuntimeBuildError when it cannot start or fails; the last lines of its output are on stderr then.
+        Raises RuntimeBuildError when it cannot start or fails; the last lines of its output are on stderr
+        then.
         """
         words = [str(word) for word in command]
         output: list[str] = []
@@ -60,7 +64,9 @@ class Log:
                     on_line(line.rstrip())
         if process.returncode:
             self._show_tail(output)
-            raise RuntimeBuildError(f"{what} failed with exit code {process.returncode}; full log: {self.path}")
+            raise RuntimeBuildError(
+                f"{what} failed with exit code {process.returncode}; full log: {self.path}"
+            )
         return "".join(output)
 
     def _show_tail(self, output: Sequence[str]) -> None:
@@ -69,8 +75,9 @@ class Log:
 
 
 def git_env(folder: Path) -> dict[str, str]:
-    """The environment for git in `folder`: nothing of the user's or the system's configuration, hooks or identity, and
-    no search for a repository above (in a plain folder of another repository git would act on that one)."""
+    """The environment for git in `folder`: nothing of the user's or the system's configuration, hooks or
+    identity, and no search for a repository above (in a plain folder of another repository git would act on
+    that one)."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     identity = {"NAME": "mc_gguf", "EMAIL": "mc_gguf@localhost", "DATE": "2026-01-01T00:00:00Z"}
     for who in ("AUTHOR", "COMMITTER"):

@@ -1,8 +1,10 @@
-"""The pinned llama.cpp source: downloaded through pip, checked, unpacked from the git directory it carries, patched.
+"""The pinned llama.cpp source: downloaded through pip, checked, unpacked from the git directory it carries,
+patched.
 
-The source distribution of llama-cpp-python holds llama.cpp's git directory (.git/modules/vendor/llama.cpp). Only that is
-unpacked, with a configuration of our own, so the commit and tree that we get are verified by git's own hashes, the patches
-are applied by `git am` without fuzz, and the result is compared with the tree locked in patches/UPSTREAM.
+The source distribution of llama-cpp-python holds llama.cpp's git directory (.git/modules/vendor/llama.cpp).
+Only that is unpacked, with a configuration of our own, so the commit and tree that we get are verified by
+git's own hashes, the patches are applied by `git am` without fuzz, and the result is compared with the tree
+locked in patches/UPSTREAM.
 """
 
 from __future__ import annotations
@@ -21,14 +23,22 @@ from mc_gguf.errors import RuntimeBuildError
 from mc_gguf.runtime.shell import Log, git_env
 
 GIT_DIRECTORY = ".git/modules/vendor/llama.cpp"
-UNPACKED = ("HEAD", "packed-refs", "shallow", "objects", "refs")  # no config, no hooks, no index of the packager's
+UNPACKED = (
+    "HEAD",
+    "packed-refs",
+    "shallow",
+    "objects",
+    "refs",
+)  # no config, no hooks, no index of the packager's
 GIT_CONFIG = "[core]\n\trepositoryformatversion = 0\n\tfilemode = true\n\tbare = false\n\tautocrlf = false\n"
 STAMP = "source.complete"
 OWN_SOURCES = "mc"  # our patches/src lies here inside the patched tree
 
 
 def download(log: Log) -> Path:
-    """The source distribution in <cache>/downloads, fetched through pip unless it is there; its SHA-256 is checked."""
+    """The source distribution in <cache>/downloads, fetched through pip unless it is there; its SHA-256 is
+    checked.
+    """
     pin = upstream.pin()
     folder = upstream.cache_dir() / "downloads"
     path = folder / pin.sdist_name
@@ -53,16 +63,36 @@ def _pip_download(folder: Path, log: Log) -> None:
     """pip download, which follows the user's own index, proxy and certificate settings."""
     pin = upstream.pin()
     if importlib.util.find_spec("pip") is None:
-        raise RuntimeBuildError(f"{sys.executable} has no pip to fetch llama.cpp with; run: {sys.executable} -m ensurepip")
-    options = ["--no-deps", "--no-binary", pin.package, "--disable-pip-version-check", "--progress-bar", "off"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", folder, f"{pin.package}=={pin.version}"]
+        raise RuntimeBuildError(
+            f"{sys.executable} has no pip to fetch llama.cpp with; run: {sys.executable} -m ensurepip"
+        )
+    options = [
+        "--no-deps",
+        "--no-binary",
+        pin.package,
+        "--disable-pip-version-check",
+        "--progress-bar",
+        "off",
+    ]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        *options,
+        "--dest",
+        folder,
+        f"{pin.package}=={pin.version}",
+    ]
     # pip asks the package for its metadata: keep that from starting a native build.
     env = os.environ | {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"}
     log.run(f"downloading {pin.package} {pin.version} with pip", command, folder, env)
 
 
 def prepare(work: Path, patched: bool, log: Log) -> Path:
-    """work/source: the checked-out llama.cpp, with our patches if `patched`. A complete one is used as it is."""
+    """work/source: the checked-out llama.cpp, with our patches if `patched`. A complete one is used as it
+    is.
+    """
     source, stamp = work / "source", work / STAMP
     if stamp.is_file():
         return source
@@ -76,7 +106,9 @@ def prepare(work: Path, patched: bool, log: Log) -> Path:
 
 
 def unpack(sdist: Path, source: Path) -> None:
-    """llama.cpp's git directory out of the source distribution, to source/.git. Regular files only, no path leaves it."""
+    """llama.cpp's git directory out of the source distribution, to source/.git. Regular files only, no path
+    leaves it.
+    """
     root = PurePosixPath(sdist.name.removesuffix(".tar.gz")) / GIT_DIRECTORY
     try:
         with tarfile.open(sdist) as archive:
@@ -107,7 +139,9 @@ def check_out(source: Path, log: Log) -> None:
 
 
 def apply_patches(source: Path, log: Log) -> None:
-    """`git am` of the series, strictly (no fuzz, no three-way merge); the resulting tree must be the locked one."""
+    """`git am` of the series, strictly (no fuzz, no three-way merge); the resulting tree must be the locked
+    one.
+    """
     patches = upstream.series()
     if patches:
         strict = ("am", "--quiet", "--no-3way", "--no-gpg-sign", "--keep-cr", "--whitespace=nowarn")
@@ -122,9 +156,20 @@ def apply_patches(source: Path, log: Log) -> None:
 def _expect_tree(source: Path, log: Log, expected: str, what: str) -> None:
     found = _git(source, log, "reading the tree", "rev-parse", "HEAD^{tree}").strip()
     if found != expected:
-        raise RuntimeBuildError(f"{what} is git tree {found}, but patches/UPSTREAM says {expected or 'nothing'}")
+        raise RuntimeBuildError(
+            f"{what} is git tree {found}, but patches/UPSTREAM says {expected or 'nothing'}"
+        )
 
 
 def _git(source: Path, log: Log, what: str, *arguments: str | Path) -> str:
-    settings = ("-c", "core.hooksPath=/dev/null", "-c", "gc.auto=0", "-c", "safe.directory=*", "-c", "advice.detachedHead=false")
+    settings = (
+        "-c",
+        "core.hooksPath=/dev/null",
+        "-c",
+        "gc.auto=0",
+        "-c",
+        "safe.directory=*",
+        "-c",
+        "advice.detachedHead=false",
+    )
     return log.run(what, ["git", *settings, *arguments], source, git_env(source))
