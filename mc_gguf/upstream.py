@@ -43,13 +43,11 @@ class Upstream:
 
 
 def patches_dir() -> Path:
-    """The directory with UPSTREAM, series and the patches: inside a wheel, or at the top of the repository.
-    """
-    package = Path(__file__).resolve().parent
-    for path in (package / "_patches", package.parent / "patches"):
-        if (path / "UPSTREAM").is_file():
-            return path
-    raise RuntimeBuildError(f"the patch set is missing from {package}: reinstall mc-gguf")
+    """The directory with UPSTREAM, series and the patches; in the repository a link to its patches/."""
+    path = Path(__file__).resolve().parent / "_patches"
+    if not (path / "UPSTREAM").is_file():
+        raise RuntimeBuildError(f"the patch set is missing from {path}: reinstall mc-gguf")
+    return path
 
 
 def pin() -> Upstream:
