@@ -1,7 +1,8 @@
 """A strict reader of GGUF headers: metadata and tensor infos, nothing of the weights, no dependency.
 
-Knows GGUF (version 3, little-endian, as ggml/src/gguf.cpp of the pinned llama.cpp reads it), not what mc_gguf adds:
-that is container.py. Whatever is wrong with a file becomes a FormatError that names the key or the tensor.
+Knows GGUF (version 3, little-endian, as ggml/src/gguf.cpp of the pinned llama.cpp reads it), not what mc_gguf
+adds: that is container.py. Whatever is wrong with a file becomes a FormatError that names the key or the
+tensor.
 """
 
 from __future__ import annotations
@@ -24,15 +25,27 @@ MAX_NAME_BYTES = 63
 MAX_DIMS = 4
 
 STRING, ARRAY, UINT32, FLOAT32 = 8, 9, 4, 6
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 
 # Types that may stand in a file but that mc_gguf never writes weights in (I32 holds the expert maps).
 OTHER_TYPES = (
     GgmlType("Q4_1", 3, 32, 20), GgmlType("Q5_1", 7, 32, 24), GgmlType("Q8_1", 9, 32, 36),
-    GgmlType("Q8_K", 15, 256, 292), GgmlType("I8", 24, 1, 1), GgmlType("I16", 25, 1, 2), GgmlType("I32", 26, 1, 4),
-    GgmlType("I64", 27, 1, 8), GgmlType("F64", 28, 1, 8), GgmlType("TQ1_0", 34, 256, 54),
-    GgmlType("TQ2_0", 35, 256, 66), GgmlType("MXFP4", 39, 32, 17), GgmlType("NVFP4", 40, 64, 36),
-    GgmlType("Q1_0", 41, 128, 18), GgmlType("Q2_0", 42, 64, 18),
+    GgmlType("Q8_K", 15, 256, 292), GgmlType("I8", 24, 1, 1), GgmlType("I16", 25, 1, 2),
+    GgmlType("I32", 26, 1, 4), GgmlType("I64", 27, 1, 8), GgmlType("F64", 28, 1, 8),
+    GgmlType("TQ1_0", 34, 256, 54), GgmlType("TQ2_0", 35, 256, 66), GgmlType("MXFP4", 39, 32, 17),
+    GgmlType("NVFP4", 40, 64, 36), GgmlType("Q1_0", 41, 128, 18), GgmlType("Q2_0", 42, 64, 18),
 )  # fmt: skip
 BY_ID: dict[int, GgmlType] = {t.id: t for t in (*TYPES.values(), *OTHER_TYPES)}
 
@@ -125,7 +138,7 @@ class _Parser:
             raise self.fail("no GGUF magic; this is not a GGUF file")
         version = self.scalar("<I")
         if version != VERSION:
-            raise self.fail(f"GGUF version {version:#x}; only little-endian files of version {VERSION} are supported")
+            raise self.fail(f"GGUF version {version:#x}; only version {VERSION}, little-endian, is supported")
         n_tensor, n_kv = self.scalar("<Q"), self.scalar("<Q")
         kv = self.metadata(n_kv)
         alignment = kv["general.alignment"].value if "general.alignment" in kv else DEFAULT_ALIGNMENT
@@ -133,13 +146,14 @@ class _Parser:
             raise FormatError(f"{self.path}: key general.alignment: {alignment!r} is not a power of two")
         infos = self.infos(n_tensor, alignment)
         data_offset = pad(self.position, alignment)
-        tensors = {t.name: TensorEntry(t.name, t.shape, t.type, data_offset + t.offset, t.n_bytes) for t in infos}
+        tensors = {
+            t.name: TensorEntry(t.name, t.shape, t.type, data_offset + t.offset, t.n_bytes) for t in infos
+        }
         for tensor in tensors.values():
             if tensor.offset + tensor.n_bytes > self.size:
-                raise FormatError(
-                    f"{self.path}: tensor {tensor.name}: ends at byte {tensor.offset + tensor.n_bytes}, the file "
-                    f"has {self.size}; it is truncated"
-                )
+                self.where = f"tensor {tensor.name}"
+                end = tensor.offset + tensor.n_bytes
+                raise self.fail(f"ends at byte {end}, the file has {self.size}; it is truncated")
         return GgufHeader(self.path, kv, tensors, alignment, data_offset, self.size)
 
     def metadata(self, n_kv: int) -> dict[str, Value]:
@@ -207,6 +221,8 @@ class _Parser:
             raise self.fail(f"unknown tensor type {type_id}")
         kind = BY_ID[type_id]
         if shape[0] % kind.block_size:
-            raise self.fail(f"rows of {shape[0]} are not a multiple of the {kind.block_size} weights of a {kind.name} block")
+            raise self.fail(
+                f"rows of {shape[0]} are no multiple of {kind.block_size}, the block of {kind.name}"
+            )
         n_bytes = kind.row_bytes(shape[0]) * prod(shape[1:])
         return TensorEntry(name, shape, kind, self.scalar("<Q"), n_bytes)

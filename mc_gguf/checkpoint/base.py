@@ -19,15 +19,20 @@ SAMPLE_BYTES = 4096
 SAMPLES_PER_TENSOR = 3
 
 # Written anew by mc_gguf into every output, so never copied.
-_NOT_COPIED = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment")
+_NOT_COPIED = (
+    "general.architecture",
+    "general.file_type",
+    "general.quantization_version",
+    "general.alignment",
+)
 _NOT_COPIED_PREFIXES = ("split.", "mc_gguf.")
 
 
 class Checkpoint(Protocol):
     """A 16/32-bit MoE model whose weights are read one at a time. Names, order and permutations are GGUF's.
 
-    `hparams` is the GGUF metadata of the architecture without its prefix ("attention.head_count", "rope.freq_base",
-    "expert_used_count", ...). Reading raises SourceError.
+    `hparams` is the GGUF metadata of the architecture without its prefix ("attention.head_count",
+    "rope.freq_base", "expert_used_count", ...). Reading raises SourceError.
     """
 
     info: ModelInfo
@@ -36,7 +41,7 @@ class Checkpoint(Protocol):
     add_bos: bool
 
     def copy_kv(self, writer: Any) -> None:
-        """Add all metadata of the source that an output keeps to a gguf.GGUFWriter, always in the same order."""
+        """Add the metadata that an output keeps to a gguf.GGUFWriter, always in the same order."""
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """A whole tensor that is not an expert stack, numpy order: (rows, cols) or (n,)."""
@@ -106,9 +111,15 @@ def bos_of(kv: Mapping[str, Value]) -> tuple[int | None, bool]:
 
 
 def make_info(
-    path: Path, kv: Mapping[str, Value], architecture: str, tensors: Sequence[TensorSpec], samples: Iterable[bytes]
+    path: Path,
+    kv: Mapping[str, Value],
+    architecture: str,
+    tensors: Sequence[TensorSpec],
+    samples: Iterable[bytes],
 ) -> ModelInfo:
-    """ModelInfo of a source, after checking that it is a MoE model of the kind mc_gguf can treat. SourceError if not."""
+    """ModelInfo of a source, after checking that it is a MoE model of the kind mc_gguf can treat. SourceError
+    if not.
+    """
     hparams = hparams_of(kv, architecture)
     n_layer, n_expert, n_used = (
         int(hparams.get(key, 0)) for key in ("block_count", "expert_count", "expert_used_count")
@@ -116,22 +127,28 @@ def make_info(
     specs = {t.name: t for t in tensors}
     layers = [i for i in range(n_layer) if expert_tensor_name(i, "down") in specs]
     if not n_expert or not n_used or not layers:
-        raise SourceError(f"{path} is no Mixture-of-Experts model with routed experts ({architecture}); nothing to do")
-    n_embd, n_ff, _ = specs[expert_tensor_name(layers[0], "gate")].shape if (
-        expert_tensor_name(layers[0], "gate") in specs
-    ) else (0, 0, 0)
+        raise SourceError(
+            f"{path} is no Mixture-of-Experts model with routed experts ({architecture}); nothing to do"
+        )
+    n_embd, n_ff, _ = (
+        specs[expert_tensor_name(layers[0], "gate")].shape
+        if (expert_tensor_name(layers[0], "gate") in specs)
+        else (0, 0, 0)
+    )
     for layer in layers:
         for projection in PROJECTIONS:
             name = expert_tensor_name(layer, projection)
             expected = (n_ff, n_embd, n_expert) if projection == "down" else (n_embd, n_ff, n_expert)
             if name not in specs or specs[name].shape != expected:
                 found = specs[name].shape if name in specs else "nothing"
-                raise SourceError(f"{path}: expected {name} of shape {list(expected)}, found {found}; not supported")
+                raise SourceError(
+                    f"{path}: expected {name} of shape {list(expected)}, found {found}; not supported"
+                )
     kept = copied(kv)
     return ModelInfo(
-        architecture=architecture, n_layer=n_layer, n_expert=n_expert, n_expert_used=n_used, n_embd=n_embd, n_ff=n_ff,
-        fingerprint=fingerprint(kept, architecture, tensors, samples), kv_bytes=kv_size(kept, architecture),
-        n_kv=len(kept) + 1, tensors=tuple(tensors),
+        architecture=architecture, n_layer=n_layer, n_expert=n_expert, n_expert_used=n_used, n_embd=n_embd,
+        n_ff=n_ff, fingerprint=fingerprint(kept, architecture, tensors, samples), kv_bytes=kv_size(kept,
+        architecture), n_kv=len(kept) + 1, tensors=tuple(tensors),
     )  # fmt: skip
 
 
@@ -140,8 +157,9 @@ def fingerprint(
 ) -> str:
     """SHA-256 over the metadata, the tensors' names, shapes and types, and samples of the weights.
 
-    The samples are SAMPLE_BYTES at the start, the middle and the end of every stored tensor (GGUF: of every expert),
-    because hashing 90 GB takes longer than quantizing some of it. A change between the samples goes unseen.
+    The samples are SAMPLE_BYTES at the start, the middle and the end of every stored tensor (GGUF: of every
+    expert), because hashing 90 GB takes longer than quantizing some of it. A change between the samples goes
+    unseen.
     """
     digest = hashlib.sha256(architecture.encode())
     for key in sorted(kv):

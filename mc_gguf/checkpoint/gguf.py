@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,11 @@ class GgufCheckpoint:
             raise SourceError(f"{path} has no key general.architecture; it is no model")
         specs = [TensorSpec(e.name, e.shape, e.type.name) for _, e in self._entries.values()]
         if quantized := next((s for s in specs if s.type not in _FLOATS), None):
-            raise SourceError(f"{path}: {quantized.name} is {quantized.type}; give the 16-bit or 32-bit model")
+            raise SourceError(
+                f"{path}: {quantized.name} is {quantized.type}; give the 16-bit or 32-bit model"
+            )
         self._kv = copied(kv)
-        self.hparams = hparams_of(kv, architecture)
+        self.hparams: Mapping[str, Any] = hparams_of(kv, architecture)
         self.bos_id, self.add_bos = bos_of(kv)
         self.info = make_info(path, kv, architecture, specs, self._samples())
 
@@ -109,10 +111,14 @@ def _open_shards(path: Path) -> list[GgufHeader]:
             return [header]
         match = _SHARD_NAME.fullmatch(path.name)
         if match is None or int(match["count"]) != count:
-            raise SourceError(f"{path} is one of {count} shards, but is not named like ...-00001-of-{count:05d}.gguf")
+            raise SourceError(
+                f"{path} is one of {count} shards, but is not named like ...-00001-of-{count:05d}.gguf"
+            )
         paths = [path.with_name(f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
         if missing := [p.name for p in paths if not p.is_file()]:
-            raise SourceError(f"{path.parent} lacks {len(missing)} of {count} shards: {', '.join(missing[:5])}")
+            raise SourceError(
+                f"{path.parent} lacks {len(missing)} of {count} shards: {', '.join(missing[:5])}"
+            )
         headers = [read_header(p) for p in paths]
     except FormatError as error:
         raise SourceError(str(error)) from error

@@ -1,15 +1,16 @@
 """A Hugging Face checkpoint directory, read through llama.cpp's own converter.
 
-The converter (conversion/ of the pinned source) decides names, metadata, tokenizer and permutations. It builds a tree
-of lazy tensors; here the tree is kept and evaluated one tensor, or one expert of a stack, at a time and without the
-cache that LazyBase.to_eager leaves in every node. Weights are mapped only while they are copied.
+The converter (conversion/ of the pinned source) decides names, metadata, tokenizer and permutations. It
+builds a tree of lazy tensors; here the tree is kept and evaluated one tensor, or one expert of a stack, at a
+time and without the cache that LazyBase.to_eager leaves in every node. Weights are mapped only while they are
+copied.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +22,20 @@ from numpy.typing import NDArray
 from mc_gguf.artifacts import PROJECTIONS, TensorSpec, expert_tensor_name
 from mc_gguf.checkpoint.base import add_values, bos_of, copied, hparams_of, make_info, sample_offsets
 from mc_gguf.errors import SourceError
-from mc_gguf.gguf_file import Value
+from mc_gguf.gguf_file import FLOAT32, Value
 from mc_gguf.upstream import load_conversion, load_gguf
 
 # What upstream's converter raises on checkpoints it cannot take.
-_CONVERTER_ERRORS = (NotImplementedError, ValueError, KeyError, TypeError, IndexError, AssertionError, OSError, ImportError)
+_CONVERTER_ERRORS = (
+    NotImplementedError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AssertionError,
+    OSError,
+    ImportError,
+)
 
 
 class HfCheckpoint:
@@ -45,11 +55,15 @@ class HfCheckpoint:
         infos: dict[str, Any] = writer.tensors[0]
         unknown = [name for name in infos if name not in self._lazy]
         if unknown:
-            raise SourceError(f"{path}: {unknown[0]} is stored quantized; give the 16-bit or 32-bit checkpoint")
+            raise SourceError(
+                f"{path}: {unknown[0]} is stored quantized; give the 16-bit or 32-bit checkpoint"
+            )
         self._types = {name: info.dtype.name for name, info in infos.items()}
-        specs = [TensorSpec(n, tuple(int(d) for d in reversed(i.shape)), i.dtype.name) for n, i in infos.items()]
+        specs = [
+            TensorSpec(n, tuple(int(d) for d in reversed(i.shape)), i.dtype.name) for n, i in infos.items()
+        ]
         self._kv = copied(kv)
-        self.hparams = hparams_of(kv, architecture)
+        self.hparams: Mapping[str, Any] = hparams_of(kv, architecture)
         self.bos_id, self.add_bos = bos_of(kv)
         self.info = make_info(path, kv, architecture, specs, _samples(stored))
         self._experts = self._expert_parts()
@@ -94,7 +108,9 @@ class HfCheckpoint:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        """tokenizers.Tokenizer of tokenizer.json; without that file, what transformers makes of the directory."""
+        """tokenizers.Tokenizer of tokenizer.json; without that file, what transformers makes of the
+        directory.
+        """
         file = self._path / "tokenizer.json"
         if file.is_file():
             from tokenizers import Tokenizer
@@ -109,7 +125,9 @@ class HfCheckpoint:
 
 
 def _convert(path: Path, conversion: ModuleType) -> tuple[Any, dict[str, Any]]:
-    """Run the converter up to, not including, the writing: (its model object, lazy float tensors by GGUF name)."""
+    """Run the converter up to, not including, the writing: (its model object, lazy float tensors by GGUF
+    name).
+    """
     gguf = load_gguf()
     logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
     logging.getLogger("gguf").setLevel(logging.ERROR)
@@ -122,7 +140,9 @@ def _convert(path: Path, conversion: ModuleType) -> tuple[Any, dict[str, Any]]:
             lazy[new_name] = tensor
             yield new_name, tensor
 
-    recording = type(base.__name__, (base,), {"model_arch": base.model_arch, "modify_tensors": modify_tensors})
+    recording = type(
+        base.__name__, (base,), {"model_arch": base.model_arch, "modify_tensors": modify_tensors}
+    )
     # The output name is never opened; a name that is no directory keeps upstream from composing one.
     model = recording(path, gguf.LlamaFileType.GUESSED, path / "none.gguf", hparams=hparams)
     model.prepare_tensors()
@@ -151,11 +171,15 @@ def _evaluate_f32(node: Any, name: str) -> NDArray[np.float32]:
 def _plain_value(value: Any) -> Value:
     """A gguf-py GGUFValue as our Value; text as str, which some of upstream's tokenizers give as bytes."""
     data = value.value
+    if int(value.type) == FLOAT32:  # as it will be stored
+        return Value(FLOAT32, float(np.float32(data)))
     item = None if value.sub_type is None else int(value.sub_type)
     if isinstance(data, list | tuple):
         data = [_text(x) for x in data]
         if item is None and data:
             item = int(load_gguf().GGUFValueType.get_type(data[0]))
+    if item == FLOAT32:
+        data = np.asarray(data, dtype=np.float32).tolist()
     return Value(int(value.type), _text(data), item)
 
 
@@ -172,8 +196,12 @@ def _one_line(error: BaseException) -> str:
 def _shards(path: Path) -> list[Path]:
     """The safetensors shards, after checking that everything a conversion needs is there."""
     if not (path / "config.json").is_file():
-        raise SourceError(f"{path} has no config.json; give a Hugging Face checkpoint directory or a GGUF file")
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")):
+        raise SourceError(
+            f"{path} has no config.json; give a Hugging Face checkpoint directory or a GGUF file"
+        )
+    if not any(
+        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
+    ):
         raise SourceError(f"{path} has no tokenizer (tokenizer.json or tokenizer.model); download it too")
     index = path / "model.safetensors.index.json"
     if not index.is_file():
@@ -197,7 +225,9 @@ def _stored_tensors(shards: list[Path]) -> dict[str, tuple[Path, int, int]]:
         with shard.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
-                raise SourceError(f"{shard} is truncated: its header alone needs {8 + length} bytes, it has {size}")
+                raise SourceError(
+                    f"{shard} is truncated: its header alone needs {8 + length} bytes, it has {size}"
+                )
             text = file.read(length)
         try:
             header = json.loads(text)
@@ -205,7 +235,9 @@ def _stored_tensors(shards: list[Path]) -> dict[str, tuple[Path, int, int]]:
                 start, end = header[name]["data_offsets"]
                 found[name] = (shard, 8 + length + start, end - start)
                 if 8 + length + end > size:
-                    raise SourceError(f"{shard} is truncated: {name} ends at byte {8 + length + end} of {size}")
+                    raise SourceError(
+                        f"{shard} is truncated: {name} ends at byte {8 + length + end} of {size}"
+                    )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceError(f"{shard} has a damaged safetensors header; download it again") from error
     return found

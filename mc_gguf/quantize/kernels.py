@@ -1,8 +1,8 @@
 """ggml's own quantizers on numpy arrays: rows in, blocks out, and back.
 
-Every row is quantized on its own, so the bytes do not depend on how the rows are spread over threads; ctypes releases
-the GIL while ggml works. What ggml would answer with abort() (weights that are not finite, a missing importance
-matrix, rows that are not whole blocks) is refused here first.
+Every row is quantized on its own, so the bytes do not depend on how the rows are spread over threads; ctypes
+releases the GIL while ggml works. What ggml would answer with abort() (weights that are not finite, a missing
+importance matrix, rows that are not whole blocks) is refused here first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from mc_gguf import runtime
 from mc_gguf.errors import McError
 from mc_gguf.ggml_types import ggml_type
 
-# Rows are handed to a thread in pieces of about this many weights: small enough to balance, large enough to not matter.
+# Rows are handed to a thread in pieces of about this many weights: small enough to balance, large enough to
+# not matter.
 _PIECE_WEIGHTS = 1 << 20
 
 _initialised: set[str] = set()
@@ -47,7 +48,8 @@ def _ggml() -> ctypes.CDLL:
     library.ggml_quantize_init.argtypes = [ctypes.c_int]
     library.ggml_quantize_init.restype = None
     library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64,
+        ctypes.c_void_p,
     ]  # fmt: skip
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
@@ -61,7 +63,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def init(types: Iterable[str]) -> None:
-    """Build ggml's lookup tables of `types` (seconds for some IQ types). Idempotent, safe from several threads."""
+    """Build ggml's lookup tables of `types` (seconds for some IQ types). Idempotent, safe from several
+    threads.
+    """
     with _init_lock:
         for name in types:
             kind = ggml_type(name)
@@ -73,11 +77,12 @@ def init(types: Iterable[str]) -> None:
 def quantize_rows(
     weights: NDArray[np.float32], type_name: str, imatrix: NDArray[np.float32] | None, threads: int
 ) -> NDArray[np.uint8]:
-    """Quantize `weights` (rows, cols) to `type_name`; returns (rows, bytes of a row). The same for any `threads`.
+    """Quantize `weights` (rows, cols) to `type_name`; returns (rows, bytes of a row). The same for any
+    `threads`.
 
-    `imatrix` (cols,) is the mean squared input of each column; types that need one refuse None. Columns with an
-    importance of 0 get the smallest positive one (all ones when there is none): ggml aborts on blocks of zeros.
-    Raises McError when a row is not a whole number of blocks or a value is not finite.
+    `imatrix` (cols,) is the mean squared input of each column; types that need one refuse None. Columns with
+    an importance of 0 get the smallest positive one (all ones when there is none): ggml aborts on blocks of
+    zeros. Raises McError when a row is not a whole number of blocks or a value is not finite.
     """
     kind = ggml_type(type_name)
     rows, cols = weights.shape
@@ -106,7 +111,9 @@ def _quantize_piece(
 ) -> None:
     piece, target = source[start : start + step], output[start : start + step]
     if not np.isfinite(piece).all():
-        raise McError(f"weights in rows {start} to {start + len(piece) - 1} are not finite; the source is damaged")
+        raise McError(
+            f"weights in rows {start} to {start + len(piece) - 1} are not finite; the source is damaged"
+        )
     if type_id == 0:  # F32: ggml_quantize_chunk copies too, but only for aligned destinations
         target[:] = piece.view(np.uint8)
         return
@@ -137,11 +144,13 @@ def _checked_imatrix(
 
 
 def dequantize_rows(data: NDArray[np.uint8], type_name: str, cols: int, rows: int) -> NDArray[np.float32]:
-    """The weights (rows, cols) that blocks of `type_name` stand for, by ggml's to_float. Raises McError on a wrong size."""
+    """The weights (rows, cols) that blocks of `type_name` stand for, by ggml's to_float. Raises McError on a
+    wrong size.
+    """
     kind = ggml_type(type_name)
     source = np.ascontiguousarray(data, dtype=np.uint8).reshape(-1)
     if source.nbytes != rows * kind.row_bytes(cols):
-        raise McError(f"{rows} x {cols} weights of {kind.name} take {rows * kind.row_bytes(cols)} bytes, not {source.nbytes}")
+        raise McError(f"{rows} x {cols} weights of {kind.name} do not take {source.nbytes} bytes")
     if kind.id == 0:
         return source.view(np.float32).reshape(rows, cols).copy()
     init([kind.name])

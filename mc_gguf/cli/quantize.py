@@ -1,0 +1,42 @@
+"""`mc-gguf quantize`: carry a plan out on a source model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The GGUF to write.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Calibration file with the importance matrices.  [default: the plan's, found beside the plan]",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all cores]")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed.")
+def command(
+    source: Path, plan: Path, output: Path, calibration: Path | None, threads: int | None, resume: bool
+) -> None:
+    """Quantize SOURCE (HF directory or 16-bit GGUF) by PLAN into one GGUF.
+
+    A killed run is continued by the same command and gives the same bytes.
+    """
+    from mc_gguf.artifacts import Plan
+    from mc_gguf.checkpoint import open_checkpoint
+    from mc_gguf.progress import progress
+    from mc_gguf.quantize import find_calibration, quantize
+    from mc_gguf.units import format_size
+
+    the_plan = Plan.load(plan)
+    statistics = find_calibration(the_plan, plan.parent, calibration)
+    with progress("quantize", unit="M weights") as bar:
+        model = quantize(
+            open_checkpoint(source), statistics, the_plan, output, threads or os.cpu_count() or 1, bar, resume
+        )
+    size = format_size(model.header.file_bytes)
+    click.echo(f"{output}: {size}, {model.expert_bpw:.4f} bits per expert weight")

@@ -1,0 +1,31 @@
+"""The mixed-expert GGUF (docs/format.md): names, metadata, exact sizes, header, reading, validation.
+
+The only package that knows a metadata key of ours. It lays a file out and reads it back; it neither quantizes
+nor decides. A file is trusted only after every rule of the specification held.
+"""
+
+from __future__ import annotations
+
+from mc_gguf.container.layout import (
+    OutputTensor,
+    expert_bpw,
+    file_bytes,
+    fixed_type,
+    header,
+    layout,
+    total_bytes,
+)
+from mc_gguf.container.reader import MixedGguf, describe, validate
+
+__all__ = [
+    "MixedGguf",
+    "OutputTensor",
+    "describe",
+    "expert_bpw",
+    "file_bytes",
+    "fixed_type",
+    "header",
+    "layout",
+    "total_bytes",
+    "validate",
+]

@@ -1,0 +1,207 @@
+"""Laying out a mixed-expert GGUF: which tensors, in which order, at which offsets, and the header's bytes."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mc_gguf.artifacts import PROJECTIONS, FixedTypes, ModelInfo, TensorSpec, expert_tensor_name
+from mc_gguf.checkpoint import Checkpoint
+from mc_gguf.container.keys import (
+    FINGERPRINT,
+    FORMAT_VERSION,
+    KEY_CALIBRATION,
+    KEY_EXPERT_BPW,
+    KEY_PLAN,
+    KEY_VERSION,
+    MAX_GROUPS,
+)
+from mc_gguf.errors import FormatError, McError
+from mc_gguf.ggml_types import SIXTEEN_BIT, TYPES, GgmlType, ggml_type
+from mc_gguf.gguf_file import BY_ID, DEFAULT_ALIGNMENT, pad
+
+_FINGERPRINT_BYTES = 64
+# Every key we add, with the bytes of its value.
+_OWN_KEYS = {
+    "general.file_type": 4, "general.quantization_version": 4, KEY_VERSION: 4, KEY_EXPERT_BPW: 4,
+    KEY_PLAN: 8 + _FINGERPRINT_BYTES, KEY_CALIBRATION: 8 + _FINGERPRINT_BYTES,
+}  # fmt: skip
+_QUANTIZATION_VERSION = 2
+# llama_ftype of a file that is mostly of one type; 1024 is LLAMA_FTYPE_GUESSED.
+_FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17,
+    "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ2_S":
+    28, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32,
+}  # fmt: skip
+_GUESSED = 1024
+
+ExpertTypes = Mapping[str, Sequence[Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of an output: what to write and where. `experts` in the order of their slices; None: no
+    experts.
+
+    `map` holds (group, position) of every expert when the tensor is a map. Shape in ggml order, offset in the
+    file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: GgmlType
+    offset: int
+    source: TensorSpec
+    experts: tuple[int, ...] | None = None
+    map: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        return self.type.row_bytes(self.shape[0]) * math.prod(self.shape[1:])
+
+
+def layout(info: ModelInfo, experts: ExpertTypes, fixed: FixedTypes) -> tuple[OutputTensor, ...]:
+    """All tensors of the output in file order, with their offsets. `experts` is indexed like Plan.experts.
+
+    Raises McError when a type is unknown or does not fit the rows, or a row of `experts` is missing.
+    """
+    rows = {
+        expert_tensor_name(layer, projection): _expert_row(info, experts, projection, index)
+        for index, layer in enumerate(info.expert_layers)
+        for projection in PROJECTIONS
+    }
+    keep_f32 = any(t.type in SIXTEEN_BIT for t in info.tensors)
+    entries: list[OutputTensor] = []
+    for spec in info.tensors:
+        if spec.name in rows:
+            entries += _expert_tensors(spec, rows[spec.name])
+        else:
+            kind = fixed_type(spec, fixed, keep_f32)
+            entries.append(OutputTensor(spec.name, spec.shape, kind, 0, spec))
+    offset = header_bytes(info, entries)
+    placed = []
+    for entry in entries:
+        placed.append(replace(entry, offset=offset))
+        offset += pad(entry.n_bytes, DEFAULT_ALIGNMENT)
+    return tuple(placed)
+
+
+def _expert_row(info: ModelInfo, experts: ExpertTypes, projection: str, index: int) -> tuple[GgmlType, ...]:
+    row = experts[projection][index] if index < len(experts.get(projection, ())) else ()
+    if len(row) != info.n_expert:
+        raise McError(
+            f"the plan gives {len(row)} types for {projection} in layer {info.expert_layers[index]}, "
+            f"the model has {info.n_expert} experts there"
+        )
+    return tuple(ggml_type(name) for name in row)
+
+
+def _expert_tensors(spec: TensorSpec, row: Sequence[GgmlType]) -> list[OutputTensor]:
+    """The stock tensor when all experts share a type, else the map and one tensor per type, ascending ids."""
+    cols, rows, n_expert = spec.shape
+    kinds = sorted(set(row), key=lambda kind: kind.id)
+    if len(kinds) == 1:
+        return [OutputTensor(spec.name, spec.shape, kinds[0], 0, spec, tuple(range(n_expert)))]
+    if len(kinds) > MAX_GROUPS:
+        raise McError(f"{spec.name} would need {len(kinds)} groups; {MAX_GROUPS} are possible")
+    members = [tuple(e for e in range(n_expert) if row[e] == kind) for kind in kinds]
+    places = {e: (g, position) for g, group in enumerate(members) for position, e in enumerate(group)}
+    table = tuple(places[e] for e in range(n_expert))
+    groups = [
+        OutputTensor(f"{spec.name}.{g}", (cols, rows, len(group)), kinds[g], 0, spec, group)
+        for g, group in enumerate(members)
+    ]
+    return [OutputTensor(f"{spec.name}.map", (2, n_expert), BY_ID[26], 0, spec, None, table), *groups]
+
+
+def fixed_type(spec: TensorSpec, fixed: FixedTypes, keep_f32: bool = True) -> GgmlType:
+    """The type of a tensor that is not an expert stack.
+
+    F32: one-dimensional, the router, biases, and (`keep_f32`, for 16-bit sources) whatever the source holds
+    as F32. Rows that are no whole number of blocks fall back to Q8_0, then to F16.
+    """
+    if (
+        len(spec.shape) == 1 or "ffn_gate_inp" in spec.name or not spec.name.endswith(".weight")
+        or (keep_f32 and spec.type == "F32")
+    ):  # fmt: skip
+        return TYPES["F32"]
+    if spec.name in ("token_embd.weight", "output.weight"):
+        wanted = fixed.token_embd if spec.name.startswith("token_embd") else fixed.output
+    else:
+        wanted = fixed.attn_kv if spec.name.endswith(("attn_k.weight", "attn_v.weight")) else fixed.attn
+    for name in (wanted, "Q8_0"):
+        if spec.shape[0] % ggml_type(name).block_size == 0:
+            return ggml_type(name)
+    return TYPES["F16"]
+
+
+def header_bytes(info: ModelInfo, tensors: Sequence[OutputTensor]) -> int:
+    """Size of the header with its padding: the offset of the first tensor."""
+    own = sum(8 + len(key) + 4 + size for key, size in _OWN_KEYS.items())
+    infos = sum(8 + len(t.name.encode()) + 4 + 8 * len(t.shape) + 4 + 8 for t in tensors)
+    return pad(24 + info.kv_bytes + own + infos, DEFAULT_ALIGNMENT)
+
+
+def total_bytes(tensors: Sequence[OutputTensor]) -> int:
+    """Size of the file that `layout` describes."""
+    return tensors[-1].offset + pad(tensors[-1].n_bytes, DEFAULT_ALIGNMENT)
+
+
+def file_bytes(info: ModelInfo, experts: ExpertTypes, fixed: FixedTypes) -> int:
+    """Exact size of the file that quantize writes for these types. Raises McError like `layout`."""
+    return total_bytes(layout(info, experts, fixed))
+
+
+def expert_bpw(tensors: Sequence[OutputTensor]) -> float:
+    """Average storage bits of the routed experts' weights, maps not counted."""
+    groups = [t for t in tensors if t.experts is not None]
+    return 8 * sum(t.n_bytes for t in groups) / sum(math.prod(t.shape) for t in groups)
+
+
+def header(checkpoint: Checkpoint, tensors: Sequence[OutputTensor], plan: str, calibration: str) -> bytes:
+    """The header's bytes, padded to the first tensor. `plan` and `calibration` are SHA-256 fingerprints."""
+    for key, value in ((KEY_PLAN, plan), (KEY_CALIBRATION, calibration)):
+        if not FINGERPRINT.fullmatch(value):
+            raise FormatError(f"key {key}: {value!r} is not a SHA-256 fingerprint")
+    from mc_gguf.upstream import load_gguf
+
+    gguf = load_gguf()
+    writer = gguf.GGUFWriter(None, checkpoint.info.architecture)
+    checkpoint.copy_kv(writer)
+    writer.add_file_type(_file_type(tensors))
+    writer.add_quantization_version(_QUANTIZATION_VERSION)
+    writer.add_uint32(KEY_VERSION, FORMAT_VERSION)
+    writer.add_float32(KEY_EXPERT_BPW, expert_bpw(tensors))
+    writer.add_string(KEY_PLAN, plan)
+    writer.add_string(KEY_CALIBRATION, calibration)
+    for t in tensors:
+        kind = gguf.GGMLQuantizationType(t.type.id)
+        writer.add_tensor_info(
+            t.name, tuple(reversed(t.shape)), np.dtype(np.float32), t.n_bytes, raw_dtype=kind
+        )
+    with tempfile.TemporaryDirectory(prefix="mc-gguf-") as folder:
+        path = Path(folder) / "header"
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        data = path.read_bytes()
+    padded = data + bytes(pad(len(data), DEFAULT_ALIGNMENT) - len(data))
+    if len(padded) != tensors[0].offset:
+        raise FormatError(f"the header takes {len(padded)} bytes where {tensors[0].offset} were computed")
+    return padded
+
+
+def _file_type(tensors: Sequence[OutputTensor]) -> int:
+    """llama_ftype of the type that holds most expert weights."""
+    weights: dict[str, int] = {}
+    for t in tensors:
+        if t.experts is not None:
+            weights[t.type.name] = weights.get(t.type.name, 0) + math.prod(t.shape)
+    major = max(sorted(weights), key=lambda name: weights[name])
+    return _FILE_TYPES.get(major, _GUESSED)

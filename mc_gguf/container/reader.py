@@ -1,0 +1,121 @@
+"""Reading a GGUF's experts, ours or plain: where each expert's matrix lies and what type it has."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf.artifacts import PROJECTIONS
+from mc_gguf.container.keys import KEY_CALIBRATION, KEY_PLAN, KEY_VERSION
+from mc_gguf.container.validate import Slices, Validator, average_bits
+from mc_gguf.errors import FormatError
+from mc_gguf.ggml_types import GgmlType
+from mc_gguf.gguf_file import GgufHeader, read_header
+
+
+class MixedGguf:
+    """A GGUF, ours or plain, opened for reading: `slices[layer, projection]` lists the experts' slices.
+
+    A plain GGUF is one without KEY_VERSION; stacks it names otherwise than gate, up and down are not listed.
+    """
+
+    def __init__(self, header: GgufHeader, slices: Slices) -> None:
+        self.header, self.slices = header, slices
+
+    @classmethod
+    def open(cls, path: Path) -> MixedGguf:
+        """Read and validate. Raises FormatError that names what is wrong."""
+        header = read_header(path)
+        return cls(header, Validator(header).slices())
+
+    @property
+    def is_ours(self) -> bool:
+        return KEY_VERSION in self.header.kv
+
+    @property
+    def is_mixed(self) -> bool:
+        return any(name.endswith(".map") for name in self.header.tensors)
+
+    @property
+    def architecture(self) -> str:
+        return str(self.header.get("general.architecture", ""))
+
+    @property
+    def plan_fingerprint(self) -> str | None:
+        value: str | None = self.header.get(KEY_PLAN)
+        return value
+
+    @property
+    def calibration_fingerprint(self) -> str | None:
+        value: str | None = self.header.get(KEY_CALIBRATION)
+        return value
+
+    @property
+    def expert_bpw(self) -> float | None:
+        """Average storage bits of the routed experts' weights; None without experts."""
+        return average_bits(self.slices)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with routed experts, ascending."""
+        return tuple(sorted({layer for layer, _ in self.slices}))
+
+    def type_of(self, layer: int, projection: str, expert: int) -> GgmlType:
+        return self.slices[layer, projection][expert].type
+
+    def data(self, layer: int, projection: str, expert: int) -> NDArray[np.uint8]:
+        """The stored blocks of one expert, mapped: (rows, bytes of a row)."""
+        part = self.slices[layer, projection][expert]
+        flat = self._mapped[part.offset : part.offset + part.n_bytes]
+        return flat.reshape(part.shape[1], -1)
+
+    def tensor_data(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of any tensor, mapped."""
+        entry = self.header.tensors[name]
+        return self._mapped[entry.offset : entry.offset + entry.n_bytes]
+
+    @cached_property
+    def _mapped(self) -> NDArray[np.uint8]:
+        return np.memmap(self.header.path, dtype=np.uint8, mode="r")
+
+
+def validate(path: Path) -> MixedGguf:
+    """Check a file of ours against docs/format.md and return it opened. A plain GGUF is refused too."""
+    model = MixedGguf.open(path)
+    if not model.is_ours:
+        raise FormatError(f"{path}: key {KEY_VERSION} is missing; mc_gguf did not write this file")
+    return model
+
+
+def describe(model: MixedGguf) -> dict[str, Any]:
+    """What `mc-gguf inspect --json` prints."""
+    rows = [
+        {
+            "layer": layer,
+            "experts": [
+                {p: model.type_of(layer, p, e).name for p in PROJECTIONS if (layer, p) in model.slices}
+                for e in range(max(len(model.slices.get((layer, p), ())) for p in PROJECTIONS))
+            ],
+        }
+        for layer in model.layers
+    ]
+    return {
+        "path": str(model.header.path), "file_bytes": model.header.file_bytes, "architecture":
+        model.architecture, "format_version": model.header.get(KEY_VERSION), "mixed": model.is_mixed,
+        "expert_bpw": model.expert_bpw, "plan_fingerprint": model.plan_fingerprint, "calibration_fingerprint":
+        model.calibration_fingerprint, "tensors": _type_totals(model), "layers": rows,
+    }  # fmt: skip
+
+
+def _type_totals(model: MixedGguf) -> dict[str, dict[str, int]]:
+    """Tensors and bytes per ggml type, the experts' and all others'."""
+    totals: dict[str, dict[str, int]] = {}
+    for entry in model.header.tensors.values():
+        row = totals.setdefault(entry.type.name, {"tensors": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["bytes"] += entry.n_bytes
+    return dict(sorted(totals.items()))

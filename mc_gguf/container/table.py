@@ -1,0 +1,68 @@
+"""The description of a GGUF as text for people: a line per layer, a column per expert."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mc_gguf.artifacts import PROJECTIONS
+from mc_gguf.units import format_size
+
+
+def render(description: Mapping[str, Any]) -> str:
+    """The text that `mc-gguf inspect` prints for what container.describe returns."""
+    kind = "mixed-expert GGUF" if description["mixed"] else "plain GGUF"
+    bpw = description["expert_bpw"]
+    lines = [
+        f"{description['path']}: {kind}, {description['architecture']}, {format_size(description['file_bytes'])}"
+        f" ({description['file_bytes']} bytes)",
+        "no routed experts" if bpw is None else f"{bpw:.4f} bits per expert weight",
+    ]
+    lines += [
+        f"{name} {description[f'{name}_fingerprint']}"
+        for name in ("plan", "calibration")
+        if description[f"{name}_fingerprint"]
+    ]
+    return "\n".join([*lines, "", *_layers(description["layers"]), *_totals(description)])
+
+
+def _cell(expert: Mapping[str, str]) -> str:
+    """gate/up/down, or the type alone when it is one."""
+    types = [expert.get(p, "-") for p in PROJECTIONS]
+    return types[0] if len(set(types)) == 1 else "/".join(types)
+
+
+def _layers(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The types of every expert; layers in which all experts are alike get one cell."""
+    if not layers:
+        return []
+    rows = [[_cell(expert) for expert in layer["experts"]] for layer in layers]
+    if all(len(set(row)) == 1 for row in rows):
+        same = [
+            f"{layer['layer']:>5}  {row[0]} (all {len(row)})" for layer, row in zip(layers, rows, strict=True)
+        ]
+        return ["layer  experts (gate/up/down)", *same, ""]
+    heads = [str(e) for e in range(max(map(len, rows)))]
+    widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
+    table = [
+        f"{label:>5}  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for label, row in [
+            ("layer", heads),
+            *((str(x["layer"]), r) for x, r in zip(layers, rows, strict=True)),
+        ]
+    ]
+    return [*table, ""]
+
+
+def _totals(description: Mapping[str, Any]) -> list[str]:
+    """Per type: expert matrices of each projection, and all tensors' bytes."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for layer in description["layers"]:
+        counts.update((p, expert[p]) for expert in layer["experts"] for p in PROJECTIONS if p in expert)
+    lines = [f"{'type':8} {'gate':>6} {'up':>6} {'down':>6} {'tensors':>8} {'size':>12}"]
+    for name, total in description["tensors"].items():
+        experts = " ".join(f"{counts[p, name] or '':>6}" for p in PROJECTIONS)
+        lines.append(f"{name:8} {experts} {total['tensors']:>8} {format_size(total['bytes']):>12}")
+    return lines

@@ -1,0 +1,227 @@
+"""The rules of docs/format.md beyond GGUF's own. Each violation is a FormatError that names tensor or key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
+from mc_gguf.container.keys import (
+    FINGERPRINT,
+    FORMAT_VERSION,
+    KEY_CALIBRATION,
+    KEY_EXPERT_BPW,
+    KEY_PLAN,
+    KEY_VERSION,
+    MAX_GROUPS,
+    PART_NAME,
+    STOCK_NAME,
+)
+from mc_gguf.errors import FormatError
+from mc_gguf.ggml_types import TYPES, GgmlType
+from mc_gguf.gguf_file import FLOAT32, STRING, UINT32, GgufHeader, pad
+
+
+@dataclass(frozen=True)
+class ExpertSlice:
+    """Where one expert's matrix lies: its type, and its bytes in the file. Shape is (cols, rows)."""
+
+    type: GgmlType
+    shape: tuple[int, int]
+    offset: int
+    n_bytes: int
+
+
+Slices = Mapping[tuple[int, str], Sequence[ExpertSlice]]
+
+
+def average_bits(slices: Slices) -> float | None:
+    parts = [part for row in slices.values() for part in row]
+    weights = sum(math.prod(part.shape) for part in parts)
+    return 8 * sum(part.n_bytes for part in parts) / weights if weights else None
+
+
+class Validator:
+    """Applies the rules to one header, in the order of docs/format.md."""
+
+    def __init__(self, header: GgufHeader) -> None:
+        self.header = header
+        self.architecture = str(header.get("general.architecture", ""))
+        self.parts: dict[str, dict[str, str]] = {}
+        for name in header.tensors:
+            if match := PART_NAME.fullmatch(name):
+                self.parts.setdefault(match[1], {})[match[2]] = name
+
+    def fail(self, where: str, what: str) -> FormatError:
+        return FormatError(f"{self.header.path}: {where}: {what}")
+
+    def slices(self) -> dict[tuple[int, str], tuple[ExpertSlice, ...]]:
+        ours = KEY_VERSION in self.header.kv
+        if ours:
+            self.keys()
+        elif self.parts:
+            raise self.fail(
+                f"key {KEY_VERSION}", f"is missing, but tensor {next(iter(self.parts))} is stored in groups"
+            )
+        found: dict[tuple[int, str], tuple[ExpertSlice, ...]] = {}
+        for name in (*self.parts, *self.header.tensors):
+            if match := STOCK_NAME.fullmatch(name):
+                grouped = name in self.parts
+                if grouped and name in self.header.tensors:
+                    raise self.fail(f"tensor {name}", "is there whole and in groups; only one is possible")
+                found[int(match[1]), match[2]] = self.grouped(name) if grouped else self.stock(name)
+        if ours:
+            self.whole_file(found)
+        return dict(sorted(found.items(), key=lambda item: (item[0][0], PROJECTIONS.index(item[0][1]))))
+
+    def keys(self) -> None:
+        for key, type_id in (
+            (KEY_VERSION, UINT32),
+            (KEY_EXPERT_BPW, FLOAT32),
+            (KEY_PLAN, STRING),
+            (KEY_CALIBRATION, STRING),
+        ):
+            if key not in self.header.kv:
+                raise self.fail(f"key {key}", "is missing")
+            if self.header.kv[key].type != type_id:
+                raise self.fail(f"key {key}", f"has value type {self.header.kv[key].type}, not {type_id}")
+        if (version := self.header.get(KEY_VERSION)) != FORMAT_VERSION:
+            raise self.fail(
+                f"key {KEY_VERSION}", f"version {version} is not known; this mc_gguf reads {FORMAT_VERSION}"
+            )
+        for key in (KEY_PLAN, KEY_CALIBRATION):
+            if not FINGERPRINT.fullmatch(self.header.get(key)):
+                raise self.fail(f"key {key}", f"{self.header.get(key)!r} is not a SHA-256 fingerprint")
+
+    def n_expert(self, tensor: str) -> int:
+        key = f"{self.architecture}.expert_count"
+        count = self.header.get(key)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise self.fail(f"key {key}", f"is {count!r}, but tensor {tensor} holds experts")
+        return count
+
+    def stock(self, name: str) -> tuple[ExpertSlice, ...]:
+        entry, n_expert = self.header.tensors[name], self.n_expert(name)
+        if len(entry.shape) != 3 or entry.shape[2] != n_expert:
+            raise self.fail(
+                f"tensor {name}", f"shape {list(entry.shape)} does not end in the {n_expert} experts"
+            )
+        size = entry.n_bytes // n_expert
+        shape = entry.shape[0], entry.shape[1]
+        return tuple(ExpertSlice(entry.type, shape, entry.offset + e * size, size) for e in range(n_expert))
+
+    def grouped(self, name: str) -> tuple[ExpertSlice, ...]:
+        parts, n_expert = self.parts[name], self.n_expert(name)
+        groups = self.group_names(name, parts)
+        sizes = self.group_sizes(groups, n_expert)
+        slices = []
+        for group, position in self.places(parts["map"], sizes):
+            entry = self.header.tensors[groups[group]]
+            size = entry.n_bytes // sizes[group]
+            shape = entry.shape[0], entry.shape[1]
+            slices.append(ExpertSlice(entry.type, shape, entry.offset + position * size, size))
+        return tuple(slices)
+
+    def group_names(self, name: str, parts: Mapping[str, str]) -> list[str]:
+        """The names of the groups in order, after checking which parts there are and that they stand
+        together.
+        """
+        if "map" not in parts:
+            raise self.fail(f"tensor {name}.map", f"is missing, but {next(iter(parts.values()))} is there")
+        n_group = len(parts) - 1
+        for suffix, part in parts.items():
+            if suffix != "map" and suffix not in {str(g) for g in range(n_group)}:
+                raise self.fail(
+                    f"tensor {part}",
+                    f"is not one of the groups 0 to {n_group - 1}; one is missing or misnamed",
+                )
+        if not 2 <= n_group <= MAX_GROUPS:
+            raise self.fail(f"tensor {name}.map", f"{n_group} groups; 2 to {MAX_GROUPS} are possible")
+        expected = [parts["map"], *(parts[str(g)] for g in range(n_group))]
+        names = list(self.header.tensors)
+        start = names.index(expected[0])
+        if names[start : start + len(expected)] != expected:
+            raise self.fail(f"tensor {expected[0]}", "is not followed at once by its groups in their order")
+        return expected[1:]
+
+    def group_sizes(self, groups: Sequence[str], n_expert: int) -> list[int]:
+        entries = [self.header.tensors[name] for name in groups]
+        for entry, before in zip(entries, [None, *entries], strict=False):
+            if entry.type.name not in TYPES:
+                raise self.fail(f"tensor {entry.name}", f"type {entry.type.name} is not allowed for experts")
+            if len(entry.shape) != 3 or entry.shape[:2] != entries[0].shape[:2]:
+                raise self.fail(
+                    f"tensor {entry.name}", f"shape {list(entry.shape)} does not fit {list(entries[0].shape)}"
+                )
+            if before is not None and before.type.id >= entry.type.id:
+                raise self.fail(
+                    f"tensor {entry.name}",
+                    f"type {entry.type.name} after {before.type.name}: ids must ascend",
+                )
+        sizes = [entry.shape[2] for entry in entries]
+        if sum(sizes) != n_expert:
+            raise self.fail(
+                f"tensor {groups[0]}", f"the groups hold {sum(sizes)} experts, the model has {n_expert}"
+            )
+        return sizes
+
+    def places(self, name: str, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        """(group, position) of every expert: each in range, positions filled in ascending order of the
+        experts.
+        """
+        entry, n_expert = self.header.tensors[name], sum(sizes)
+        if entry.type.name != "I32" or entry.shape != (2, n_expert):
+            raise self.fail(
+                f"tensor {name}", f"is {entry.type.name} {list(entry.shape)}, not I32 [2, {n_expert}]"
+            )
+        flat = np.fromfile(self.header.path, dtype="<i4", count=2 * n_expert, offset=entry.offset)
+        places = [(int(g), int(p)) for g, p in flat.reshape(n_expert, 2)]
+        filled = [0] * len(sizes)
+        for expert, (group, position) in enumerate(places):
+            if not 0 <= group < len(sizes):
+                raise self.fail(f"tensor {name}", f"expert {expert} is in group {group} of {len(sizes)}")
+            if not 0 <= position < sizes[group]:
+                raise self.fail(
+                    f"tensor {name}", f"expert {expert} is at {position} of {sizes[group]} in group {group}"
+                )
+            if position != filled[group]:
+                raise self.fail(
+                    f"tensor {name}",
+                    f"expert {expert} is at {position} in group {group} instead of {filled[group]}: every "
+                    "expert once, in ascending order",
+                )
+            filled[group] += 1
+        return places
+
+    def whole_file(self, slices: Slices) -> None:
+        """What concerns more than one tensor: complete layers, the average bits, the end of the file."""
+        for layer in sorted({layer for layer, _ in slices}):
+            for projection in PROJECTIONS:
+                if (layer, projection) not in slices:
+                    raise self.fail(
+                        f"tensor {expert_tensor_name(layer, projection)}", "is missing; the others are there"
+                    )
+            self.matching_shapes(layer, slices)
+        actual, stated = average_bits(slices), self.header.get(KEY_EXPERT_BPW)
+        if actual is None or not math.isclose(actual, stated, rel_tol=1e-6):
+            raise self.fail(f"key {KEY_EXPERT_BPW}", f"says {stated}, the tensors have {actual}")
+        end = max(pad(t.offset + t.n_bytes, self.header.alignment) for t in self.header.tensors.values())
+        if self.header.file_bytes != end:
+            last = list(self.header.tensors)[-1]
+            raise self.fail(
+                f"tensor {last}", f"the file has {self.header.file_bytes} bytes; it must end at {end}"
+            )
+
+    def matching_shapes(self, layer: int, slices: Slices) -> None:
+        gate, up, down = (slices[layer, projection][0].shape for projection in PROJECTIONS)
+        if up != gate:
+            raise self.fail(
+                f"tensor {expert_tensor_name(layer, 'up')}", f"experts {up} do not fit gate's {gate}"
+            )
+        if down != gate[::-1]:
+            raise self.fail(
+                f"tensor {expert_tensor_name(layer, 'down')}", f"experts {down} do not fit gate's {gate}"
+            )

@@ -1,0 +1,200 @@
+"""A plan carried out: every tensor of the source quantized and written, one expert at a time, into one GGUF.
+
+The bytes depend on the source, the plan and the calibration only: not on the number of threads, nor on how
+often the run was killed and started again. Memory holds one tensor (the token embedding is the largest) or
+one expert matrix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf import __version__, container
+from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan, sha256_of
+from mc_gguf.checkpoint import Checkpoint
+from mc_gguf.container import OutputTensor
+from mc_gguf.errors import ArtifactError, McError, SourceError
+from mc_gguf.ggml_types import ggml_type
+from mc_gguf.progress import Progress
+from mc_gguf.quantize.journal import PartialFile
+from mc_gguf.quantize.kernels import init, quantize_rows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of the output that is made in one go: a whole tensor or one expert's slice of it."""
+
+    tensor: OutputTensor
+    offset: int
+    n_bytes: int
+    expert: int | None = None
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    plan: Plan,
+    output: Path,
+    threads: int,
+    progress: Progress | None = None,
+    resume: bool = True,
+) -> container.MixedGguf:
+    """Write `output` (see docs/format.md) and return it, opened and validated.
+
+    `calibration` gives the importance matrices; without one (published statistics) only types that need none
+    are possible. A run that was killed is continued when `resume` and everything is as before. Raises
+    ArtifactError when source, plan and calibration do not belong together, McError when a type does not fit
+    or the disk is full.
+    """
+    _check(checkpoint, calibration, plan)
+    tensors = container.layout(checkpoint.info, plan.experts, plan.fixed)
+    _check_imatrix(calibration, plan, tensors)
+    made_from = calibration.fingerprint if calibration else plan.calibration_fingerprint
+    header = container.header(checkpoint, tensors, plan.fingerprint, made_from)
+    pieces = list(_pieces(tensors))
+    key = hashlib.sha256(header + f"{checkpoint.info.fingerprint} {__version__}".encode()).hexdigest()
+    places = [(piece.offset, piece.n_bytes) for piece in pieces]
+    total = sum(_weights(piece) for piece in pieces) / 1e6
+    with PartialFile(output, key, container.total_bytes(tensors), places) as partial:
+        done = sum(_weights(piece) for piece in pieces[: partial.start(header, resume)]) / 1e6
+        init({t.type.name for t in tensors if t.map is None})
+        for piece in pieces[partial.done :]:
+            partial.write(_make(checkpoint, calibration, plan, piece, threads).tobytes())
+            done += _weights(piece) / 1e6
+            if progress:
+                progress.update(round(done, 1), round(total, 1), note=piece.tensor.name)
+        partial.verify()
+        container.validate(partial.path)
+        partial.publish()
+    return container.validate(output)
+
+
+def find_calibration(plan: Plan, folder: Path, given: Path | None = None) -> Calibration | None:
+    """The calibration that `plan` needs: the given file, else the one in `folder` with the plan's
+    fingerprint.
+
+    None when the plan comes from published statistics, which have no importance matrices. Raises
+    ArtifactError.
+    """
+    if given is not None:
+        return Calibration.load(given)
+    for path in sorted(folder.glob("*.safetensors")):
+        if sha256_of(path) == plan.calibration_fingerprint:
+            return Calibration.load(path)
+    if not plan.model_fingerprint:
+        return None
+    raise ArtifactError(
+        f"no *.safetensors in {folder} has the plan's calibration fingerprint {plan.calibration_fingerprint[:12]}...; "
+        "give it with --calibration FILE"
+    )
+
+
+def _check(checkpoint: Checkpoint, calibration: Calibration | None, plan: Plan) -> None:
+    """Source, plan and calibration must belong together. Raises ArtifactError."""
+    info = checkpoint.info
+    published = not plan.model_fingerprint
+    if not published and plan.model_fingerprint != info.fingerprint:
+        raise ArtifactError("the plan was made for another model than this source; run: mc-gguf plan")
+    if plan.layers != info.expert_layers:
+        raise ArtifactError(
+            f"the plan covers {len(plan.layers)} layers, the model has experts in {len(info.expert_layers)}; "
+            "run: mc-gguf plan"
+        )
+    if not plan.fingerprint:
+        raise ArtifactError("the plan has no fingerprint: save it before quantizing")
+    if calibration is None:
+        return
+    if calibration.model is None:
+        raise ArtifactError("published statistics have no importance matrices; run: mc-gguf calibrate")
+    if calibration.model.fingerprint != info.fingerprint:
+        raise ArtifactError(
+            "the calibration was made with another model than this source; run: mc-gguf calibrate"
+        )
+    if not published and calibration.fingerprint != plan.calibration_fingerprint:
+        raise ArtifactError(
+            "the plan was made from another calibration file; give that one or run: mc-gguf plan"
+        )
+
+
+def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[OutputTensor, ...]) -> None:
+    """Refuse what cannot be quantized for want of an importance matrix; say which experts have none."""
+    for t in tensors:
+        if t.experts is None and t.type.needs_imatrix:
+            raise McError(f"{t.name} cannot be {t.type.name}: only experts have an importance matrix")
+        if t.experts is not None and t.type.needs_imatrix and calibration is None:
+            raise ArtifactError(
+                f"{t.name} is to be {t.type.name}, which needs a calibration: give --calibration FILE"
+            )
+    if calibration is None:
+        return
+    unused = ~(
+        np.asarray(calibration.imatrix_in).any(axis=-1) & np.asarray(calibration.imatrix_mid).any(axis=-1)
+    )
+    if unused.any():
+        names = [f"layer {plan.layers[i]} expert {e}" for i, e in np.argwhere(unused)]
+        log.warning(
+            "%d experts saw no calibration text and are quantized without an importance matrix: %s",
+            len(names), ", ".join(names[:20]) + (" ..." if len(names) > 20 else ""),
+        )  # fmt: skip
+
+
+def _pieces(tensors: tuple[OutputTensor, ...]) -> Iterator[_Piece]:
+    for t in tensors:
+        if t.experts is None:
+            yield _Piece(t, t.offset, t.n_bytes)
+            continue
+        size = t.n_bytes // len(t.experts)
+        for position, expert in enumerate(t.experts):
+            yield _Piece(t, t.offset + position * size, size, expert)
+
+
+def _weights(piece: _Piece) -> int:
+    return piece.n_bytes // piece.tensor.type.block_bytes * piece.tensor.type.block_size
+
+
+def _make(
+    checkpoint: Checkpoint, calibration: Calibration | None, plan: Plan, piece: _Piece, threads: int
+) -> NDArray[np.uint8]:
+    """The bytes of one piece."""
+    t = piece.tensor
+    if t.map is not None:
+        return np.asarray(t.map, dtype="<i4").reshape(-1).view(np.uint8)
+    if t.type == ggml_type(t.source.type):
+        return checkpoint.raw(t.source.name, piece.expert)
+    try:
+        if piece.expert is None:
+            weights = checkpoint.tensor(t.source.name)
+            return quantize_rows(weights.reshape(-1, t.shape[0]), t.type.name, None, threads)
+        layer, projection = _place(t.source.name)
+        weights = checkpoint.expert(layer, projection, piece.expert)
+        imatrix = _imatrix(calibration, plan.layers.index(layer), projection, piece.expert)
+        return quantize_rows(weights, t.type.name, imatrix, threads)
+    except McError as error:
+        which = t.source.name if piece.expert is None else f"{t.source.name}, expert {piece.expert}"
+        raise SourceError(f"{which}: {error}") from error
+
+
+def _place(name: str) -> tuple[int, str]:
+    """(layer, projection) of an expert stack's name."""
+    _, layer, rest = name.split(".", 2)
+    return int(layer), next(p for p in PROJECTIONS if rest.startswith(f"ffn_{p}_"))
+
+
+def _imatrix(
+    calibration: Calibration | None, index: int, projection: str, expert: int
+) -> NDArray[np.float32] | None:
+    """The expert's mean squared inputs; ones when no token reached it."""
+    if calibration is None:
+        return None
+    table = calibration.imatrix_mid if projection == "down" else calibration.imatrix_in
+    row: NDArray[np.float32] = table[index, expert]
+    return row if row.any() else np.ones_like(row)
