@@ -210,15 +210,16 @@ def _load_published(path: Path, fingerprint: str) -> Calibration:
     """The statistics published with the Mixture Compressor paper: frequency, routing_weight, quant_loss."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        frequency, weight, loss = (
-            np.asarray(data[key], dtype=np.float64) for key in ("frequency", "routing_weight", "quant_loss")
-        )
+        frequency = np.asarray(data["frequency"], dtype=np.float64)
+        weight = np.asarray(data["routing_weight"], dtype=np.float64)
+        losses = [[[expert[bits] for bits in "123"] for expert in layer] for layer in data["quant_loss"]]
+        loss = np.asarray(losses, dtype=np.float64)
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is neither a calibration file nor published statistics: {error!r}") from error
     n_layer, n_expert = frequency.shape if frequency.ndim == 2 else (0, 0)
     if not n_layer or weight.shape != frequency.shape or loss.shape != (n_layer, n_expert, 3):
         raise ArtifactError(
-            f"{path}: frequency and routing_weight must be [layer][expert] and quant_loss [layer][expert][3]; "
+            f"{path}: frequency and routing_weight must be [layer][expert] and quant_loss [layer][expert][bits]; "
             f"found {frequency.shape}, {weight.shape}, {loss.shape}"
         )
     none, none32 = np.zeros(0), np.zeros(0, dtype=np.float32)

@@ -1,0 +1,204 @@
+"""Calibration + budget -> Plan: the type of every expert. One pure function; no torch, no files, no weights.
+
+    plan(calibration, Budget(bpw=2.5))                              # PMQ: one program for the whole model
+    plan(calibration, Budget(bits_per_layer=16), strategy="mc")     # the published allocation
+
+PMQ minimises the sum of the measured squared output errors over all (layer, expert, projection) under one
+limit in real bytes. Errors of projections are taken as additive: each was measured with everything else in
+full precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from mc_gguf.allocate import published, strategies
+from mc_gguf.allocate.problem import (
+    Budget,
+    Experts,
+    FileBytes,
+    Ints,
+    Problem,
+    build_problem,
+    bytes_for_bpw,
+    candidate_types,
+    check_has_model,
+    fixed_types,
+    sixteen_bit_type,
+)
+from mc_gguf.allocate.strategies import Limit
+from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, Plan
+from mc_gguf.errors import BudgetError, McError
+from mc_gguf.ggml_types import ggml_type
+from mc_gguf.units import format_size
+
+__all__ = ["STRATEGIES", "Budget", "Experts", "FileBytes", "fixed_types", "plan"]
+
+STRATEGIES: tuple[str, ...] = ("pmq", "mc", "uniform", "layer", "random", "inverted")
+
+
+@dataclass(frozen=True, eq=False)
+class _Decision:
+    """What a strategy decided, with the figures of the plan that follow from it."""
+
+    types: tuple[str, ...]
+    experts: dict[str, tuple[tuple[str, ...], ...]]
+    bpw: float
+    n_byte: int | None
+    predicted_error: float | None
+    gap: float | None
+    bits: tuple[tuple[int, ...], ...] | None = None
+
+
+def plan(
+    calibration: Calibration,
+    budget: Budget,
+    strategy: str = "pmq",
+    types: Sequence[str] | None = None,
+    fixed: FixedTypes = FixedTypes(),  # noqa: B008 - frozen
+    seed: int = 0,
+    file_bytes: FileBytes | None = None,
+) -> Plan:
+    """The type of every expert's projection under `budget`.
+
+    `types` are the candidates (default: all that the calibration measured); strategy mc has its own.
+    `file_bytes` gives the exact size of the file that an assignment makes with
+    `fixed_types(calibration.model, budget, fixed)`; a size budget needs it, other budgets only report it.
+    `seed` is for strategy random. Raises BudgetError (with the feasible range), McError for unknown
+    strategies and types, ArtifactError.
+    """
+    _check_request(budget, strategy, types, fixed)
+    if budget.is_sixteen_bit:
+        decided = _sixteen_bit(calibration)
+    elif strategy == "mc":
+        decided = _mc(calibration, budget, file_bytes)
+    else:
+        check_has_model(calibration)
+        problem = build_problem(calibration, candidate_types(calibration, types))
+        columns, gap = _decide(problem, _limit(problem, budget, file_bytes), strategy, seed)
+        decided = _decision(problem, columns, gap)
+    has_size = file_bytes is not None and calibration.model is not None
+    return Plan(
+        strategy=strategy, budget=budget.to_json(), layers=calibration.layers, experts=decided.experts,
+        fixed=fixed_types(calibration.model, budget, fixed), types=decided.types,
+        model_fingerprint=calibration.model.fingerprint if calibration.model else "",
+        calibration_fingerprint=calibration.fingerprint, expert_bpw=decided.bpw, expert_bytes=decided.n_byte,
+        file_bytes=file_bytes(decided.experts) if file_bytes and has_size else None,
+        predicted_error=decided.predicted_error, optimality_gap=decided.gap, seed=seed, bits=decided.bits,
+    )  # fmt: skip
+
+
+def _check_request(budget: Budget, strategy: str, types: Sequence[str] | None, fixed: FixedTypes) -> None:
+    if strategy not in STRATEGIES:
+        raise McError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
+    if strategy == "mc" and types is not None:
+        own = ", ".join(published.NOMINAL_TYPES)
+        raise McError(f"strategy mc has its own types ({own}); leave --types away")
+    if budget.bits_per_layer is not None and strategy != "mc":
+        raise BudgetError(
+            "--bits-per-layer counts nominal bits, which only strategy mc has; "
+            f"give --bpw or --size for strategy {strategy}"
+        )
+    for name in asdict(fixed).values():
+        ggml_type(name)
+
+
+def _decide(problem: Problem, limit: Limit, strategy: str, seed: int) -> tuple[Ints, float | None]:
+    """Assignment and optimality gap (None where nothing is optimised)."""
+    if strategy == "uniform":
+        return strategies.uniform(problem, limit), None
+    if strategy == "layer":
+        return strategies.solve_program(strategies.layer_items(problem), limit)
+    items = strategies.expert_items(problem)
+    columns, gap = strategies.solve_program(items, limit)
+    if strategy == "pmq":
+        return columns, gap
+    if strategy == "random":
+        control = strategies.shuffled(columns, seed)
+    else:
+        control = strategies.inverted(problem, columns)
+    # More groups in a layer can need larger headers than pmq's.
+    return items.columns(strategies.shrink(items, limit, control.reshape(-1))), None
+
+
+def _decision(problem: Problem, columns: Ints, gap: float | None, bits: Ints | None = None) -> _Decision:
+    return _Decision(
+        problem.candidates, problem.experts(columns), problem.bpw(columns), problem.expert_bytes(columns),
+        problem.predicted_error(columns), gap, _rows(bits) if bits is not None else None,
+    )  # fmt: skip
+
+
+def _rows(bits: Ints) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row) for row in bits.tolist())
+
+
+def _mc(calibration: Calibration, budget: Budget, file_bytes: FileBytes | None) -> _Decision:
+    """The published strategy; for a budget in real bytes the most nominal bits per layer that fit."""
+    cost = published.published_cost(calibration)
+    if calibration.model is None and budget.bits_per_layer is not None:
+        return _published_decision(published.solve_layers(cost, budget.bits_per_layer))
+    check_has_model(calibration)
+    problem = build_problem(calibration, published.NOMINAL_TYPES)
+    if budget.bits_per_layer is not None:
+        bits = published.solve_layers(cost, budget.bits_per_layer)
+        return _decision(problem, _nominal_columns(problem, bits), 0.0, bits)
+    limit = _limit(problem, budget, file_bytes)
+    options = [(bits, _nominal_columns(problem, bits)) for bits in published.solve_all(cost)]
+    strategies.check_feasible(limit, options[-1][1], options[0][1])
+    bits, columns = next(option for option in options if limit.room(option[1]) >= 0)
+    return _decision(problem, columns, 0.0, bits)
+
+
+def _nominal_columns(problem: Problem, bits: Ints) -> Ints:
+    """Columns [L, E, 3] of the types that stand for nominal bits [L, E], or of a projection's fallback."""
+    columns = np.repeat(bits[..., None] - 1, len(PROJECTIONS), axis=-1)
+    for p, size in enumerate(problem.size):
+        if not size[0]:
+            columns[..., p] = int(size.argmax())
+    return columns
+
+
+def _published_decision(bits: Ints) -> _Decision:
+    """From published statistics: no model, so types and rates by name only."""
+    names = np.array(published.NOMINAL_TYPES, dtype=object)[bits - 1].tolist()
+    rows = tuple(tuple(row) for row in names)
+    rates = np.array([ggml_type(name).bpw for name in published.NOMINAL_TYPES])
+    bpw = float(rates[bits - 1].mean())
+    experts = dict.fromkeys(PROJECTIONS, rows)
+    return _Decision(published.NOMINAL_TYPES, experts, bpw, None, None, 0.0, _rows(bits))
+
+
+def _sixteen_bit(calibration: Calibration) -> _Decision:
+    """A plain 16-bit file: every expert in the source's own type."""
+    model = check_has_model(calibration)
+    name = sixteen_bit_type(model)
+    table = ((name,) * calibration.n_expert,) * len(calibration.layers)
+    n_weight = sum(rows * cols for rows, cols in map(model.expert_shape, PROJECTIONS))
+    n_byte = 2 * n_weight * calibration.n_expert * len(calibration.layers)
+    return _Decision((name,), dict.fromkeys(PROJECTIONS, table), ggml_type(name).bpw, n_byte, 0.0, 0.0)
+
+
+def _limit(problem: Problem, budget: Budget, file_bytes: FileBytes | None) -> Limit:
+    if budget.bpw is not None:
+
+        def in_bpw(size: int) -> str:
+            return f"{8 * size / problem.n_weight:.4f} bpw"
+
+        return Limit(bytes_for_bpw(problem, budget.bpw), problem.expert_bytes, 0, "bpw budget", in_bpw)
+    if file_bytes is None or budget.size_bytes is None:
+        raise BudgetError("a size budget needs file_bytes, the function that gives the size of the file")
+    of_file = file_bytes
+
+    def in_bytes(size: int) -> str:
+        return f"{size} bytes ({format_size(size)})"
+
+    # A group more or less: its header and padding; at most the map of the layer's experts comes or goes too.
+    wobble = 1024 + 8 * problem.n_expert
+
+    def of_columns(columns: Ints) -> int:
+        return of_file(problem.experts(columns))
+
+    return Limit(budget.size_bytes, of_columns, wobble, "file size", in_bytes)

@@ -1,0 +1,210 @@
+"""What is to be decided: the budget, and the types, bytes and errors of every expert's projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, expert_tensor_name
+from mc_gguf.errors import ArtifactError, BudgetError, McError
+from mc_gguf.ggml_types import CANDIDATES, SIXTEEN_BIT, ggml_type
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Experts = Mapping[str, Sequence[Sequence[str]]]
+FileBytes = Callable[[Experts], int]
+
+MAX_TYPES = 13  # groups that one layer's projection can have in the file
+# For rows that are not a whole number of 256-weight blocks: smallest first, at equal size the better one
+# first.
+FALLBACKS = ("IQ4_NL", "Q4_0", "Q8_0")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one limit: `bpw` bits per routed expert weight on average (16 and more: a plain 16-bit file),
+    `size_bytes` of the whole file, or `bits_per_layer`, nominal bits summed over a layer's experts (strategy
+    mc)."""
+
+    bpw: float | None = None
+    size_bytes: int | None = None
+    bits_per_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        given = self.to_json()
+        if len(given) != 1:
+            what = " and ".join(given) or "none"
+            raise BudgetError(f"give exactly one of --bpw, --size and --bits-per-layer, not {what}")
+        ((name, value),) = given.items()
+        if not (np.isfinite(value) and value > 0):
+            raise BudgetError(f"{name} must be a positive number, not {value}")
+
+    def to_json(self) -> dict[str, float]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def is_sixteen_bit(self) -> bool:
+        return self.bpw is not None and self.bpw >= 16
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """L layers, E experts, T types (columns: `candidates`, then fallbacks).
+
+    An assignment is a column for every expert and projection, [L, E, 3].
+
+    `error` [L, E, 3, T]  squared output error; inf: this projection cannot have the type; nan: not measured
+    `size` [3, T]         bytes of one expert's matrix, 0 where it cannot have the type
+    """
+
+    model: ModelInfo
+    layers: tuple[int, ...]
+    candidates: tuple[str, ...]
+    types: tuple[str, ...]
+    error: Floats
+    size: Ints
+    output_sq: float
+
+    @property
+    def n_expert(self) -> int:
+        return int(self.error.shape[1])
+
+    @property
+    def n_weight(self) -> int:
+        """Routed expert weights of the whole model."""
+        each = sum(rows * cols for rows, cols in (self.model.expert_shape(p) for p in PROJECTIONS))
+        return len(self.layers) * self.n_expert * each
+
+    def expert_bytes(self, columns: Ints) -> int:
+        return int(self.size[np.arange(len(PROJECTIONS)), columns].sum())
+
+    def bpw(self, columns: Ints) -> float:
+        return 8 * self.expert_bytes(columns) / self.n_weight
+
+    def total_error(self, columns: Ints) -> float:
+        return float(np.take_along_axis(self.error, columns[..., None], axis=-1).sum())
+
+    def predicted_error(self, columns: Ints) -> float | None:
+        """Share of the experts' output energy that becomes error; None when a type was not measured."""
+        error = self.total_error(columns)
+        if not np.isfinite(error):
+            return None
+        return error / self.output_sq if self.output_sq > 0 else 0.0
+
+    def experts(self, columns: Ints) -> dict[str, tuple[tuple[str, ...], ...]]:
+        """The assignment by name: [projection][layer][expert]."""
+        names = np.array(self.types, dtype=object)[columns]
+        return {p: tuple(tuple(row) for row in names[:, :, i].tolist()) for i, p in enumerate(PROJECTIONS)}
+
+
+def candidate_types(calibration: Calibration, types: Sequence[str] | None) -> tuple[str, ...]:
+    """The types to choose from, smallest first: those asked for, or all that the calibration measured.
+
+    Raises McError for unknown types and for types without measured errors.
+    """
+    wanted = [ggml_type(name) for name in (types if types is not None else calibration.types)]
+    if missing := [t.name for t in wanted if t.name not in calibration.types]:
+        raise McError(
+            f"no errors of {', '.join(missing)} in this calibration; "
+            f"it measured {', '.join(calibration.types)}: choose among these or calibrate again with --types"
+        )
+    if not wanted:
+        raise McError(f"no types to choose from; name some of {', '.join(calibration.types or CANDIDATES)}")
+    if len(set(wanted)) > MAX_TYPES:
+        raise McError(f"{len(set(wanted))} types are too many: a layer of a file holds at most {MAX_TYPES}")
+    return tuple(t.name for t in sorted(set(wanted), key=lambda t: (t.bpw, t.id)))
+
+
+def build_problem(calibration: Calibration, types: Sequence[str]) -> Problem:
+    """Bytes and errors of `types` for every expert's projection; a fallback where none can be used.
+
+    Types that the calibration did not measure get unknown errors (nan). Raises ArtifactError for inconsistent
+    arrays.
+    """
+    model = _checked_model(calibration)
+    known = {name: i for i, name in enumerate(calibration.types)}
+    shape = (len(calibration.layers), calibration.n_expert, len(PROJECTIONS), 1)
+    missing = np.full(shape, np.nan)
+    # An error estimated from a sample of rows can come out below zero.
+    measured = np.maximum(calibration.sq_error, 0.0)
+    parts = [measured[..., [known[name]]] if name in known else missing for name in types]
+    usable = np.array([[_fits(model, p, name) for name in types] for p in PROJECTIONS])
+    error = np.where(usable, np.concatenate(parts, axis=-1), np.inf)
+    if np.isposinf(error[:, :, usable]).any():
+        raise ArtifactError("the calibration has infinite errors for types that can be used; calibrate again")
+    columns = list(types)
+    for p, projection in enumerate(PROJECTIONS):
+        if usable[p].any():
+            continue
+        name = fallback_type(model, projection)
+        if name not in columns:
+            columns.append(name)
+            error = np.concatenate([error, np.full(shape, np.inf)], axis=-1)
+            usable = np.pad(usable, ((0, 0), (0, 1)))
+        # No error is known of it, and none is needed: there is nothing to choose.
+        error[:, :, p, columns.index(name)], usable[p, columns.index(name)] = 0.0, True
+    size = np.zeros(usable.shape, dtype=np.int64)
+    for i, t in zip(*np.nonzero(usable), strict=True):
+        size[i, t] = _matrix_bytes(model, PROJECTIONS[i], columns[t])
+    output_sq = float(calibration.output_sq.sum())
+    return Problem(model, calibration.layers, tuple(types), tuple(columns), error, size, output_sq)
+
+
+def check_has_model(calibration: Calibration) -> ModelInfo:
+    """The model that was calibrated. Raises BudgetError for published statistics, which name none."""
+    if calibration.model is None:
+        raise BudgetError(
+            "published statistics carry no sizes and no errors of ggml types: plan from them with "
+            "--strategy mc --bits-per-layer N, or make a calibration of the model with: mc-gguf calibrate"
+        )
+    return calibration.model
+
+
+def _checked_model(calibration: Calibration) -> ModelInfo:
+    model = check_has_model(calibration)
+    expected = (len(calibration.layers), calibration.n_expert, len(PROJECTIONS), len(calibration.types))
+    if calibration.sq_error.shape != expected or not expected[0]:
+        found = calibration.sq_error.shape
+        raise ArtifactError(f"the calibration's errors have shape {found}, not {expected}")
+    if np.isnan(calibration.sq_error).any():
+        raise ArtifactError("the calibration has errors that are not numbers; calibrate again")
+    return model
+
+
+def _fits(model: ModelInfo, projection: str, name: str) -> bool:
+    return model.expert_shape(projection)[1] % ggml_type(name).block_size == 0
+
+
+def _matrix_bytes(model: ModelInfo, projection: str, name: str) -> int:
+    rows, cols = model.expert_shape(projection)
+    return rows * ggml_type(name).row_bytes(cols)
+
+
+def fallback_type(model: ModelInfo, projection: str) -> str:
+    """For a projection whose rows fit none of the candidates: the smallest that fits, at worst 16 bits."""
+    fitting = [name for name in FALLBACKS if _fits(model, projection, name)]
+    return min(fitting, key=lambda name: ggml_type(name).bpw) if fitting else sixteen_bit_type(model)
+
+
+def sixteen_bit_type(model: ModelInfo) -> str:
+    """The source's own 16-bit type; BF16, which holds its range, when the source has 32 bits."""
+    stacks = {expert_tensor_name(layer, p) for layer in range(model.n_layer) for p in PROJECTIONS}
+    found = {t.type for t in model.tensors if t.name in stacks}
+    return next((name for name in SIXTEEN_BIT if name in found), "BF16")
+
+
+def fixed_types(model: ModelInfo | None, budget: Budget, fixed: FixedTypes) -> FixedTypes:
+    """Types of the other tensors under this budget: 16 bits in a 16-bit file where nothing else was asked."""
+    if model is None or not budget.is_sixteen_bit:
+        return fixed
+    plain, asked = sixteen_bit_type(model), asdict(fixed)
+    return FixedTypes(**{k: plain if v == getattr(FixedTypes(), k) else v for k, v in asked.items()})
+
+
+def bytes_for_bpw(problem: Problem, bpw: float) -> int:
+    """Expert bytes that an average of `bpw` allows, rounded down without the error of floating point."""
+    return int(Fraction(bpw) * problem.n_weight / 8)

@@ -1,0 +1,110 @@
+"""Strategy `mc`: the published allocation (Mixture Compressor, arXiv 2410.06270), solved exactly.
+
+For every layer: minimise sum_i phi_i^a * w_i^b * eps_ij^g over the nominal bits j in {1, 2, 3} of expert i,
+subject to sum_i j_i <= N, at least one expert of 3 bits and one of 2. phi is the expert's share of the
+layer's routed tokens, w its share of the routing weight, eps the Frobenius norm of the change of the block's
+output. The published allocations come from (a, b, g) = (1, 1.5, 1); best and second best differ by as little
+as 2e-6 relative, so nothing but an exact solution reproduces them: a dynamic program over (bits left, has a
+3-bit expert, has a 2-bit expert).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf.allocate.problem import Floats, Ints
+from mc_gguf.artifacts import Calibration
+from mc_gguf.errors import ArtifactError, BudgetError
+
+NOMINAL_BITS = (1, 2, 3)
+NOMINAL_TYPES = ("IQ1_S", "IQ2_XXS", "IQ3_XXS")
+EXPONENTS = (1.0, 1.5, 1.0)  # of phi, w and eps
+# Bit of the state that an expert of 1, 2, 3 bits sets.
+_FLAGS = (0, 1, 2)
+
+
+def bits_range(n_expert: int) -> tuple[int, int]:
+    """Least and greatest sum of bits in a layer: one 3, one 2 and ones; threes and one 2."""
+    return n_expert + 3, 3 * n_expert - 1
+
+
+def published_cost(calibration: Calibration) -> Floats:
+    """Cost [L, E, 3] of giving an expert 1, 2, 3 bits. Raises ArtifactError when its parts are missing."""
+    shape = (*calibration.frequency.shape, len(NOMINAL_BITS))
+    error = calibration.nominal_error
+    if error.shape != shape or not np.isfinite(error).all():
+        raise ArtifactError(
+            "this calibration has no errors at nominal 1, 2 and 3 bits, which strategy mc needs: "
+            f"calibrate again with {', '.join(NOMINAL_TYPES)} among the types"
+        )
+    token_share = _share(calibration.frequency)
+    weight_share = _share(calibration.routing_weight)
+    a, b, g = EXPONENTS
+    return np.asarray((token_share**a * weight_share**b)[..., None] * error**g)
+
+
+def _share(values: Floats) -> Floats:
+    total = values.sum(axis=1, keepdims=True)
+    return np.asarray(values / np.maximum(total, np.finfo(np.float64).tiny))
+
+
+def check_bits(n_expert: int, bits_per_layer: int) -> None:
+    """Raises BudgetError with the range. One bit more than can be used (all threes) is a bound as well."""
+    if n_expert < 2:
+        raise BudgetError("strategy mc gives one expert 3 bits and one 2: it needs 2 experts or more")
+    low, high = bits_range(n_expert)
+    if not low <= bits_per_layer <= high + 1:
+        raise BudgetError(
+            f"{bits_per_layer} bits per layer of {n_expert} experts is not feasible: with one expert of "
+            f"3 bits, one of 2 and the others of 1 to 3 the range is {low} to {high}"
+        )
+
+
+def solve_layers(cost: Floats, bits_per_layer: int) -> Ints:
+    """Bits [L, E] of least cost with at most `bits_per_layer` in every layer."""
+    check_bits(cost.shape[1], bits_per_layer)
+    return _walk_back(_tables(cost, bits_per_layer), bits_per_layer)
+
+
+def solve_all(cost: Floats) -> Iterator[Ints]:
+    """Bits [L, E] for every feasible budget, the largest first: one table serves them all."""
+    low, high = bits_range(cost.shape[1])
+    check_bits(cost.shape[1], high)
+    tables = _tables(cost, high)
+    return (_walk_back(tables, budget) for budget in range(high, low - 1, -1))
+
+
+def _tables(cost: Floats, budget: int) -> NDArray[np.int8]:
+    """The best last step [E, L, budget + 1, 4]: experts 0..i use at most so many bits, end in this state.
+
+    A step is bits * 4 + the state before it.
+    """
+    n_layer, n_expert, _ = cost.shape
+    best = np.full((n_layer, budget + 1, 4), np.inf)
+    best[:, :, 0] = 0.0
+    picked = np.zeros((n_expert, n_layer, budget + 1, 4), dtype=np.int8)
+    for i in range(n_expert):
+        following = np.full_like(best, np.inf)
+        for bits, flag, price in zip(NOMINAL_BITS, _FLAGS, cost[:, i].T, strict=True):
+            reached = best[:, : budget + 1 - bits] + price[:, None, None]
+            for state in range(4):
+                target = following[:, bits:, state | flag]
+                better = reached[:, :, state] < target
+                target[better] = reached[:, :, state][better]
+                picked[i, :, bits:, state | flag][better] = bits * 4 + state
+        best = following
+    return picked
+
+
+def _walk_back(picked: NDArray[np.int8], budget: int) -> Ints:
+    n_expert, n_layer = picked.shape[:2]
+    layers = np.arange(n_layer)
+    left, state = np.full(n_layer, budget), np.full(n_layer, 3)
+    bits = np.zeros((n_layer, n_expert), dtype=np.int64)
+    for i in reversed(range(n_expert)):
+        bits[:, i], state = np.divmod(picked[i, layers, left, state], 4)
+        left = left - bits[:, i]
+    return bits

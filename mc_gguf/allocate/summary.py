@@ -1,0 +1,86 @@
+"""What a plan amounts to, for people and for programs: what plan and convert print before they act."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mc_gguf.artifacts import PROJECTIONS, FixedTypes, Plan
+from mc_gguf.ggml_types import ggml_type
+from mc_gguf.units import format_size
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of a plan. `type_counts[projection][type]` counts experts, smallest type first."""
+
+    strategy: str
+    budget: dict[str, float]
+    n_layer: int
+    n_expert: int
+    file_bytes: int | None
+    expert_bytes: int | None
+    expert_bpw: float
+    type_counts: dict[str, dict[str, int]]
+    fixed: FixedTypes
+    predicted_error: float | None
+    optimality_gap: float | None
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The summary as text, one fact a line."""
+        rows = [("plan", f"{self.strategy}, budget {_budget(self.budget)}")]
+        if self.file_bytes is not None:
+            rows.append(("file size", f"{self.file_bytes:,} bytes ({format_size(self.file_bytes)})"))
+        if self.expert_bytes is not None:
+            rows.append(("experts", f"{self.expert_bytes:,} bytes ({format_size(self.expert_bytes)})"))
+        rows.append(("bits", f"{self.expert_bpw:.4f} per expert weight"))
+        rows.append(("layers", f"{self.n_layer} of {self.n_expert} experts"))
+        for projection, counts in self.type_counts.items():
+            rows.append((projection, ", ".join(f"{n} {name}" for name, n in counts.items())))
+        fixed = asdict(self.fixed)
+        rows.append(("others", ", ".join(f"{name} {kind}" for name, kind in fixed.items())))
+        if self.predicted_error is not None:
+            error = f"{100 * self.predicted_error:.4g} % of the experts' output energy"
+            rows.append(("predicted error", error))
+        if self.optimality_gap is not None:
+            rows.append(("optimality gap", f"at most {100 * self.optimality_gap:.2g} %"))
+        rows += [("note", note) for note in self.notes]
+        return [f"{name:<16}{text}" for name, text in rows]
+
+
+def summarize(plan: Plan) -> Summary:
+    """The figures of `plan`; nothing is computed that the plan does not say."""
+    counts = {p: _counts(plan, p) for p in PROJECTIONS}
+    return Summary(
+        plan.strategy, plan.budget, len(plan.layers), len(plan.experts["gate"][0]), plan.file_bytes,
+        plan.expert_bytes, plan.expert_bpw, counts, plan.fixed, plan.predicted_error, plan.optimality_gap, _notes(plan, counts),
+    )  # fmt: skip
+
+
+def _counts(plan: Plan, projection: str) -> dict[str, int]:
+    found = Counter(name for row in plan.experts[projection] for name in row)
+    return {name: found[name] for name in sorted(found, key=lambda name: (ggml_type(name).bpw, name))}
+
+
+def _notes(plan: Plan, counts: dict[str, dict[str, int]]) -> tuple[str, ...]:
+    notes = [
+        f"{p}: rows fit none of {', '.join(plan.types)}; all its experts get {', '.join(found)}, "
+        "whose error is not in the prediction"
+        for p, found in counts.items()
+        if not set(found) & set(plan.types)
+    ]
+    if not plan.model_fingerprint:
+        notes.append("published statistics name no model: no sizes, and no file can be made of this plan")
+    return tuple(notes)
+
+
+def _budget(budget: dict[str, float]) -> str:
+    ((name, value),) = budget.items()
+    if name == "size_bytes":
+        return f"{int(value):,} bytes ({format_size(int(value))})"
+    return f"{value:g} {'bpw' if name == 'bpw' else 'nominal bits per layer'}"

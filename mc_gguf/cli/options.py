@@ -1,0 +1,99 @@
+"""The options that plan and convert share, and the one call that they make of them.
+
+Cheap to import, so the help spells names and defaults that allocate and artifacts hold (a test compares
+them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mc_gguf.allocate import Budget
+    from mc_gguf.artifacts import Calibration, FixedTypes, Plan
+
+_OPTIONS = (
+    click.option(
+        "--bpw", type=float, metavar="X",
+        help="Average bits per routed expert weight; 16 for a plain 16-bit file.",
+    ),
+    click.option("--size", metavar="SIZE", help="Largest size of the whole file: 15.5GiB, 16GB, or bytes."),
+    click.option(
+        "--bits-per-layer", type=int, metavar="N",
+        help="Nominal bits summed over a layer's experts. Implies --strategy mc.",
+    ),
+    click.option(
+        "--strategy", metavar="NAME",
+        help="pmq (one program over the whole model), mc (as published, per layer), uniform (one type), "
+        "layer (one type per layer and projection, for stock llama.cpp), random, inverted (controls).  "
+        "[default: pmq]",
+    ),
+    click.option("--types", metavar="T,T,...", help="Expert types to choose from.  [default: all measured]"),
+    click.option("--attn-type", metavar="T", help="Type of attention q and output.  [default: Q6_K]"),
+    click.option("--attn-kv-type", metavar="T", help="Type of attention k and v.  [default: Q8_0]"),
+    click.option("--embd-type", metavar="T", help="Type of the token embeddings.  [default: Q6_K]"),
+    click.option("--output-type", metavar="T", help="Type of the output matrix.  [default: Q6_K]"),
+    click.option("--seed", type=int, default=0, show_default=True, help="For what is drawn by lot."),
+)  # fmt: skip
+
+
+# Which field of FixedTypes an option sets.
+_FIELDS = {
+    "attn_type": "attn", "attn_kv_type": "attn_kv", "embd_type": "token_embd", "output_type": "output",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the user asked of the planner. `strategy` None: what the kind of budget implies."""
+
+    budget: Budget
+    strategy: str
+    types: tuple[str, ...] | None
+    fixed: FixedTypes
+    seed: int
+
+    def plan(self, calibration: Calibration) -> Plan:
+        """The plan for this calibration, with exact file sizes where the model is known."""
+        from mc_gguf.allocate import fixed_types, plan
+
+        file_bytes = None
+        if calibration.model is not None:
+            from mc_gguf.container import file_bytes as of_file
+
+            fixed = fixed_types(calibration.model, self.budget, self.fixed)
+            file_bytes = partial(of_file, calibration.model, fixed=fixed)
+        return plan(calibration, self.budget, self.strategy, self.types, self.fixed, self.seed, file_bytes)
+
+
+def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of planning to a click command; its function gets them as one argument `options`."""
+
+    @wraps(function)
+    def wrapped(**arguments: Any) -> Any:
+        names = ("bpw", "size", "bits_per_layer", "strategy", "types", "seed", *_FIELDS)
+        return function(options=_collect(**{name: arguments.pop(name) for name in names}), **arguments)
+
+    for option in reversed(_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+def _collect(
+    bpw: float | None, size: str | None, bits_per_layer: int | None, strategy: str | None, types: str | None,
+    seed: int, **fixed: str | None,
+) -> PlanOptions:  # fmt: skip
+    from mc_gguf.allocate import Budget
+    from mc_gguf.artifacts import FixedTypes
+    from mc_gguf.units import parse_size
+
+    budget = Budget(bpw, parse_size(size) if size is not None else None, bits_per_layer)
+    implied = "mc" if bits_per_layer is not None else "pmq"
+    names = tuple(t.strip().upper() for t in types.split(",") if t.strip()) if types is not None else None
+    given = {_FIELDS[option]: t.upper() for option, t in fixed.items() if t is not None}
+    return PlanOptions(budget, strategy or implied, names, FixedTypes(**given), seed)

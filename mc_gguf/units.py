@@ -1,0 +1,42 @@
+"""Sizes in bytes, read from and written for people: "15.5GiB", "13 GB", "750MB", 123456."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from mc_gguf.errors import BudgetError
+
+_FACTORS = {
+    "": 1, "b": 1,
+    "kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4,
+    "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
+    "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40,
+}  # fmt: skip
+_PATTERN = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Bytes meant by `text`, rounded down. GB is 10^9, GiB (and G, as in other command lines) is 2^30.
+
+    Raises BudgetError for anything that is not a positive size.
+    """
+    match = _PATTERN.fullmatch(text.strip().lower())
+    if match is None or match[2] not in _FACTORS:
+        raise BudgetError(
+            f"{text!r} is not a size; write bytes or a number with a unit: 15.5GiB, 16GB, 750MB"
+        )
+    size = int(Fraction(match[1].rstrip(".")) * _FACTORS[match[2]])
+    if size < 1:
+        raise BudgetError(f"a size must be at least one byte, not {text!r}")
+    return size
+
+
+def format_size(size: int) -> str:
+    """`size` bytes with a binary unit and three significant digits or more: 15.5 GiB, 912 B."""
+    value, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{size} B" if unit == "B" else f"{value:.2f} {unit}"
