@@ -113,7 +113,8 @@ def source_dir() -> Path:
             )
         return tree
     for patched in (True, False):
-        if found := find(patched=patched):
+        found = find(patched=patched)
+        if found and (found.source_dir / "gguf-py").is_dir():
             return found.source_dir
     raise RuntimeBuildError(f"the llama.cpp runtime is not built for this version of mc-gguf; {BUILD_HINT}")
 

@@ -1,17 +1,14 @@
-"""The command line: a group that imports a command's module only when it is needed, and the single error
-edge.
+"""The command line: a group that imports a command's module when it is needed, and the single error edge.
 
 Each module mc_gguf/cli/<name>.py defines one click command object named `command`. Their imports are cheap
-(click and mc_gguf's light modules), their bodies import the rest, so `mc-gguf --help` needs neither torch
-nor numpy.
+(click and mc_gguf's light modules), their bodies import the rest, so `mc-gguf --help` needs neither torch nor
+numpy.
 """
 
 from __future__ import annotations
 
 import errno
 import importlib
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,24 +20,13 @@ from mc_gguf.errors import McError
 COMMANDS: tuple[str, ...] = ("calibrate", "plan", "quantize", "convert", "inspect", "chat", "runtime")
 # What the system refuses for reasons that the user can change; other OSErrors are bugs with a traceback.
 USER_ERRNOS = frozenset(
-    {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EIO,
-        errno.ENOENT,
-        errno.EMFILE,
-    }
-    | {errno.EISDIR, errno.ENOTDIR, errno.EFBIG, errno.ENAMETOOLONG}
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOENT EISDIR ENOTDIR EMFILE ENAMETOOLONG".split()
 )
 
 
 class CommandGroup(click.Group):
-    """Loads commands by name, in the order of COMMANDS, and turns expected errors into one line and exit
-    code 1.
-    """
+    """Loads commands by name, in the order of COMMANDS, behind the error edge."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -57,20 +43,15 @@ class CommandGroup(click.Group):
 
 
 def guarded(call: Callable[[], Any]) -> Any:
-    """The error edge: what `call` returns, or one line on stderr and the exit code (130 when interrupted)."""
+    """The error edge: what `call` returns, or one line on stderr and exit code 1 (130 when interrupted)."""
     try:
         return call()
     except McError as error:
         _fail(f"Error: {error}", 1)
     except KeyboardInterrupt:
         _fail("\nInterrupted", 130)
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the reader left: no error at exit either
-        raise SystemExit(1) from None
     except OSError as error:
-        if error.errno not in USER_ERRNOS:
+        if error.errno not in USER_ERRNOS:  # click deals with EPIPE
             raise
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"Error: {where}{error.strerror}", 1)

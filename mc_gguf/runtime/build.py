@@ -42,6 +42,7 @@ FREE_BYTES = 1_000_000_000
 # What later steps read from the source tree: gguf-py, the converter, headers, sources of test programs.
 KEPT_SOURCE = (
     "conversion",
+    "convert_hf_to_gguf.py",
     "ggml/include",
     "ggml/src",
     "gguf-py",
@@ -211,9 +212,9 @@ def configure(task: Build, tree: Path) -> None:
     if task.patched:
         flags.append(f"-DMC_PATCHSET={upstream.patchset_digest()}")
     folder = task.work / "build"
-    cache = folder / "CMakeCache.txt"
-    if cache.is_file() and f"CMAKE_GENERATOR:INTERNAL={generator}\n" not in cache.read_text():
-        shutil.rmtree(folder)  # ninja was installed or removed since the interrupted build
+    # As cmake --fresh (3.24): an interrupted build may have remembered a compiler that the user has changed since.
+    (folder / "CMakeCache.txt").unlink(missing_ok=True)
+    shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
     command: list[str | Path] = ["cmake", "-S", tree, "-B", folder, "-G", generator, *flags]
     task.log.run("configuring llama.cpp with cmake", command, task.work, build_env(task))
 
