@@ -1,0 +1,25 @@
+#pragma once
+
+// CPU implementation of MUL_MAT_ID_GROUPED (ggml-mc.h).
+
+#include "ggml.h"
+
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct ggml_compute_params;
+
+// bytes of work buffer that the op needs with n_tasks threads
+size_t ggml_mc_mul_mat_id_grouped_work_size(int n_tasks, const struct ggml_tensor * dst);
+
+// whether the CPU can compute it: activations are F32, or of the type that every group's vec_dot wants; plain buffers
+bool ggml_mc_mul_mat_id_grouped_supported(const struct ggml_tensor * dst);
+
+void ggml_compute_forward_mul_mat_id_grouped(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
+#ifdef __cplusplus
+}
+#endif
