@@ -93,7 +93,11 @@ def _command(monkeypatch: pytest.MonkeyPatch, body: Callable[[], None]) -> None:
     ("error", "code", "line"),
     [
         (McError("plan.json is damaged"), 1, "Error: plan.json is damaged"),
-        (OSError(errno.ENOSPC, "No space left on device", "a.gguf"), 1, "Error: a.gguf: No space left on device"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a.gguf"),
+            1,
+            "Error: a.gguf: No space left on device",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "Error: No space left on device"),
         (KeyboardInterrupt(), 130, "\nInterrupted"),
     ],

@@ -72,7 +72,9 @@ def test_quiet_writes_nothing(
     assert capsys.readouterr() == ("", "")
 
 
-def test_progress_writes_to_stderr_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_writes_to_stderr_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MC_GGUF_QUIET", raising=False)
     with progress("x", 2) as bar:
         bar.advance()

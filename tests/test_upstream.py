@@ -100,7 +100,9 @@ def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
     assert upstream.cache_dir() == tmp_path / "x"
 
 
-def test_source_dir_without_a_runtime_says_what_to_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_source_dir_without_a_runtime_says_what_to_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("MC_GGUF_CACHE", str(tmp_path))
     monkeypatch.delenv("MC_GGUF_SOURCE", raising=False)
     with pytest.raises(RuntimeBuildError, match="run: mc-gguf runtime build"):
@@ -141,5 +143,5 @@ def test_another_gguf_in_the_process_is_refused(tmp_path: Path, monkeypatch: pyt
     other.__file__ = str(tmp_path / "elsewhere" / "gguf" / "__init__.py")
     monkeypatch.setitem(sys.modules, "gguf", other)
     monkeypatch.setenv("MC_GGUF_SOURCE", str(_tree(tmp_path / "tree")))
-    with pytest.raises(RuntimeBuildError, match="already imported from .*elsewhere"):
+    with pytest.raises(RuntimeBuildError, match=r"already imported from .*elsewhere"):
         upstream.load_gguf()

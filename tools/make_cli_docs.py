@@ -28,7 +28,9 @@ def commands(command: click.Command, context: click.Context) -> Iterator[tuple[s
 def text() -> str:
     """The whole of docs/cli.md."""
     root = click.Context(group, info_name="mc-gguf", terminal_width=WIDTH, **group.context_settings)
-    sections = [f"\n## {path}\n\n```text\n{help_text.rstrip()}\n```\n" for path, help_text in commands(group, root)]
+    sections = [
+        f"\n## {path}\n\n```text\n{help_text.rstrip()}\n```\n" for path, help_text in commands(group, root)
+    ]
     return HEAD + "".join(sections)
 
 

@@ -1,16 +1,15 @@
-"""The patched llama.cpp: build it once into the user's cache, find it, load it, check that it is the right
-one.
+"""The patched llama.cpp: build it once into the user's cache, find it, check that it is the right one, load it.
 
     mc-gguf runtime build [--backend cpu|cuda|vulkan|metal] [--unpatched]
 
 - source.py   the pinned source distribution: fetched through pip, checked, unpacked, patched
-- build.py    configured, compiled and installed; programs compiled against it
+- builder.py  configured, compiled and installed; programs compiled against it
 - locate.py   which runtime is installed where; loading with the check of the patch digest
 """
 
 from __future__ import annotations
 
-from mc_gguf.runtime.build import build, build_tests, compile_program
+from mc_gguf.runtime.builder import build, build_tests, compile_program
 from mc_gguf.runtime.locate import (
     BACKENDS,
     Runtime,

@@ -220,8 +220,7 @@ def mapped_libraries() -> list[Path]:
 
 
 def info() -> dict[str, Any]:
-    """What `mc-gguf runtime info` prints: versions, commit, patch digest, backends, path. Needs no runtime.
-    """
+    """What `mc-gguf runtime info` prints: versions, commit, patches, backends, path. Needs no runtime."""
     pin, found = upstream.pin(), find()
     return {
         "mc_gguf": __version__,

@@ -212,7 +212,7 @@ def configure(task: Build, tree: Path) -> None:
     if task.patched:
         flags.append(f"-DMC_PATCHSET={upstream.patchset_digest()}")
     folder = task.work / "build"
-    # As cmake --fresh (3.24): an interrupted build may have remembered a compiler that the user has changed since.
+    # As cmake --fresh (3.24): an interrupted build may have remembered a compiler that was changed since.
     (folder / "CMakeCache.txt").unlink(missing_ok=True)
     shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
     command: list[str | Path] = ["cmake", "-S", tree, "-B", folder, "-G", generator, *flags]
