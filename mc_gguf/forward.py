@@ -129,7 +129,7 @@ class Decoder:
         table = self.checkpoint.tensor("token_embd.weight")
         if rows.min() < 0 or rows.max() >= table.shape[0]:
             raise SourceError(f"a token id is outside the model's vocabulary of {table.shape[0]}")
-        return torch.from_numpy(np.ascontiguousarray(table[rows], dtype=np.float32))
+        return _aligned(table[rows])
 
     @torch.inference_mode()
     def attention(self, layer: int, hidden: Tensor) -> None:
@@ -166,7 +166,7 @@ class Decoder:
     def expert(self, layer: int, expert: int) -> Expert:
         """Weights of one expert, read now."""
         gate, up, down = (
-            torch.from_numpy(np.ascontiguousarray(self.checkpoint.expert(layer, p, expert), dtype=np.float32))
+            _aligned(self.checkpoint.expert(layer, p, expert))
             for p in ("gate", "up", "down")
         )
         return Expert(gate, up, down)
@@ -191,7 +191,7 @@ class Decoder:
         return self.norm(hidden, self._tensor("output_norm.weight")) @ self._tensor(name).T
 
     def _tensor(self, name: str) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.checkpoint.tensor(name), dtype=np.float32))
+        return _aligned(self.checkpoint.tensor(name))
 
     def _linear(self, name: str) -> tuple[Tensor, Tensor | None]:
         bias = self._tensor(f"{name}.bias") if f"{name}.bias" in self._names else None
@@ -209,6 +209,12 @@ class Decoder:
             frequency = frequency / self._tensor("rope_freqs.weight").double()
         angle = torch.outer(torch.arange(ctx, dtype=torch.float64), frequency)
         return angle.cos().float(), angle.sin().float()
+
+
+def _aligned(array: NDArray[np.float32]) -> Tensor:
+    """The array as a tensor on a 64-byte boundary: elsewhere the last bits of a product depend on where it lies."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
 def _apply(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:

@@ -1,0 +1,278 @@
+"""From a checkpoint and token rows to a Calibration, one decoder layer after another, resumable.
+
+Per layer: attention over all rows, router, then every expert once: read its weights, push its tokens through, collect
+(frequency, routing weight, importance matrices, output norm), measure the error of every candidate type (losses.py),
+free it. Memory is the hidden states (16 KB a token at n_embd 4096, twice), one expert in float32 and its activations.
+
+After each layer the results so far and the hidden states go to a directory beside the output; a killed run continues
+from there and gives the same arrays bit for bit. The directory belongs to one model, text and set of options.
+
+Experts that no token reached keep a zero importance matrix (quantize takes ones) and count as if one token had reached
+them: by the rule of succession no more can be said. Its error is the mean over the tokens nearest to being routed there,
+with the weight they would give the expert in the last place. `calibrate` warns about them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mc_gguf.artifacts import PROJECTIONS, Calibration, Floats, ModelInfo
+from mc_gguf.calibrate_state import N_QUANTILES, LayerStats, State
+from mc_gguf.corpus import Corpus
+from mc_gguf.errors import McError, SourceError
+from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
+from mc_gguf.ggml_types import CANDIDATES, TYPES, ggml_type
+from mc_gguf.losses import MAX_ROWS, MAX_TOKENS, Sample, expert_errors, fits
+from mc_gguf.progress import Progress, progress
+from mc_gguf.quantize import init
+
+if TYPE_CHECKING:
+    from mc_gguf.checkpoint import Checkpoint
+
+# What nominal 1, 2 and 3 bits are in ggml types, for the published strategy.
+NOMINAL = ("IQ1_S", "IQ2_XXS", "IQ3_XXS")
+# Measured instead for matrices whose rows are no multiple of 256.
+FALLBACK = ("IQ4_NL", "Q5_0", "Q8_0")
+FEW_TOKENS = 64
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, how exactly, and with how many threads (0: all cores).
+
+    `max_rows` rows of a matrix and `max_tokens` tokens of an expert are used for the errors; the rest is scaled.
+    """
+
+    types: tuple[str, ...] | None = None
+    max_rows: int = MAX_ROWS
+    max_tokens: int = MAX_TOKENS
+    seed: int = 0
+    threads: int = 0
+
+
+def calibrate_to_file(
+    checkpoint: Checkpoint,
+    text: Corpus,
+    output: Path,
+    options: Options = Options(),  # noqa: B008 (frozen)
+    resume: bool = True,
+    quiet: bool = False,
+) -> Calibration:
+    """calibrate() into `output`, continuing what a killed run left beside it (unless `resume` is False)."""
+    directory = output.parent / f".{output.name}.partial"
+    if not resume:
+        shutil.rmtree(directory, ignore_errors=True)
+    calibration = calibrate(checkpoint, text, options, directory, quiet).save(output)
+    shutil.rmtree(directory, ignore_errors=True)
+    return calibration
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    text: Corpus,
+    options: Options = Options(),  # noqa: B008 (frozen)
+    partial: Path | None = None,
+    quiet: bool = False,
+) -> Calibration:
+    """Statistics of every expert of `checkpoint` on `text`. `partial` is where the state after each layer is kept.
+
+    Raises SourceError for a model that is not supported or gives values that are not finite, McError for types that
+    do not fit the model.
+    """
+    decoder, types = Decoder(checkpoint), measured_types(checkpoint.info, options.types)
+    if checkpoint.info.expert_layers != tuple(range(checkpoint.info.n_layer)):
+        raise SourceError("calibration supports models with experts in every layer only")
+    state = State.resume(partial, _identity(checkpoint.info, text, types, options))
+    with _threads(options.threads) as threads, torch.inference_mode():
+        init(types)
+        hidden = decoder.embed(text.rows) if state.hidden is None else state.hidden
+        todo = range(len(state.layers), checkpoint.info.n_layer)
+        with progress("calibrate", len(todo) * checkpoint.info.n_expert, "experts", quiet) as bar:
+            for layer in todo:
+                work = _Layer(decoder, layer, types, options, threads)
+                state.add(work.run(hidden, bar), hidden)
+    calibration = _assemble(checkpoint.info, text, types, state.layers)
+    _warn(calibration)
+    return calibration
+
+
+def measured_types(info: ModelInfo, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Types to measure, by size: `wanted`, or the candidates that some projection can have, with FALLBACK for others.
+
+    Raises McError when a type is unknown, or a projection can have none of them.
+    """
+    widths = {p: info.expert_shape(p)[1] for p in PROJECTIONS}
+    names = [ggml_type(name).name for name in wanted] if wanted else list(CANDIDATES)
+    if not wanted and any(not fits(n, w) for n in CANDIDATES for w in widths.values()):
+        names += FALLBACK
+    usable = {n for n in names if any(fits(n, w) for w in widths.values())}
+    for projection, width in widths.items():
+        if not any(fits(n, width) for n in usable):
+            raise McError(f"none of the types {', '.join(names)} fits rows of {width} weights ({projection}); try --types F16")
+    return tuple(sorted(usable, key=lambda n: (TYPES[n].bpw, n)))
+
+
+def _identity(info: ModelInfo, text: Corpus, types: Sequence[str], options: Options) -> dict[str, object]:
+    """All that the result depends on; threads do not belong."""
+    return {
+        "model": info.fingerprint, "corpus": text.to_json(), "types": list(types),
+        "max_rows": options.max_rows, "max_tokens": options.max_tokens, "seed": options.seed,
+    }  # fmt: skip
+
+
+@contextmanager
+def _threads(wanted: int) -> Iterator[int]:
+    threads, before = wanted or os.cpu_count() or 1, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """Tokens of one expert: their numbers [n], the router's probability and the final weight [n]."""
+
+    index: Tensor
+    prob: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class _Layer:
+    decoder: Decoder
+    layer: int
+    types: tuple[str, ...]
+    options: Options
+    threads: int
+
+    def run(self, hidden: Tensor, bar: Progress) -> LayerStats:
+        """Advance `hidden` [n_rows, ctx, n_embd] by this layer, in place, and collect."""
+        bar.advance(0, f"layer {self.layer}: attention")
+        self.decoder.attention(self.layer, hidden)
+        flat = hidden.view(-1, hidden.shape[-1])
+        routing, norm = self.decoder.route(self.layer, flat), self.decoder.ffn_norm(self.layer)
+        stats, added = LayerStats.empty(self.decoder.checkpoint.info, len(self.types)), torch.zeros_like(flat)
+        for number in range(self.decoder.shape.n_expert):
+            self._expert(number, flat, norm, routing, added, stats)
+            bar.advance(1, f"layer {self.layer}")
+        flat += added
+        if not torch.isfinite(flat).all():
+            raise SourceError(f"layer {self.layer} gives values that are not finite; is the source damaged?")
+        ratios = (routing.probs[:, 1:] / routing.probs[:, :1]).double().numpy()
+        stats.ratio_quantiles[:] = np.quantile(ratios, np.linspace(0, 1, N_QUANTILES), axis=0).T
+        return stats
+
+    def _expert(
+        self, number: int, flat: Tensor, norm: Tensor, routing: Routing, added: Tensor, stats: LayerStats
+    ) -> None:
+        expert, tokens = self.decoder.expert(self.layer, number), _routed(routing, number)
+        norms_sq = torch.zeros(len(tokens.index), dtype=torch.float64)
+        for part in torch.arange(len(tokens.index)).split(CHUNK):
+            x = self.decoder.norm(flat[tokens.index[part]], norm)
+            h = expert.hidden(x)
+            y = (h @ expert.down.T).mul_(tokens.weight[part, None])
+            added.index_add_(0, tokens.index[part], y)
+            norms_sq[part] = y.square().sum(1, dtype=torch.float64)
+            stats.imatrix_in[number] += x.square().sum(0, dtype=torch.float64).numpy()
+            stats.imatrix_mid[number] += h.square().sum(0, dtype=torch.float64).numpy()
+        stats.frequency[number] = len(tokens.index)
+        stats.routing_weight[number] = float(tokens.prob.sum(dtype=torch.float64))
+        stats.output_sq[number] = float(norms_sq.sum())
+        for sums in (stats.imatrix_in, stats.imatrix_mid):
+            sums[number] /= max(1, len(tokens.index))
+        sample = self._sample(number, flat, norm, routing, tokens, norms_sq)
+        stats.sq_error[number] = self._errors(number, expert, sample, stats)
+
+    def _sample(
+        self, number: int, flat: Tensor, norm: Tensor, routing: Routing, tokens: _Tokens, norms_sq: Tensor
+    ) -> Sample:
+        """Up to max_tokens of the expert's tokens, or the nearest ones, worth one, for an expert without any."""
+        limit = self.options.max_tokens
+        if len(tokens.index) == 0:
+            tokens = _nearest(routing, number, limit)
+            return Sample(self.decoder.norm(flat[tokens.index], norm), tokens.weight, 1 / len(tokens.index))
+        rng = np.random.default_rng([self.options.seed, self.layer, number, 1])
+        pick = torch.from_numpy(np.sort(rng.permutation(len(tokens.index))[:limit]))
+        part = float(norms_sq[pick].sum())
+        scale = float(norms_sq.sum()) / part if part > 0 else len(tokens.index) / len(pick)
+        return Sample(self.decoder.norm(flat[tokens.index[pick]], norm), tokens.weight[pick], scale)
+
+    def _errors(self, number: int, expert: Expert, sample: Sample, stats: LayerStats) -> Floats:
+        seed = (self.options.seed, self.layer, number)
+        importance = (stats.imatrix_in[number].astype(np.float32), stats.imatrix_mid[number].astype(np.float32))
+        return expert_errors(
+            expert, sample, *importance, self.types, max_rows=self.options.max_rows, seed=seed, threads=self.threads
+        )
+
+
+def _routed(routing: Routing, number: int) -> _Tokens:
+    index, slots = torch.nonzero(routing.experts == number, as_tuple=True)
+    return _Tokens(index, routing.probs[index, slots], routing.weights[index, slots])
+
+
+def _nearest(routing: Routing, number: int, limit: int) -> _Tokens:
+    """The tokens with the highest probability of an expert that none is routed to, as if it took their last place."""
+    prob, index = torch.topk(routing.all_probs[:, number], min(limit, len(routing.all_probs)))
+    others = routing.probs[index, :-1].sum(1)
+    whole = routing.weights[index].sum(1)  # 1, or the model's scale of routing weights
+    return _Tokens(index, prob, prob / (others + prob).clamp(min=1e-30) * whole)
+
+
+def _assemble(info: ModelInfo, text: Corpus, types: tuple[str, ...], layers: Sequence[LayerStats]) -> Calibration:
+    def stack(name: str) -> Floats:
+        return np.stack([getattr(layer, name) for layer in layers])
+
+    sq_error = stack("sq_error")
+    return Calibration(
+        model=info, layers=info.expert_layers, types=types, corpus=text.to_json(),
+        frequency=stack("frequency"), routing_weight=stack("routing_weight"), sq_error=sq_error,
+        output_sq=stack("output_sq"), imatrix_in=stack("imatrix_in").astype(np.float32),
+        imatrix_mid=stack("imatrix_mid").astype(np.float32), ratio_quantiles=stack("ratio_quantiles"),
+        nominal_error=nominal_errors(sq_error, types),
+    )  # fmt: skip
+
+
+def nominal_errors(sq_error: Floats, types: Sequence[str]) -> Floats:
+    """[L, E, 3] Frobenius norm of the output's change when a whole expert has nominal 1, 2, 3 bits.
+
+    From sq_error [L, E, 3, T]: the squared errors of the projections add up as if independent. Where NOMINAL's type was
+    not measured, or does not fit a projection, the next larger one that was stands for it (else the largest).
+    """
+    by_size = sorted(range(len(types)), key=lambda t: TYPES[types[t]].bpw)
+    total = np.zeros((*sq_error.shape[:2], len(NOMINAL)))
+    for p in range(len(PROJECTIONS)):
+        usable = [t for t in by_size if np.isfinite(sq_error[:, :, p, t]).all()]
+        for n, name in enumerate(NOMINAL):
+            enough = [t for t in usable if TYPES[types[t]].bpw >= TYPES[name].bpw]
+            total[:, :, n] += sq_error[:, :, p, (enough or usable[-1:])[0]]
+    return np.asarray(np.sqrt(total))
+
+
+def _warn(calibration: Calibration) -> None:
+    rare = calibration.frequency < FEW_TOKENS
+    if not rare.any():
+        return
+    names = [f"{calibration.layers[i]}/{e}" for i, e in zip(*np.nonzero(rare), strict=True)]
+    log.warning(
+        "%d of %d experts saw fewer than %d tokens, %d of them none (layer/expert %s): their types are a guess; "
+        "calibrate with more text",
+        rare.sum(), rare.size, FEW_TOKENS, (calibration.frequency == 0).sum(),
+        ", ".join(names[:5]) + (" ..." if len(names) > 5 else ""),
+    )  # fmt: skip
+
+
