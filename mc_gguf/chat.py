@@ -24,9 +24,7 @@ DEFAULT_CONTEXT = 4096  # tokens; a model's own maximum may need gigabytes of ca
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are generated: at most `max_tokens`, `temperature` 0 is greedy, `seed` None is a new one
-    each time.
-    """
+    """How answers are generated: temperature 0 is greedy, seed None is a new one each time."""
 
     max_tokens: int = 256
     temperature: float = 0.8

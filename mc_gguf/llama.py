@@ -102,8 +102,9 @@ def _reason() -> str:
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]  # llama_cpp has no type information
 def _log_callback(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
-    """Replaces llama_cpp's, whose level numbers are not the library's: it prints warnings and drops errors
-    when quiet.
+    """Keeps errors for _reason, prints all when verbose.
+
+    Replaces llama_cpp's, whose level numbers are not the library's: when quiet, it prints warnings, not errors.
     """
     line = text.decode("utf-8", "replace")
     if level == LOG_ERROR:

@@ -1,5 +1,4 @@
-"""The pinned upstream (llama-cpp-python with llama.cpp inside) and our patch set: where they are and what
-they hash to.
+"""The pinned upstream (llama-cpp-python with llama.cpp inside) and our patch set: places and hashes.
 
 patches/UPSTREAM is the one place that holds the pin. This module reads it, computes the digest of the patch
 set, knows the per-user cache, and imports gguf-py and the HF converter from the pinned llama.cpp source,
@@ -76,9 +75,7 @@ def own_sources() -> list[Path]:
 
 
 def patchset_digest() -> str:
-    """SHA-256 over names and bytes of the patches, in order, and of our sources: what mc_patchset() must
-    return.
-    """
+    """SHA-256 over names and bytes of the patches, in order, and of our sources: mc_patchset() returns it."""
     digest = hashlib.sha256()
     for path in (*series(), *own_sources()):
         content = path.read_bytes()

@@ -88,9 +88,7 @@ class StandIn:
 
 
 def make_sdist(folder: Path, repository: Path) -> Path:
-    """A source distribution as llama-cpp-python's: llama.cpp's git directory inside, with an unusable
-    config.
-    """
+    """A source distribution like llama-cpp-python's: a git directory inside, with an unusable config."""
     top = folder / "stand_in-1.0"
     directory = top / source.GIT_DIRECTORY
     shutil.copytree(repository / ".git", directory)
@@ -413,9 +411,7 @@ def test_no_pip_is_named(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_full_disk_is_named(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        building.shutil, "disk_usage", lambda path: SimpleNamespace(free=300_000_000)
-    )
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300_000_000))
     with pytest.raises(RuntimeBuildError, match=r"0\.3 GB are free under .* needs 1 GB: make room"):
         runtime.build()
 

@@ -1,4 +1,4 @@
-"""The patched llama.cpp: build it once into the user's cache, find it, check that it is the right one, load it.
+"""The patched llama.cpp: build it once into the user's cache, find it, check it, load it.
 
     mc-gguf runtime build [--backend cpu|cuda|vulkan|metal] [--unpatched]
 

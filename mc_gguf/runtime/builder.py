@@ -292,8 +292,7 @@ def _manifest(task: Build) -> dict[str, str | bool | list[str]]:
 
 
 def compile_program(runtime: Runtime, source: Path, name: str) -> Path:
-    """A C++17 program compiled against the runtime's own headers and libraries, cached by content in its bin
-    folder.
+    """A C++17 program compiled against the runtime's headers and libraries, cached by content in its bin.
 
     For tests and benchmarks: `source` may include ggml's and llama.cpp's headers, private ones too.
     """

@@ -56,9 +56,7 @@ BACKEND_FLAGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Runtime:
-    """An installed runtime. `backend` is "?" and `patched` a claim to be checked where MC_GGUF_RUNTIME named
-    it.
-    """
+    """An installed runtime; `backend` is "?" where MC_GGUF_RUNTIME named it."""
 
     path: Path
     backend: str
@@ -82,9 +80,7 @@ class Runtime:
 
 
 def runtime_key(backend: str, patched: bool) -> str:
-    """Hash of what a build depends on: upstream, patches, backend, flags, and the CPU (llama.cpp builds for
-    it).
-    """
+    """Hash of what a build depends on: upstream, patches, backend, flags, and the CPU it is built for."""
     patches = upstream.patchset_digest() if patched else "unpatched"
     parts = (upstream.pin().sdist_sha256, patches, backend, *CMAKE_FLAGS, *BACKEND_FLAGS[backend], _machine())
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -103,9 +99,7 @@ def _machine() -> str:
 
 
 def find(backend: str | None = None, patched: bool = True) -> Runtime | None:
-    """The installed runtime for this package, backend (default: the preferred one that is built) and
-    machine.
-    """
+    """The installed runtime for this package and machine; of the preferred backend that is built."""
     override = os.environ.get("MC_GGUF_RUNTIME")
     if override and patched and backend is None:
         return Runtime(Path(override), "?", True)

@@ -1,6 +1,4 @@
-"""Run a build's commands: output into a log file, lines to whoever shows progress, one clear error on
-failure.
-"""
+"""Run a build's commands: output into a log file, lines to the progress display, one clear error."""
 
 from __future__ import annotations
 
@@ -32,8 +30,7 @@ class Log:
         env: Mapping[str, str] | None = None,
         on_line: Callable[[str], None] = lambda line: None,
     ) -> str:
-        """Runs `command`, stderr with stdout, and returns its output. Each line goes to the log and to
-        `on_line`.
+        """Runs `command` and returns its output, stderr included; each line goes to the log and `on_line`.
 
         Raises RuntimeBuildError when it cannot start or fails; the last lines of its output are on stderr
         then.

@@ -1,5 +1,4 @@
-"""The pinned llama.cpp source: downloaded through pip, checked, unpacked from the git directory it carries,
-patched.
+"""The pinned llama.cpp source: downloaded through pip, checked, unpacked, patched.
 
 The source distribution of llama-cpp-python holds llama.cpp's git directory (.git/modules/vendor/llama.cpp).
 Only that is unpacked, with a configuration of our own, so the commit and tree that we get are verified by
@@ -36,9 +35,7 @@ OWN_SOURCES = "mc"  # our patches/src lies here inside the patched tree
 
 
 def download(log: Log) -> Path:
-    """The source distribution in <cache>/downloads, fetched through pip unless it is there; its SHA-256 is
-    checked.
-    """
+    """The source distribution in <cache>/downloads, fetched through pip unless it is there; checked."""
     pin = upstream.pin()
     folder = upstream.cache_dir() / "downloads"
     path = folder / pin.sdist_name
