@@ -104,7 +104,7 @@ def _reason() -> str:
 def _log_callback(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
     """Keeps errors for _reason, prints all when verbose.
 
-    Replaces llama_cpp's, whose level numbers are not the library's: when quiet, it prints warnings, not errors.
+    Replaces llama_cpp's, whose level numbers are not the library's: it prints warnings and drops errors.
     """
     line = text.decode("utf-8", "replace")
     if level == LOG_ERROR:

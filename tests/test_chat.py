@@ -17,6 +17,7 @@ from mc_gguf.errors import McError
 from mc_gguf.llama import Llama
 
 pytestmark = pytest.mark.native
+DEFAULTS = Sampling()
 
 
 class Parrot:
@@ -40,7 +41,7 @@ class Parrot:
         yield {"choices": [{"delta": {"content": f"<{len(messages)}>"}}]}
 
 
-def conversation(template: bool, sampling: Sampling = Sampling()) -> tuple[Conversation, Parrot]:
+def conversation(template: bool, sampling: Sampling = DEFAULTS) -> tuple[Conversation, Parrot]:
     parrot = Parrot(template)
     return Conversation(cast(Llama, parrot), sampling), parrot
 

@@ -297,7 +297,7 @@ def compile_program(runtime: Runtime, source: Path, name: str) -> Path:
     For tests and benchmarks: `source` may include ggml's and llama.cpp's headers, private ones too.
     """
     tree, lib = runtime.source_dir, runtime.lib_dir
-    includes = [f"-I{tree / folder}" for folder in ("ggml/include", "ggml/src", "include", "src", "mc")]
+    includes = [f"-I{tree / folder}" for folder in ("ggml/include", "ggml/src", "include", "src", "mc/include")]
     options = ["-O2", "-std=c++17", "-pthread", *includes]
     links = [f"-L{lib}", f"-Wl,-rpath,{lib}", *(f"-l{library}" for library in reversed(LIBRARIES))]
     digest = hashlib.sha256(source.read_bytes() + " ".join([*options, *links]).encode()).hexdigest()[:12]
