@@ -142,7 +142,7 @@ def check_tools(backend: str) -> None:
         raise RuntimeBuildError(
             "neither make nor ninja is installed, and building llama.cpp needs one: install make"
         )
-    if backend == "cuda" and not (_cuda_compiler()):
+    if backend == "cuda" and not _cuda_compiler():
         raise RuntimeBuildError(
             "nvcc is not installed, and the cuda backend needs it: install the CUDA toolkit"
         )
@@ -209,6 +209,8 @@ def configure(task: Build, tree: Path) -> None:
     generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
     origin = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
     flags = [*CMAKE_FLAGS, *BACKEND_FLAGS[task.backend], f"-DCMAKE_INSTALL_RPATH={origin}"]
+    if task.backend == "cuda":
+        flags.append(f"-DCMAKE_CUDA_COMPILER={_cuda_compiler()}")  # cmake looks on PATH only
     if task.patched:
         flags.append(f"-DMC_PATCHSET={upstream.patchset_digest()}")
     folder = task.work / "build"
@@ -297,7 +299,8 @@ def compile_program(runtime: Runtime, source: Path, name: str) -> Path:
     For tests and benchmarks: `source` may include ggml's and llama.cpp's headers, private ones too.
     """
     tree, lib = runtime.source_dir, runtime.lib_dir
-    includes = [f"-I{tree / folder}" for folder in ("ggml/include", "ggml/src", "include", "src", "mc/include")]
+    folders = ("ggml/include", "ggml/src", "include", "src", "mc/include")
+    includes = [f"-I{tree / folder}" for folder in folders]
     options = ["-O2", "-std=c++17", "-pthread", *includes]
     links = [f"-L{lib}", f"-Wl,-rpath,{lib}", *(f"-l{library}" for library in reversed(LIBRARIES))]
     digest = hashlib.sha256(source.read_bytes() + " ".join([*options, *links]).encode()).hexdigest()[:12]
