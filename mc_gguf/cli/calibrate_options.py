@@ -1,0 +1,73 @@
+"""The options that calibrate and convert share, and the one call that they make of them.
+
+Cheap to import, so defaults are spelled here; a test compares them with corpus and losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mc_gguf.artifacts import Calibration
+    from mc_gguf.checkpoint import Checkpoint
+
+_OPTIONS = (
+    click.option(
+        "--text", type=click.Path(path_type=Path), multiple=True,
+        help="Calibration text, UTF-8; may be repeated.  [default: the bundled mixture]",
+    ),
+    click.option(
+        "--tokens", type=click.IntRange(min=2), default=65536, show_default=True,
+        help="Tokens to use, spread over the whole text.",
+    ),
+    click.option(
+        "--ctx", type=click.IntRange(min=2), default=512, show_default=True,
+        help="Tokens a row; at most the model's context.",
+    ),
+    click.option(
+        "--rows", type=click.IntRange(min=1), default=256, show_default=True,
+        help="Rows of a matrix on which the errors of the types are measured.",
+    ),
+    click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all cores]"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What the user asked of calibration."""
+
+    text: tuple[Path, ...]
+    tokens: int
+    ctx: int
+    rows: int
+    threads: int | None
+
+    def calibrate(
+        self, source: Checkpoint, output: Path, types: tuple[str, ...] | None, seed: int, resume: bool, quiet: bool
+    ) -> Calibration:
+        """Calibrate `source` into the file `output`; `types` None measures all candidates."""
+        from mc_gguf.calibrate import Options, calibrate_to_file
+        from mc_gguf.corpus import load_corpus
+
+        corpus = load_corpus(source, self.text, self.tokens, self.ctx, seed, source.hparams.get("context_length"))
+        options = Options(types=types, max_rows=self.rows, seed=seed, threads=self.threads or 0)
+        return calibrate_to_file(source, corpus, output, options, resume, quiet)
+
+
+def calibrate_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options to a click command; its function gets them as one argument `calibration`."""
+
+    @wraps(function)
+    def wrapped(**arguments: Any) -> Any:
+        names = ("text", "tokens", "ctx", "rows", "threads")
+        return function(calibration=CalibrateOptions(**{n: arguments.pop(n) for n in names}), **arguments)
+
+    for option in reversed(_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped
