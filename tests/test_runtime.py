@@ -50,6 +50,7 @@ FILES = {
     "include/llama.h": '#ifdef __cplusplus\nextern "C"\n#endif\nint llama_answer(void);\n',
     "tests/test-backend-ops.cpp": '#include "llama.h"\nint main() { return llama_answer() == 42 ? 0 : 1; }\n',
 }
+MAPPED_LIBRARIES = locate.mapped_libraries
 PATCHSET_FUNCTION = "\nconst char * mc_patchset(void) { return MC_PATCHSET; }\n"
 BACKEND = """def prepare_metadata_for_build_wheel(folder, settings=None):
     import os
@@ -149,6 +150,8 @@ def stand_in(master: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def _use(stand_in: StandIn, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream, "patches_dir", lambda: stand_in.patches)
+    # Many stand-ins come into this one process; what is refused because of that has its own tests.
+    monkeypatch.setattr(locate, "mapped_libraries", list)
     for name in ("MC_GGUF_RUNTIME", "MC_GGUF_BACKEND", "MC_GGUF_SOURCE", "MC_GGUF_QUIET", "PIP_CONFIG_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MC_GGUF_CACHE", str(cache))
@@ -610,10 +613,16 @@ def test_libraries_from_elsewhere_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux only")
-def test_mapped_libraries_sees_what_is_loaded(built: Path) -> None:
+def test_what_is_loaded_from_elsewhere_is_seen_and_refused(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library = runtime.require().library("ggml").resolve()
     ctypes.CDLL(str(library))
-    assert library in locate.mapped_libraries()
+    assert library in MAPPED_LIBRARIES()
+    others = [path for path in MAPPED_LIBRARIES() if path.parent != library.parent]
+    monkeypatch.setattr(locate, "mapped_libraries", lambda: [*others, tmp_path / "libggml.so"])
+    with pytest.raises(RuntimeBuildError, match="is loaded in this process"):
+        runtime.library_path("ggml")
 
 
 def test_usable_cores_is_what_the_process_may_use() -> None:

@@ -33,7 +33,7 @@ from mc_gguf.runtime.locate import (
     LIBRARIES,
     MANIFEST,
     Runtime,
-    load,
+    check_patchset,
     runtime_key,
 )
 from mc_gguf.runtime.shell import Log
@@ -244,10 +244,7 @@ def install(task: Build, tree: Path) -> None:
         _copy_libraries(task.work / "build", staging / "lib")
         _copy_source(tree, staging / "source")
         staged = Runtime(staging, task.backend, task.patched)
-        missing = [name for name in LIBRARIES if not staged.library(name).is_file()]
-        assert not missing
-        if task.patched and upstream.series():
-            load(staged)
+        check_library(task, staged)
         (staging / MANIFEST).write_text(json.dumps(_manifest(task), indent=1, sort_keys=True) + "\n")
         if task.target.exists():
             task.target.rename(old)
@@ -255,6 +252,18 @@ def install(task: Build, tree: Path) -> None:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def check_library(task: Build, staged: Runtime) -> None:
+    """Loads the new libllama in a process of its own; it must report our patch set, or none if unpatched."""
+    path = staged.library("llama")
+    code = (
+        "import ctypes, sys\nf = getattr(ctypes.CDLL(sys.argv[1]), 'mc_patchset', None)\n"
+        "if f: f.restype = ctypes.c_char_p; print(f().decode())"
+    )
+    found = task.log.run("loading the new libllama", [sys.executable, "-c", code, path], task.work).strip()
+    if task.patched:
+        check_patchset(path, found)
 
 
 def _remove_leftovers(task: Build) -> None:

@@ -138,19 +138,28 @@ def load_ggml_base() -> ctypes.CDLL:
 
 
 def load(runtime: Runtime) -> ctypes.CDLL:
-    """libllama of a patched runtime. Raises RuntimeBuildError when it carries another patch set or none."""
+    """libllama of a patched runtime. Raises RuntimeBuildError when it carries another patch set or none.
+
+    Also when another libggml is in the process: the dynamic linker goes by the library's name, so our libllama
+    would silently be bound to that one.
+    """
     path = runtime.library("llama")
+    check_loaded(mapped_libraries(), runtime.lib_dir)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise RuntimeBuildError(f"cannot load {path} ({error}); {upstream.BUILD_HINT} --force") from error
-    found, expected = _patchset(library), upstream.patchset_digest()
+    check_patchset(path, _patchset(library))
+    return library
+
+
+def check_patchset(path: Path, found: str | None) -> None:
+    """RuntimeBuildError unless `found`, which the library at `path` reports, is our patch set's digest."""
+    expected = upstream.patchset_digest()
     if found != expected:
         what = f"has patch set {found[:12]}" if found else "is not patched"
-        raise RuntimeBuildError(
-            f"{path} {what}, but this mc-gguf needs patch set {expected[:12]}; {upstream.BUILD_HINT}"
-        )
-    return library
+        needs = f"but this mc-gguf needs patch set {expected[:12]}"
+        raise RuntimeBuildError(f"{path} {what}, {needs}; {upstream.BUILD_HINT}")
 
 
 def _patchset(library: ctypes.CDLL) -> str | None:
