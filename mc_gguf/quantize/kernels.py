@@ -54,6 +54,8 @@ def _ggml() -> ctypes.CDLL:
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    library.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    library.ggml_validate_row_data.restype = ctypes.c_bool
     return library
 
 
@@ -80,9 +82,9 @@ def quantize_rows(
     """Quantize `weights` (rows, cols) to `type_name`; returns (rows, bytes of a row). The same for any
     `threads`.
 
-    `imatrix` (cols,) is the mean squared input of each column; types that need one refuse None. Columns with
-    an importance of 0 get the smallest positive one (all ones when there is none): ggml aborts on blocks of
-    zeros. Raises McError when a row is not a whole number of blocks or a value is not finite.
+    `imatrix` (cols,) is the mean squared input of each column; types that need one refuse None; all zeros
+    (no token came) count as ones, as upstream's quantizer fills them. Raises McError when a row is not a
+    whole number of blocks, or a weight is not finite or too large for the type.
     """
     kind = ggml_type(type_name)
     rows, cols = weights.shape
@@ -114,7 +116,7 @@ def _quantize_piece(
         raise McError(
             f"weights in rows {start} to {start + len(piece) - 1} are not finite; the source is damaged"
         )
-    if type_id == 0:  # F32: ggml_quantize_chunk copies too, but only for aligned destinations
+    if type_id == 0:
         target[:] = piece.view(np.uint8)
         return
     written = _ggml().ggml_quantize_chunk(
@@ -123,6 +125,8 @@ def _quantize_piece(
     )  # fmt: skip
     if written != target.nbytes:
         raise McError(f"ggml wrote {written} bytes of type {type_id} where {target.nbytes} were expected")
+    if not _ggml().ggml_validate_row_data(type_id, target.ctypes.data, target.nbytes):
+        raise McError(f"weights in rows {start} to {start + len(piece) - 1} are too large for the type")
 
 
 def _checked_imatrix(
@@ -137,10 +141,7 @@ def _checked_imatrix(
         raise McError(f"the importance matrix has shape {values.shape}, the rows have {cols} columns")
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise McError("the importance matrix has negative or non-finite values; calibrate again")
-    positive = values[values > 0]
-    if len(positive) == cols:
-        return values
-    return np.where(values > 0, values, positive.min() if len(positive) else np.float32(1)).astype(np.float32)
+    return values if values.any() else np.ones_like(values)
 
 
 def dequantize_rows(data: NDArray[np.uint8], type_name: str, cols: int, rows: int) -> NDArray[np.float32]:
