@@ -15,11 +15,12 @@ setup: $(VENV)/installed
 	@$(BIN)/mc-gguf runtime build
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: set PYTHON")'
-	$(PYTHON) -m venv $(VENV)
-	$(PURE) $(BIN)/python -m pip install --disable-pip-version-check --quiet \
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: set PYTHON")'
+	@echo "installing mc-gguf and what it needs into $(VENV): a minute or more"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PURE) $(BIN)/python -m pip install --disable-pip-version-check --quiet \
 		--no-binary llama-cpp-python --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@touch $@
 
 demo: setup
 	$(BIN)/python tools/demo.py

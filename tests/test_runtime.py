@@ -419,6 +419,16 @@ def test_a_full_disk_is_named(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
         runtime.build()
 
 
+def test_a_bare_machine_is_enough(
+    stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """git, cmake, make, a compiler and what comes with it: no ninja, no ccache."""
+    compiler = {"cc", "c++", "as", "ld", "ar", "ranlib", "nm", "objcopy", "objdump", "strip"}
+    _only({"git", "cmake", "make", "sh", "uname"} | compiler, tmp_path / "bin", monkeypatch)
+    assert runtime.build() == runtime.require()
+    assert "runtime cpu: 100 %" in capsys.readouterr().err
+
+
 # What is wrong
 
 

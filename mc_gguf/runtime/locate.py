@@ -140,8 +140,8 @@ def load_ggml_base() -> ctypes.CDLL:
 def load(runtime: Runtime) -> ctypes.CDLL:
     """libllama of a patched runtime. Raises RuntimeBuildError when it carries another patch set or none.
 
-    Also when another libggml is in the process: the dynamic linker goes by the library's name, so our libllama
-    would silently be bound to that one.
+    Also when another libggml is in the process: the dynamic linker goes by the library's name, so our
+    libllama would silently be bound to that one.
     """
     path = runtime.library("llama")
     check_loaded(mapped_libraries(), runtime.lib_dir)
