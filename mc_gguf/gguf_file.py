@@ -141,8 +141,9 @@ class _Parser:
             raise self.fail(f"GGUF version {version:#x}; only version {VERSION}, little-endian, is supported")
         n_tensor, n_kv = self.scalar("<Q"), self.scalar("<Q")
         kv = self.metadata(n_kv)
-        alignment = kv["general.alignment"].value if "general.alignment" in kv else DEFAULT_ALIGNMENT
-        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+        stored = kv.get("general.alignment", Value(UINT32, DEFAULT_ALIGNMENT))
+        alignment = stored.value
+        if stored.type != UINT32 or alignment <= 0 or alignment & (alignment - 1):
             raise FormatError(f"{self.path}: key general.alignment: {alignment!r} is not a power of two")
         infos = self.infos(n_tensor, alignment)
         data_offset = pad(self.position, alignment)

@@ -1,4 +1,4 @@
-"""Small GGUF models for tests: a checkpoint of random weights in memory, plans for it, and files taken apart."""
+"""Small GGUF models for tests: random weights in memory, plans for them, and files taken apart."""
 
 from __future__ import annotations
 

@@ -9,14 +9,16 @@ from typing import Any
 from mc_gguf.artifacts import PROJECTIONS
 from mc_gguf.units import format_size
 
+MAX_COLUMNS = 16
+
 
 def render(description: Mapping[str, Any]) -> str:
     """The text that `mc-gguf inspect` prints for what container.describe returns."""
     kind = "mixed-expert GGUF" if description["mixed"] else "plain GGUF"
     bpw = description["expert_bpw"]
     lines = [
-        f"{description['path']}: {kind}, {description['architecture']}, {format_size(description['file_bytes'])}"
-        f" ({description['file_bytes']} bytes)",
+        f"{description['path']}: {kind}, {description['architecture']}, "
+        f"{format_size(description['file_bytes'])} ({description['file_bytes']} bytes)",
         "no routed experts" if bpw is None else f"{bpw:.4f} bits per expert weight",
     ]
     lines += [
@@ -43,6 +45,8 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{layer['layer']:>5}  {row[0]} (all {len(row)})" for layer, row in zip(layers, rows, strict=True)
         ]
         return ["layer  experts (gate/up/down)", *same, ""]
+    if max(map(len, rows)) > MAX_COLUMNS:
+        return ["layer  experts of each gate/up/down", *_counted(layers, rows), ""]
     heads = [str(e) for e in range(max(map(len, rows)))]
     widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
     table = [
@@ -54,6 +58,12 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
     ]
     return [*table, ""]
+
+
+def _counted(layers: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[str]]) -> list[str]:
+    """One line per layer with how many experts have which types, for models with many experts."""
+    counts = [", ".join(f"{n} x {cell}" for cell, n in Counter(row).most_common()) for row in rows]
+    return [f"{layer['layer']:>5}  {text}" for layer, text in zip(layers, counts, strict=True)]
 
 
 def _totals(description: Mapping[str, Any]) -> list[str]:

@@ -93,7 +93,7 @@ def find_calibration(plan: Plan, folder: Path, given: Path | None = None) -> Cal
     if not plan.model_fingerprint:
         return None
     raise ArtifactError(
-        f"no *.safetensors in {folder} has the plan's calibration fingerprint {plan.calibration_fingerprint[:12]}...; "
+        f"no *.safetensors in {folder} is the plan's calibration ({plan.calibration_fingerprint[:12]}...); "
         "give it with --calibration FILE"
     )
 

@@ -1,0 +1,447 @@
+"""Quantizing: ggml's kernels on arrays, and plans carried out into files, killed and continued."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf_models import (
+    ONES,
+    TINY,
+    RandomCheckpoint,
+    make_calibration,
+    make_plan,
+    uniform,
+)
+
+from mc_gguf import container
+from mc_gguf.artifacts import PROJECTIONS, FixedTypes, Plan
+from mc_gguf.checkpoint import open_checkpoint
+from mc_gguf.errors import ArtifactError, McError, SourceError
+from mc_gguf.ggml_types import CANDIDATES, TYPES
+from mc_gguf.quantize import dequantize_rows, find_calibration, quantize, quantize_rows
+from mc_gguf.quantize.journal import PartialFile
+from mc_gguf.upstream import load_gguf
+
+FAST = ("Q2_K", "Q3_K", "Q4_K", "IQ4_XS")
+# Relative squared error on Gaussian rows, measured once per type: a quantizer that lost its scale is far off.
+RATES = {
+    "IQ1_S": 0.251, "IQ1_M": 0.222, "IQ2_XXS": 0.123, "IQ2_XS": 0.096, "IQ2_S": 0.065, "Q2_K": 0.074,
+    "IQ3_XXS": 0.036, "IQ3_S": 0.020, "Q3_K": 0.021, "IQ4_XS": 0.0058, "Q4_K": 0.0051, "Q8_0": 3e-5, "Q6_K":
+    3e-4, "F16": 5e-8, "BF16": 3e-6,
+}  # fmt: skip
+
+
+def gaussian(rows: int, cols: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, cols), dtype=np.float32)
+
+
+# --- kernels
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_error_of_each_type(name: str) -> None:
+    weights = gaussian(16, 512)
+    data = quantize_rows(weights, name, np.ones(512, dtype=np.float32), threads=2)
+    assert data.shape == (16, TYPES[name].row_bytes(512))
+    back = dequantize_rows(data, name, cols=512, rows=16)
+    assert float(((back - weights) ** 2).sum() / (weights**2).sum()) == pytest.approx(RATES[name], rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q6_K", "Q2_K", "IQ2_XS", "IQ4_NL"])
+def test_dequantize_as_gguf_py(name: str) -> None:
+    """gguf-py has its own dequantizers, in numpy."""
+    gguf = load_gguf()
+    data = quantize_rows(gaussian(8, 256), name, np.ones(256, dtype=np.float32), threads=1)
+    expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name]).reshape(8, 256)
+    np.testing.assert_array_equal(dequantize_rows(data, name, 256, 8), expected)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "IQ1_S", "Q8_0", "F32"])
+def test_bytes_do_not_depend_on_threads(name: str) -> None:
+    weights, imatrix = gaussian(37, 256), gaussian(1, 256)[0] ** 2
+    one = quantize_rows(weights, name, imatrix, threads=1)
+    for threads in (2, 3, 64):
+        np.testing.assert_array_equal(quantize_rows(weights, name, imatrix, threads), one)
+
+
+def test_the_importance_matrix_matters() -> None:
+    weights, imatrix = gaussian(64, 256), np.full(256, 1e-3, dtype=np.float32)
+    imatrix[:32] = 1
+    flat = dequantize_rows(quantize_rows(weights, "Q2_K", None, 1), "Q2_K", 256, 64)
+    led = dequantize_rows(quantize_rows(weights, "Q2_K", imatrix, 1), "Q2_K", 256, 64)
+    flat_error, led_error = (((w - weights)[:, :32] ** 2).sum() for w in (flat, led))
+    assert led_error < 0.95 * flat_error
+
+
+def test_an_empty_importance_matrix_counts_as_ones() -> None:
+    weights = gaussian(4, 256)
+    zeros, ones = np.zeros(256, dtype=np.float32), np.ones(256, dtype=np.float32)
+    np.testing.assert_array_equal(
+        quantize_rows(weights, "IQ1_S", zeros, 1), quantize_rows(weights, "IQ1_S", ones, 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("cols", "name", "imatrix", "message"),
+    [
+        (256, "IQ1_S", None, "IQ1_S needs an importance matrix"),
+        (256, "Q2_K", np.ones(255, dtype=np.float32), r"shape \(255,\), the rows have 256"),
+        (256, "Q2_K", np.full(256, np.nan, dtype=np.float32), "negative or non-finite"),
+        (256, "Q2_K", -np.ones(256, dtype=np.float32), "negative or non-finite"),
+        (128, "Q2_K", None, "multiple of 256, not 128"),
+        (256, "Q2_X", None, "unknown ggml type 'Q2_X'"),
+    ],
+)
+def test_what_ggml_would_abort_on_is_refused(
+    cols: int, name: str, imatrix: np.ndarray | None, message: str
+) -> None:
+    with pytest.raises(McError, match=message):
+        quantize_rows(gaussian(2, cols), name, imatrix, 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(np.nan, "not finite"), (np.inf, "not finite"), (1e30, "too large")]
+)
+def test_weights_that_do_not_fit(value: float, message: str) -> None:
+    weights = gaussian(8, 256)
+    weights[5, 7] = value
+    with pytest.raises(McError, match=f"rows .* {message}"):
+        quantize_rows(weights, "Q8_0", None, 2)
+
+
+def test_dequantize_checks_the_size() -> None:
+    with pytest.raises(McError, match="2 x 256 weights of Q2_K do not take 84 bytes"):
+        dequantize_rows(np.zeros(84, dtype=np.uint8), "Q2_K", 256, 2)
+
+
+# --- plans
+# ----------------------------------------------------------------------------------------------------------
+
+
+def mixed(checkpoint: RandomCheckpoint, types: tuple[str, ...], seed: int = 1) -> dict[str, list[list[str]]]:
+    rng = np.random.default_rng(seed)
+    info = checkpoint.info
+    return {p: rng.choice(types, (len(info.expert_layers), info.n_expert)).tolist() for p in PROJECTIONS}
+
+
+@pytest.fixture(scope="module")
+def wide() -> RandomCheckpoint:
+    """Rows of 256, so that every type fits."""
+    return RandomCheckpoint(2, 5, n_embd=256, n_ff=256)
+
+
+def test_every_expert_is_its_own_quantization(wide: RandomCheckpoint, tmp_path: Path) -> None:
+    calibration = make_calibration(wide.info, tmp_path / "c.safetensors")
+    experts = mixed(wide, CANDIDATES)
+    plan = make_plan(wide.info, experts, tmp_path / "plan.json", calibration.fingerprint)
+    model = quantize(wide, calibration, plan, tmp_path / "m.gguf", threads=2)
+    assert (tmp_path / "m.gguf").stat().st_size == container.file_bytes(wide.info, experts, FixedTypes())
+    assert (model.plan_fingerprint, model.calibration_fingerprint) == (
+        plan.fingerprint,
+        calibration.fingerprint,
+    )
+    for layer in range(2):
+        for projection in PROJECTIONS:
+            table = calibration.imatrix_mid if projection == "down" else calibration.imatrix_in
+            for expert in range(5):
+                weights = wide.expert(layer, projection, expert)
+                expected = quantize_rows(weights, experts[projection][layer][expert], table[layer, expert], 1)
+                np.testing.assert_array_equal(model.data(layer, projection, expert), expected)
+    expected = quantize_rows(wide.tensor("blk.1.attn_k.weight"), "Q8_0", None, 1)
+    np.testing.assert_array_equal(model.tensor_data("blk.1.attn_k.weight"), expected.reshape(-1))
+    norm = model.tensor_data("output_norm.weight").view(np.float32)
+    np.testing.assert_array_equal(norm, wide.tensor("output_norm.weight"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.safetensors", "m.gguf", "plan.json"]
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F16"])
+def test_sixteen_bit_plan_copies_bytes(tmp_path: Path, kind: str) -> None:
+    checkpoint = RandomCheckpoint(1, 3, kind=kind)
+    fixed = FixedTypes(kind, kind, kind, kind)
+    plan = make_plan(checkpoint.info, uniform(checkpoint.info, kind), tmp_path / "p.json", fixed=fixed)
+    model = quantize(checkpoint, None, plan, tmp_path / "m.gguf", threads=1)
+    assert not model.is_mixed
+    assert model.expert_bpw == 16
+    for spec in checkpoint.info.tensors:
+        parts = range(3) if "_exps" in spec.name else [None]
+        expected = b"".join(checkpoint.raw(spec.name, e).tobytes() for e in parts)
+        assert model.tensor_data(spec.name).tobytes() == expected
+
+
+def test_unused_experts_are_named_once(
+    wide: RandomCheckpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calibration = make_calibration(wide.info, tmp_path / "c.safetensors", unused=[(0, 2), (1, 4)])
+    plan = make_plan(wide.info, uniform(wide.info, "Q2_K"), tmp_path / "p.json", calibration.fingerprint)
+    with caplog.at_level(logging.WARNING):
+        model = quantize(wide, calibration, plan, tmp_path / "m.gguf", threads=1)
+    assert len(caplog.records) == 1
+    assert "2 experts saw no calibration text" in caplog.text
+    assert "layer 0 expert 2, layer 1 expert 4" in caplog.text
+    ones = np.ones(256, dtype=np.float32)
+    expected = quantize_rows(wide.expert(0, "gate", 2), "Q2_K", ones, 1)
+    np.testing.assert_array_equal(model.data(0, "gate", 2), expected)
+
+
+def test_published_statistics_give_types_without_importance(wide: RandomCheckpoint, tmp_path: Path) -> None:
+    plan = make_plan(wide.info, mixed(wide, FAST), tmp_path / "p.json", model_fingerprint="")
+    assert find_calibration(plan, tmp_path) is None
+    model = quantize(wide, None, plan, tmp_path / "m.gguf", threads=1)
+    assert model.calibration_fingerprint == ONES
+    needy = make_plan(wide.info, uniform(wide.info, "IQ2_XS"), tmp_path / "q.json", model_fingerprint="")
+    with pytest.raises(ArtifactError, match=r"ffn_gate_exps\.weight is to be IQ2_XS, .*--calibration FILE"):
+        quantize(wide, None, needy, tmp_path / "n.gguf", threads=1)
+    calibration = make_calibration(wide.info, tmp_path / "c.safetensors")
+    model = quantize(wide, calibration, needy, tmp_path / "n.gguf", threads=2)
+    assert model.calibration_fingerprint == calibration.fingerprint
+
+
+def test_files_that_do_not_belong_together(wide: RandomCheckpoint, tmp_path: Path) -> None:
+    other = RandomCheckpoint(2, 5, n_embd=256, n_ff=512)
+    mine = make_calibration(wide.info, tmp_path / "mine.safetensors")
+    types = uniform(wide.info, "Q2_K")
+    plan = make_plan(wide.info, types, tmp_path / "p.json", mine.fingerprint)
+    output = tmp_path / "m.gguf"
+    with pytest.raises(ArtifactError, match="the plan was made for another model"):
+        quantize(other, mine, plan, output, 1)
+    with pytest.raises(ArtifactError, match="the calibration was made with another model"):
+        quantize(wide, make_calibration(other.info, tmp_path / "other.safetensors"), plan, output, 1)
+    with pytest.raises(ArtifactError, match="the plan was made from another calibration"):
+        quantize(wide, mine, make_plan(wide.info, types, tmp_path / "q.json", ONES), output, 1)
+    with pytest.raises(ArtifactError, match=r"no \*\.safetensors in .* is the plan's calibration"):
+        find_calibration(make_plan(wide.info, types, tmp_path / "q.json", ONES), tmp_path)
+    short = RandomCheckpoint(1, 5, n_embd=256, n_ff=256)
+    with pytest.raises(ArtifactError, match="the plan covers 2 layers, the model has experts in 1"):
+        quantize(
+            short, None, make_plan(wide.info, types, tmp_path / "q.json", model_fingerprint=""), output, 1
+        )
+    with pytest.raises(McError, match=r"token_embd\.weight cannot be IQ1_S"):
+        bad = make_plan(
+            wide.info, types, tmp_path / "q.json", mine.fingerprint, FixedTypes(token_embd="IQ1_S")
+        )
+        quantize(wide, mine, bad, output, 1)
+    assert not output.exists()
+
+
+def test_damaged_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = RandomCheckpoint(1, 2)
+    plan = make_plan(checkpoint.info, uniform(checkpoint.info, "Q4_0"), tmp_path / "p.json")
+    monkeypatch.setattr(checkpoint, "expert", lambda *place: np.full((64, 32), np.nan, dtype=np.float32))
+    with pytest.raises(SourceError, match=r"blk\.0\.ffn_gate_exps\.weight, expert 0: .* not finite"):
+        quantize(checkpoint, None, plan, tmp_path / "m.gguf", threads=1)
+
+
+# --- killed and continued
+# -------------------------------------------------------------------------------------------
+
+
+def journal(output: Path) -> Path:
+    return output.with_name(f".{output.name}.journal")
+
+
+def partial(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
+
+
+@pytest.fixture
+def job(wide: RandomCheckpoint, tmp_path: Path) -> tuple[Plan, bytes]:
+    """A plan and the bytes of its uninterrupted result."""
+    plan = make_plan(wide.info, mixed(wide, FAST), tmp_path / "p.json")
+    quantize(wide, None, plan, tmp_path / "whole.gguf", threads=2)
+    return plan, (tmp_path / "whole.gguf").read_bytes()
+
+
+class StopHere(BaseException):
+    """Ends a run between two pieces, as a kill would."""
+
+
+def stopped_after(
+    wide: RandomCheckpoint, plan: Plan, output: Path, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = PartialFile.write
+
+    def write(self: PartialFile, data: bytes) -> None:
+        if self.done == pieces:
+            raise StopHere
+        original(self, data)
+
+    with monkeypatch.context() as patch, pytest.raises(StopHere):
+        patch.setattr(PartialFile, "write", write)
+        quantize(wide, None, plan, output, threads=1)
+    assert not output.exists()
+
+
+def count_writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    original, written = PartialFile.write, []
+
+    def write(self: PartialFile, data: bytes) -> None:
+        written.append(self.done)
+        original(self, data)
+
+    monkeypatch.setattr(PartialFile, "write", write)
+    return written
+
+
+@pytest.mark.parametrize(
+    "damage", ["none", "torn line", "no data", "flipped byte", "no newline", "longer journal"]
+)
+def test_continued_runs_give_the_same_bytes(
+    wide: RandomCheckpoint,
+    job: tuple[Plan, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str,
+) -> None:
+    plan, whole = job
+    output = tmp_path / "m.gguf"
+    stopped_after(wide, plan, output, 20, monkeypatch)
+    lines = journal(output).read_text()
+    data = bytearray(partial(output).read_bytes())
+    first = 20
+    tensors = container.layout(wide.info, plan.experts, plan.fixed)
+    if damage == "torn line":
+        journal(output).write_text(lines[:-4])
+        first = 19
+    elif damage == "no newline":
+        journal(output).write_text(lines[:-1])
+        first = 19
+    elif damage == "longer journal":
+        journal(output).write_text(lines + "00000000\n" * 300)
+    elif damage == "no data":
+        partial(output).write_bytes(data[: tensors[3].offset])
+        first = 2 + 1 + 0
+    elif damage == "flipped byte":
+        data[tensors[3].offset + 5] ^= 1
+        partial(output).write_bytes(data)
+        first = 3
+    written = count_writes(monkeypatch)
+    quantize(wide, None, plan, output, threads=2)
+    assert output.read_bytes() == whole
+    assert written[0] == first
+    assert not journal(output).exists()
+    assert not partial(output).exists()
+
+
+def test_no_resume_and_other_plans_start_over(
+    wide: RandomCheckpoint, job: tuple[Plan, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, whole = job
+    output = tmp_path / "m.gguf"
+    for other, resume in (
+        (plan, False),
+        (make_plan(wide.info, mixed(wide, FAST, 2), tmp_path / "q.json"), True),
+    ):
+        stopped_after(wide, plan, output, 9, monkeypatch)
+        with monkeypatch.context() as patch:
+            written = count_writes(patch)
+            quantize(wide, None, other, output, threads=1, resume=resume)
+        assert written[0] == 0
+        assert (output.read_bytes() == whole) == (other is plan)
+        output.unlink()
+
+
+def test_an_output_that_is_there_stays_until_the_new_one_is_whole(
+    wide: RandomCheckpoint, job: tuple[Plan, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "m.gguf"
+    output.write_bytes(b"old")
+    original = PartialFile.write
+    monkeypatch.setattr(PartialFile, "write", lambda self, data: original(self, bytes(len(data))))
+    monkeypatch.setattr(container, "validate", lambda path: (_ for _ in ()).throw(StopHere))
+    with pytest.raises(StopHere):
+        quantize(wide, None, job[0], output, threads=1)
+    assert output.read_bytes() == b"old"
+
+
+def test_what_the_disk_lost_is_noticed(tmp_path: Path) -> None:
+    with PartialFile(tmp_path / "f", "key", 12, [(4, 4), (8, 4)]) as file:
+        assert file.start(b"head", resume=True) == 0
+        file.write(b"abcd")
+        with pytest.raises(McError, match="piece 1 of .* has 3 bytes instead of 4"):
+            file.write(b"efg")
+        file.write(b"efgh")
+        file.verify()
+        with partial(tmp_path / "f").open("r+b") as other:
+            other.seek(8)
+            other.write(b"x")
+        with pytest.raises(McError, match="does not hold what was written at byte 8"):
+            file.verify()
+
+
+def test_two_writers_of_one_file(tmp_path: Path) -> None:
+    with (
+        PartialFile(tmp_path / "f", "key", 4, []),
+        pytest.raises(McError, match="another process is writing"),
+        PartialFile(tmp_path / "f", "key", 4, []),
+    ):
+        pass
+
+
+def test_a_full_disk_is_told_before_the_work(tmp_path: Path) -> None:
+    with (
+        PartialFile(tmp_path / "f", "key", 1 << 60, []) as file,
+        pytest.raises(McError, match=r"bytes free, the file needs \d+ more"),
+    ):
+        file.start(b"", resume=True)
+
+
+SLOW_RUN = """
+import sys, time
+from pathlib import Path
+from mc_gguf.artifacts import Plan
+from mc_gguf.checkpoint import open_checkpoint
+from mc_gguf.quantize import output, quantize
+make = output._make
+output._make = lambda *args: (time.sleep(0.004), make(*args))[1]
+source, plan, target = map(Path, sys.argv[1:])
+quantize(open_checkpoint(source), None, Plan.load(plan), target, 2)
+"""
+
+
+def test_sigkill_at_any_point(tmp_path: Path, tiny_gguf: Path) -> None:
+    """A real process, killed for real, again and again until it comes through."""
+    source = open_checkpoint(tiny_gguf)
+    rng = np.random.default_rng(3)
+    experts = {p: rng.choice(FAST, (6, 8)).tolist() for p in PROJECTIONS}
+    plan = make_plan(source.info, experts, tmp_path / "p.json")
+    quantize(source, None, plan, tmp_path / "whole.gguf", threads=1)
+    output = tmp_path / "m.gguf"
+    command = [sys.executable, "-c", SLOW_RUN, str(tiny_gguf), str(tmp_path / "p.json"), str(output)]
+    done = [0]
+    for goal in (1, 30, 31, 100, 190, 10**6):
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while process.poll() is None:
+            lines = journal(output).read_bytes().count(b"\n") if journal(output).exists() else 0
+            if lines > max(goal, done[-1]):
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                break
+            time.sleep(0.002)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        assert not output.exists()
+        done.append(journal(output).read_bytes().count(b"\n"))
+    assert output.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert len(done) >= 4  # it really was killed in the middle, and went on from there
+    assert done == sorted(done)
+
+
+def test_bundled_model_and_its_gguf_give_the_same_file(tmp_path: Path, tiny_gguf: Path) -> None:
+    """The HF directory and the GGUF that llama.cpp's converter makes of it are the same source."""
+    hf, gguf = open_checkpoint(TINY), open_checkpoint(tiny_gguf)
+    outputs = []
+    for name, source in (("hf", hf), ("gguf", gguf)):
+        plan = make_plan(source.info, uniform(source.info, "Q2_K"), tmp_path / "p.json", model_fingerprint="")
+        quantize(source, None, plan, tmp_path / f"{name}.gguf", threads=2)
+        outputs.append((tmp_path / f"{name}.gguf").read_bytes())
+    assert outputs[0] == outputs[1]
