@@ -1,8 +1,9 @@
 """Calibration and Plan: the two files that pass between the steps calibrate -> plan -> quantize.
 
-Both carry a format version and the fingerprints of what they were made from. A calibration is a safetensors file
-(arrays) whose header holds one JSON document (everything else); a plan is JSON, one line per row of experts, sorted
-and stable so that it can be read and diffed. Files are written to a temporary name and renamed.
+Both carry a format version and the fingerprints of what they were made from. A calibration is a safetensors
+file (arrays) whose header holds one JSON document (everything else); a plan is JSON, one line per row of
+experts, sorted and stable so that it can be read and diffed. Files are written to a temporary name and
+renamed.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def sha256_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of the source model: GGUF name, shape in ggml order (fastest first), and its 16/32-bit type."""
+    """A tensor of the source: GGUF name, shape in ggml order (fastest first), and its 16/32-bit type."""
 
     name: str
     shape: tuple[int, ...]
@@ -84,8 +85,9 @@ class TensorSpec:
 class ModelInfo:
     """What planning needs to know of the source model, so that it never opens the weights.
 
-    `kv_bytes` and `n_kv` count the GGUF metadata that the output copies from the source (mc_gguf's own keys not
-    included); `tensors` lists every tensor in file order, expert stacks included. `fingerprint` identifies the source.
+    `kv_bytes` and `n_kv` count the GGUF metadata that the output copies from the source (mc_gguf's own keys
+    not included); `tensors` lists every tensor in file order, expert stacks included. `fingerprint`
+    identifies the source.
     """
 
     architecture: str
@@ -124,8 +126,8 @@ class Calibration:
 
     frequency [L, E]            tokens routed to the expert
     routing_weight [L, E]       sum of the routing weights (softmax over all experts, before renormalisation)
-    sq_error [L, E, 3, T]       squared error of the gate-weighted block output, summed over all routed tokens, when
-                                only this projection (gate, up, down) of only this expert has this type
+    sq_error [L, E, 3, T]       squared error of the gate-weighted block output, summed over all its tokens,
+                                when only this projection (gate, up, down) of only this expert has this type
     output_sq [L, E]            squared norm of the gate-weighted expert output, summed over its tokens
     imatrix_in [L, E, n_embd]   mean squared input of gate and up; zeros when no token came
     imatrix_mid [L, E, n_ff]    mean squared input of down
@@ -183,26 +185,32 @@ class Calibration:
                 header = json.loads((reader.metadata() or {}).get("mc_gguf", "{}"))
                 _check_header(path, header, "mc_gguf.calibration", CALIBRATION_VERSION)
                 arrays = {name: reader.get_tensor(name) for name in _ARRAYS}
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ArtifactError(f"{path} is not a calibration file ({error}); make one with: mc-gguf calibrate") from error
-        model = ModelInfo.from_json(header["model"]) if header["model"] else None
-        return cls(
-            model=model, layers=tuple(header["layers"]), types=tuple(header["types"]), corpus=header["corpus"],
-            fingerprint=fingerprint, tool=header["tool"], **arrays,
-        )  # fmt: skip
+            return cls(
+                model=ModelInfo.from_json(header["model"]) if header["model"] else None,
+                layers=tuple(header["layers"]), types=tuple(header["types"]), corpus=header["corpus"],
+                fingerprint=fingerprint, tool=header["tool"], **arrays,
+            )  # fmt: skip
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{path} is not a calibration file ({error!r}); make one with: mc-gguf calibrate"
+            ) from error
 
 
 _ARRAYS = (
-    "frequency", "routing_weight", "sq_error", "output_sq", "imatrix_in", "imatrix_mid", "ratio_quantiles", "nominal_error",
+    "frequency", "routing_weight", "sq_error", "output_sq", "imatrix_in", "imatrix_mid", "ratio_quantiles",
+    "nominal_error",
 )  # fmt: skip
 
 
-def _check_header(path: Path, header: Mapping[str, Any], kind: str, version: int) -> None:
+def _check_header(path: Path, header: object, kind: str, version: int) -> None:
+    if not isinstance(header, dict):
+        raise ArtifactError(f"{path} is not a {kind} file; it holds no JSON object")
     if header.get("format") != kind:
         raise ArtifactError(f"{path} is not a {kind} file; its format field is {header.get('format')!r}")
     if header.get("version") != version:
         raise ArtifactError(
-            f"{path} has format version {header.get('version')}, this mc_gguf reads version {version}; make it again"
+            f"{path} has format version {header.get('version')}, this mc_gguf reads version {version}; "
+            "make it again"
         )
 
 
@@ -215,18 +223,21 @@ def _load_published(path: Path, fingerprint: str) -> Calibration:
         losses = [[[expert[bits] for bits in "123"] for expert in layer] for layer in data["quant_loss"]]
         loss = np.asarray(losses, dtype=np.float64)
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is neither a calibration file nor published statistics: {error!r}") from error
+        raise ArtifactError(
+            f"{path} is neither a calibration file nor published statistics: {error!r}"
+        ) from error
     n_layer, n_expert = frequency.shape if frequency.ndim == 2 else (0, 0)
     if not n_layer or weight.shape != frequency.shape or loss.shape != (n_layer, n_expert, 3):
         raise ArtifactError(
-            f"{path}: frequency and routing_weight must be [layer][expert] and quant_loss [layer][expert][bits]; "
-            f"found {frequency.shape}, {weight.shape}, {loss.shape}"
+            f"{path}: frequency and routing_weight must be [layer][expert] and quant_loss "
+            f"[layer][expert][bits]; found {frequency.shape}, {weight.shape}, {loss.shape}"
         )
     none, none32 = np.zeros(0), np.zeros(0, dtype=np.float32)
     return Calibration(
         model=None, layers=tuple(range(n_layer)), types=(), corpus={"about": data.get("about", "")},
         frequency=frequency, routing_weight=weight, sq_error=none, output_sq=none, imatrix_in=none32,
-        imatrix_mid=none32, ratio_quantiles=none, nominal_error=loss, fingerprint=fingerprint, tool="published",
+        imatrix_mid=none32, ratio_quantiles=none, nominal_error=loss, fingerprint=fingerprint,
+        tool="published",
     )  # fmt: skip
 
 
@@ -234,7 +245,8 @@ def _load_published(path: Path, fingerprint: str) -> Calibration:
 class FixedTypes:
     """Types of the tensors that are not experts; the router and everything 1-D stay F32.
 
-    K and V are small and every token depends on them; Q, output projection and embeddings cost little at 6.6 bits.
+    K and V are small and every token depends on them; Q, output projection and embeddings cost little at 6.6
+    bits.
     """
 
     attn_kv: str = "Q8_0"
@@ -248,8 +260,9 @@ class Plan:
     """The type of every expert and projection, with what it was decided from and what it will cost.
 
     `experts[projection][i][expert]` is a ggml type name, i counting `layers`. `file_bytes` is exact when the
-    calibration knows the model, else None. `predicted_error` is the sum over experts of the squared output errors
-    divided by the same sum of squared outputs (None for published statistics). `bits` is set by strategy `mc` only.
+    calibration knows the model, else None. `predicted_error` is the sum over experts of the squared output
+    errors divided by the same sum of squared outputs (None for published statistics). `bits` is set by
+    strategy `mc` only.
     """
 
     strategy: str
@@ -306,13 +319,24 @@ class Plan:
             bits = data.pop("bits", None)
             plan = cls(
                 **{
-                    **data, "layers": tuple(data["layers"]), "types": tuple(data["types"]), "experts": experts,
-                    "fixed": FixedTypes(**data["fixed"]), "fingerprint": fingerprint,
+                    **data, "layers": tuple(data["layers"]), "types": tuple(data["types"]),
+                    "experts": experts, "fixed": FixedTypes(**data["fixed"]), "fingerprint": fingerprint,
                     "bits": tuple(tuple(row) for row in bits) if bits is not None else None,
                 }
             )  # fmt: skip
         except (ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{path} is not a valid plan ({error!r}); make one with: mc-gguf plan") from error
-        if any(len(rows) != len(plan.layers) for rows in plan.experts.values()):
-            raise ArtifactError(f"{path}: every projection needs one row of experts for each of {len(plan.layers)} layers")
+            raise ArtifactError(
+                f"{path} is not a valid plan ({error!r}); make one with: mc-gguf plan"
+            ) from error
+        _check_rows(path, plan)
         return plan
+
+
+def _check_rows(path: Path, plan: Plan) -> None:
+    rows = [row for table in plan.experts.values() for row in table]
+    if any(len(table) != len(plan.layers) for table in plan.experts.values()) or not rows:
+        raise ArtifactError(
+            f"{path}: every projection needs one row of experts for each of {len(plan.layers)} layers"
+        )
+    if any(len(row) != len(rows[0]) or not all(isinstance(name, str) for name in row) for row in rows):
+        raise ArtifactError(f"{path}: every row of experts needs {len(rows[0])} names of types")

@@ -146,9 +146,13 @@ def _mc(calibration: Calibration, budget: Budget, file_bytes: FileBytes | None) 
         bits = published.solve_layers(cost, budget.bits_per_layer)
         return _decision(problem, _nominal_columns(problem, bits), 0.0, bits)
     limit = _limit(problem, budget, file_bytes)
-    options = [(bits, _nominal_columns(problem, bits)) for bits in published.solve_all(cost)]
-    strategies.check_feasible(limit, options[-1][1], options[0][1])
-    bits, columns = next(option for option in options if limit.room(option[1]) >= 0)
+    low, high = (published.solve_layers(cost, n) for n in published.bits_range(cost.shape[1]))
+    strategies.check_feasible(limit, _nominal_columns(problem, low), _nominal_columns(problem, high))
+    for bits in published.solve_all(cost):
+        columns = _nominal_columns(problem, bits)
+        # The experts' bytes are quicker to add up than a file is to lay out.
+        if problem.expert_bytes(columns) <= limit.limit and limit.room(columns) >= 0:
+            break
     return _decision(problem, columns, 0.0, bits)
 
 

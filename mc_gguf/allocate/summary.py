@@ -58,7 +58,8 @@ def summarize(plan: Plan) -> Summary:
     counts = {p: _counts(plan, p) for p in PROJECTIONS}
     return Summary(
         plan.strategy, plan.budget, len(plan.layers), len(plan.experts["gate"][0]), plan.file_bytes,
-        plan.expert_bytes, plan.expert_bpw, counts, plan.fixed, plan.predicted_error, plan.optimality_gap, _notes(plan, counts),
+        plan.expert_bytes, plan.expert_bpw, counts, plan.fixed, plan.predicted_error, plan.optimality_gap,
+        _notes(plan, counts),
     )  # fmt: skip
 
 

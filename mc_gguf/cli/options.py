@@ -50,7 +50,7 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the user asked of the planner. `strategy` None: what the kind of budget implies."""
+    """What the user asked of the planner."""
 
     budget: Budget
     strategy: str

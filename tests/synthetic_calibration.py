@@ -1,0 +1,66 @@
+"""Calibrations made up for the tests of planning: errors that look like measured ones, without any model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mc_gguf.artifacts import PROJECTIONS, Calibration, ModelInfo, TensorSpec, expert_tensor_name
+from mc_gguf.ggml_types import CANDIDATES
+
+# Relative squared error of each type on unit Gaussian rows, measured.
+RELATIVE_ERROR = {
+    "IQ1_S": 0.251, "IQ1_M": 0.222, "IQ2_XXS": 0.123, "IQ2_XS": 0.096, "IQ2_S": 0.065, "Q2_K": 0.074,
+    "IQ3_XXS": 0.036, "IQ3_S": 0.020, "Q3_K": 0.021, "IQ4_XS": 0.0058, "Q4_K": 0.0051, "Q8_0": 0.00003,
+}  # fmt: skip
+
+
+def model_info(
+    n_layer: int = 6, n_expert: int = 8, n_embd: int = 256, n_ff: int = 256, type_name: str = "BF16"
+) -> ModelInfo:
+    """A Mixtral-like model: embeddings, output, attention, router and expert stacks."""
+    tensors = [TensorSpec("token_embd.weight", (n_embd, 4096), type_name)]
+    for layer in range(n_layer):
+        block = f"blk.{layer}"
+        tensors += [
+            TensorSpec(f"{block}.attn_{x}.weight", (n_embd, n_embd), type_name) for x in ("q", "output")
+        ]
+        tensors += [TensorSpec(f"{block}.attn_{x}.weight", (n_embd, n_embd // 2), type_name) for x in "kv"]
+        tensors += [TensorSpec(f"{block}.ffn_gate_inp.weight", (n_embd, n_expert), "F32")]
+        tensors += [TensorSpec(f"{block}.{x}_norm.weight", (n_embd,), "F32") for x in ("attn", "ffn")]
+        for p in PROJECTIONS:
+            shape = (n_ff, n_embd, n_expert) if p == "down" else (n_embd, n_ff, n_expert)
+            tensors.append(TensorSpec(expert_tensor_name(layer, p), shape, type_name))
+    tensors += [
+        TensorSpec("output_norm.weight", (n_embd,), "F32"),
+        TensorSpec("output.weight", (n_embd, 4096), type_name),
+    ]
+    kv_bytes, n_kv = 50_000, 30
+    return ModelInfo("llama", n_layer, n_expert, 2, n_embd, n_ff, "5" * 64, kv_bytes, n_kv, tuple(tensors))
+
+
+def calibration(
+    n_layer: int = 6, n_expert: int = 8, n_embd: int = 256, n_ff: int = 256,
+    types: Sequence[str] = CANDIDATES, seed: int = 0, type_name: str = "BF16",
+) -> Calibration:  # fmt: skip
+    """Errors that fall with a type's rate and differ between layers, experts and projections."""
+    rng = np.random.default_rng(seed)
+    model = model_info(n_layer, n_expert, n_embd, n_ff, type_name)
+    shape = (n_layer, n_expert)
+    output_sq = rng.lognormal(10, 1, shape)
+    spread = rng.lognormal(0, 0.7, (n_layer, 1, 1, 1)) * rng.lognormal(0, 0.3, (*shape, 3, 1))
+    relative = np.array([RELATIVE_ERROR[t] for t in types])
+    error = output_sq[..., None, None] * spread * relative * rng.lognormal(0, 0.05, (*shape, 3, len(types)))
+    for p, projection in enumerate(PROJECTIONS):
+        if model.expert_shape(projection)[1] % 256:
+            error[:, :, p] = np.inf
+    return Calibration(
+        model=model, layers=tuple(range(n_layer)), types=tuple(types), corpus={"sha256": "0" * 64},
+        frequency=rng.integers(1, 1000, shape).astype(np.float64), routing_weight=rng.uniform(1, 500, shape),
+        sq_error=error, output_sq=output_sq, imatrix_in=np.ones((*shape, n_embd), dtype=np.float32),
+        imatrix_mid=np.ones((*shape, n_ff), dtype=np.float32), ratio_quantiles=np.zeros((n_layer, 1, 3)),
+        nominal_error=np.sqrt(output_sq)[..., None] * np.array([0.5, 0.35, 0.2])
+        * rng.uniform(0.9, 1.1, (*shape, 3)),
+        fingerprint="c" * 64,
+    )  # fmt: skip

@@ -1,0 +1,425 @@
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_calibration import calibration, model_info
+
+from mc_gguf.allocate import STRATEGIES, Budget, Experts, FileBytes, fixed_types
+from mc_gguf.allocate import plan as make_plan
+from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, Plan
+from mc_gguf.container import file_bytes
+from mc_gguf.errors import ArtifactError, BudgetError, McError
+from mc_gguf.ggml_types import TYPES
+
+OPTIMISED = ("pmq", "layer")
+BUDGETED = ("pmq", "uniform", "layer", "random", "inverted")
+
+
+def size_of(source: Calibration, fixed: FixedTypes = FixedTypes()) -> FileBytes:  # noqa: B008 - frozen
+    assert source.model is not None
+    return partial(file_bytes, source.model, fixed=fixed)
+
+
+def expert_bytes(source: Calibration, experts: Experts) -> int:
+    assert source.model is not None
+    total = 0
+    for projection in PROJECTIONS:
+        rows, cols = source.model.expert_shape(projection)
+        total += sum(rows * TYPES[name].row_bytes(cols) for row in experts[projection] for name in row)
+    return total
+
+
+def error_of(source: Calibration, experts: Experts) -> float:
+    """Sum of squared errors of an assignment, one expert at a time."""
+    return sum(
+        float(source.sq_error[i, e, p, source.types.index(name)])
+        for p, projection in enumerate(PROJECTIONS)
+        for i, row in enumerate(experts[projection])
+        for e, name in enumerate(row)
+    )
+
+
+def counts(plan: Plan, projection: str) -> Counter[str]:
+    return Counter(name for row in plan.experts[projection] for name in row)
+
+
+def changed(experts: Experts, projection: str, layer: int, expert: int | None, name: str) -> Experts:
+    """One expert's (None: all the layer's experts') type of one projection replaced."""
+    table = [list(row) for row in experts[projection]]
+    for e in range(len(table[layer])) if expert is None else [expert]:
+        table[layer][e] = name
+    return {**experts, projection: table}
+
+
+# --- the optimum
+
+
+@given(st.integers(0, 10_000), st.floats(0, 1))
+@settings(max_examples=25, deadline=None)
+def test_optimal_among_all_assignments_of_four_experts(seed: int, tightness: float) -> None:
+    types = ("IQ1_S", "IQ2_XS", "Q4_K")
+    source = calibration(1, 4, 256, 512, types, seed)
+    bpw = 1.5625 + tightness * (4.5 - 1.5625)
+    plan = make_plan(source, Budget(bpw=bpw))
+
+    error, size = np.zeros(1), np.zeros(1)
+    for e, p in itertools.product(range(4), range(3)):
+        sizes = np.array([2 * TYPES[t].block_bytes for t in types])
+        error = (error[:, None] + source.sq_error[0, e, p]).ravel()
+        size = (size[:, None] + sizes).ravel()
+    best = error[size * 8 <= bpw * 512 * 4 * 3].min()
+    assert error_of(source, plan.experts) == pytest.approx(best, rel=1e-7)
+    assert plan.expert_bpw <= bpw
+    assert plan.predicted_error == pytest.approx(best / source.output_sq.sum(), rel=1e-7)
+    assert plan.optimality_gap is not None
+    assert plan.optimality_gap < 1e-6
+
+
+def test_the_whole_model_is_one_program() -> None:
+    """A layer that matters a thousand times as much gets the bits of the others."""
+    source = calibration(n_layer=4)
+    error = source.sq_error.copy()
+    error[2] *= 1e3
+    plan = make_plan(replace(source, sq_error=error), Budget(bpw=2.3))
+    rates = [np.mean([TYPES[n].bpw for p in PROJECTIONS for n in plan.experts[p][i]]) for i in range(4)]
+    assert rates[2] > 4
+    assert max(rates[i] for i in (0, 1, 3)) < 2
+
+
+def test_a_larger_type_with_more_error_is_never_chosen() -> None:
+    source = calibration()
+    error = source.sq_error.copy()
+    error[..., source.types.index("Q2_K")] = error[..., source.types.index("IQ2_S")] * 1.1
+    for bpw in (2.0, 2.6, 3.0):
+        plan = make_plan(replace(source, sq_error=error), Budget(bpw=bpw))
+        assert all("Q2_K" not in counts(plan, p) for p in PROJECTIONS)
+
+
+def test_an_expert_without_tokens_gets_the_smallest_type() -> None:
+    source = calibration()
+    error = source.sq_error.copy()
+    error[3, 5] = 0.0
+    plan = make_plan(replace(source, sq_error=error), Budget(bpw=3.0))
+    assert {plan.type_of(3, 5, p) for p in PROJECTIONS} == {"IQ1_S"}
+
+
+def test_an_error_estimated_below_zero_counts_as_none() -> None:
+    source = calibration()
+    error = source.sq_error.copy()
+    error[3, 5, :, 0] = -1e9
+    plan = make_plan(replace(source, sq_error=error), Budget(bpw=3.0))
+    assert plan.predicted_error is not None
+    assert plan.predicted_error > 0
+
+
+# --- budgets
+
+
+@pytest.mark.parametrize("bpw", [1.5625, 1.8, 2.0625, 2.5, 3.3, 4.5])
+@pytest.mark.parametrize("strategy", BUDGETED)
+def test_bpw_is_never_exceeded(strategy: str, bpw: float) -> None:
+    source = calibration()
+    plan = make_plan(source, Budget(bpw=bpw), strategy)
+    n_weight = 6 * 8 * 3 * 256 * 256
+    assert plan.expert_bytes == expert_bytes(source, plan.experts)
+    assert plan.expert_bpw == 8 * plan.expert_bytes / n_weight
+    assert plan.expert_bpw <= bpw
+
+
+@pytest.mark.parametrize("offset", [0, 1, 13, 4_000, 100_003, 987_654])
+@pytest.mark.parametrize("strategy", BUDGETED)
+def test_a_file_size_is_never_exceeded(strategy: str, offset: int) -> None:
+    source = calibration()
+    size = size_of(source)
+    limit = size(make_plan(source, Budget(bpw=2.0625), "uniform").experts) + offset
+    plan = make_plan(source, Budget(size_bytes=limit), strategy, file_bytes=size)
+    assert plan.file_bytes == size(plan.experts)
+    assert plan.file_bytes <= limit
+
+
+@pytest.mark.parametrize("strategy", OPTIMISED)
+@pytest.mark.parametrize("budget", ["bpw", "size"])
+def test_no_single_step_that_saves_error_is_left(strategy: str, budget: str) -> None:
+    source = calibration()
+    measure = size_of(source) if budget == "size" else partial(expert_bytes, source)
+    if budget == "size":
+        limit = 5_800_123
+        plan = make_plan(source, Budget(size_bytes=limit), strategy, file_bytes=measure)
+    else:
+        limit = int(2.47 * 6 * 8 * 3 * 256 * 256 / 8)
+        plan = make_plan(source, Budget(bpw=2.47), strategy)
+    error = error_of(source, plan.experts)
+    n_step = 0
+    experts = [None] if strategy == "layer" else range(8)
+    for p, i, e, name in itertools.product(PROJECTIONS, range(6), experts, source.types):
+        other = changed(plan.experts, p, i, e, name)
+        if error_of(source, other) < error * (1 - 1e-12):
+            n_step += 1
+            assert measure(other) > limit, (p, i, e, name)
+    assert n_step > 100 if strategy == "pmq" else n_step
+
+
+@pytest.mark.parametrize("limit", [5_200_000, 5_800_123, 6_543_210, 7_000_001])
+def test_a_file_is_filled_to_within_the_smallest_step(limit: int) -> None:
+    """The smallest step here: IQ2_S to Q2_K, 256 blocks of 82 and 84 bytes; and a header."""
+    source = calibration()
+    plan = make_plan(source, Budget(size_bytes=limit), file_bytes=size_of(source))
+    assert plan.file_bytes is not None
+    assert 0 <= limit - plan.file_bytes <= 512 + 256
+
+
+def test_a_mixtral_file_is_filled_to_within_the_smallest_step() -> None:
+    source = calibration(32, 8, 4096, 14336)
+    limit = 31 << 29  # 15.5 GiB
+    start = time.perf_counter()
+    plan = make_plan(source, Budget(size_bytes=limit), file_bytes=size_of(source))
+    taken = time.perf_counter() - start
+    assert plan.file_bytes is not None
+    assert 0 <= limit - plan.file_bytes <= 2 * 4096 * 14336 // 256
+    assert plan.optimality_gap is not None
+    assert plan.optimality_gap < 1e-4
+    assert taken < 20, f"{taken:.1f} s"
+
+
+@pytest.mark.parametrize("strategy", BUDGETED)
+@pytest.mark.parametrize("bpw", [0.5, 1.56, 4.51, 8.0])
+def test_an_infeasible_bpw_says_the_range(strategy: str, bpw: float) -> None:
+    with pytest.raises(BudgetError, match=r"bpw is not feasible: .* 1\.5625 bpw to 4\.5000 bpw; --bpw 16"):
+        make_plan(calibration(), Budget(bpw=bpw), strategy)
+
+
+@pytest.mark.parametrize("strategy", BUDGETED)
+def test_an_infeasible_size_says_the_range_and_its_ends_are_feasible(strategy: str) -> None:
+    source = calibration()
+    size = size_of(source)
+    low = size(make_plan(source, Budget(bpw=1.5625), "uniform").experts)
+    high = size(make_plan(source, Budget(bpw=4.5), "uniform").experts)
+    for limit in (low - 1, high + 1):
+        message = rf"{limit} bytes .* not feasible: .* {low} bytes .* to {high} bytes"
+        with pytest.raises(BudgetError, match=message):
+            make_plan(source, Budget(size_bytes=limit), strategy, file_bytes=size)
+    assert make_plan(source, Budget(size_bytes=low), strategy, file_bytes=size).file_bytes == low
+    most = make_plan(source, Budget(size_bytes=high), strategy, file_bytes=size).file_bytes
+    assert most is not None
+    assert 0.99 * high < most <= high
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"bpw": 2.0, "size_bytes": 10},
+        {"bpw": 2.0, "bits_per_layer": 16},
+        {"size_bytes": 1, "bits_per_layer": 1},
+    ],
+)
+def test_exactly_one_budget(limits: dict[str, int]) -> None:
+    with pytest.raises(BudgetError, match="exactly one of --bpw, --size and --bits-per-layer"):
+        Budget(**limits)
+
+
+@pytest.mark.parametrize("bpw", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_budget_is_a_positive_number(bpw: float) -> None:
+    with pytest.raises(BudgetError, match="bpw must be a positive number"):
+        Budget(bpw=bpw)
+
+
+def test_a_size_needs_the_function_that_measures() -> None:
+    with pytest.raises(BudgetError, match="needs file_bytes"):
+        make_plan(calibration(), Budget(size_bytes=6_000_000))
+
+
+# --- 16 bits
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("type_name", ["F16", "BF16"])
+def test_sixteen_bits_is_the_plain_file_in_the_source_type(strategy: str, type_name: str) -> None:
+    source = calibration(type_name=type_name)
+    budget = Budget(bpw=16.0)
+    fixed = fixed_types(source.model, budget, FixedTypes())
+    plan = make_plan(source, budget, strategy, file_bytes=size_of(source, fixed))
+    assert {name for p in PROJECTIONS for name in counts(plan, p)} == {type_name}
+    assert plan.fixed == fixed == FixedTypes(type_name, type_name, type_name, type_name)
+    assert plan.expert_bpw == 16
+    assert plan.expert_bytes == 2 * 6 * 8 * 3 * 256 * 256
+    assert plan.file_bytes == size_of(source, fixed)(plan.experts)
+    assert plan.predicted_error == 0
+
+
+def test_sixteen_bits_of_a_32_bit_source_is_bf16() -> None:
+    plan = make_plan(calibration(type_name="F32"), Budget(bpw=20.0))
+    assert set(counts(plan, "up")) == {"BF16"}
+
+
+def test_a_fixed_type_that_was_asked_for_stays() -> None:
+    fixed = fixed_types(model_info(), Budget(bpw=16), FixedTypes(attn="Q8_0"))
+    assert fixed == FixedTypes(attn="Q8_0", attn_kv="BF16", token_embd="BF16", output="BF16")
+
+
+# --- types
+
+
+def test_only_the_types_asked_for_are_used() -> None:
+    plan = make_plan(calibration(), Budget(bpw=2.5), types=["q4_k", "IQ2_XXS", "IQ2_XXS"])
+    assert plan.types == ("IQ2_XXS", "Q4_K")
+    assert {name for p in PROJECTIONS for name in counts(plan, p)} <= {"IQ2_XXS", "Q4_K"}
+
+
+def test_bad_types_say_the_known_ones() -> None:
+    source = calibration(types=("IQ2_XXS", "Q4_K"))
+    with pytest.raises(McError, match=r"unknown ggml type 'Q9'; known: F32"):
+        make_plan(source, Budget(bpw=2.5), types=["Q9"])
+    with pytest.raises(McError, match=r"no errors of Q3_K .* measured IQ2_XXS, Q4_K"):
+        make_plan(source, Budget(bpw=2.5), types=["Q3_K", "Q4_K"])
+    with pytest.raises(McError, match="no types to choose from"):
+        make_plan(source, Budget(bpw=2.5), types=[])
+    with pytest.raises(McError, match="strategy mc has its own types"):
+        make_plan(source, Budget(bits_per_layer=16), "mc", types=["Q4_K"])
+    with pytest.raises(McError, match="unknown ggml type 'Q9'"):
+        make_plan(source, Budget(bpw=2.5), fixed=FixedTypes(attn="Q9"))
+
+
+def test_more_types_than_a_file_holds_are_refused() -> None:
+    source = calibration(types=("IQ2_XXS",))
+    many = tuple(name for name in TYPES if name != "F32")[:14]
+    source = replace(source, types=many, sq_error=np.repeat(source.sq_error, 14, axis=-1))
+    with pytest.raises(McError, match="at most 13"):
+        make_plan(source, Budget(bpw=2.5))
+
+
+@pytest.mark.parametrize(("n_ff", "expected"), [(288, "IQ4_NL"), (300, "BF16")])
+@pytest.mark.parametrize("strategy", BUDGETED)
+def test_rows_that_fit_no_candidate_get_a_fallback(strategy: str, n_ff: int, expected: str) -> None:
+    source = calibration(n_ff=n_ff)
+    plan = make_plan(source, Budget(bpw=7.0 if expected == "BF16" else 3.2), strategy)
+    assert set(counts(plan, "down")) == {expected}
+    assert not set(counts(plan, "gate")) & {expected}
+    assert plan.expert_bytes == expert_bytes(source, plan.experts)
+
+
+def test_types_that_fit_only_some_rows_are_used_there() -> None:
+    source = calibration(n_ff=288, types=("IQ2_XXS", "Q4_K", "Q8_0"))
+    error = source.sq_error.copy()
+    error[:, :, 2, 2] = 1.0
+    plan = make_plan(replace(source, sq_error=error), Budget(bpw=5.0))
+    assert set(counts(plan, "down")) == {"Q8_0"}
+    uniform = make_plan(replace(source, sq_error=error), Budget(bpw=6.0), "uniform")
+    assert [set(counts(uniform, p)) for p in PROJECTIONS] == [{"Q4_K"}, {"Q4_K"}, {"Q8_0"}]
+
+
+# --- the other strategies
+
+
+def test_unknown_strategies_say_the_known_ones() -> None:
+    with pytest.raises(
+        McError, match="unknown strategy 'best'; known: pmq, mc, uniform, layer, random, inverted"
+    ):
+        make_plan(calibration(), Budget(bpw=2.5), "best")
+
+
+@pytest.mark.parametrize("strategy", BUDGETED)
+def test_nominal_bits_belong_to_mc(strategy: str) -> None:
+    with pytest.raises(BudgetError, match="only strategy mc has"):
+        make_plan(calibration(), Budget(bits_per_layer=16), strategy)
+
+
+@pytest.mark.parametrize(
+    ("bpw", "expected"), [(1.5625, "IQ1_S"), (2.3, "IQ2_XXS"), (2.63, "Q2_K"), (4.4, "IQ4_XS")]
+)
+def test_uniform_is_the_largest_type_that_fits(bpw: float, expected: str) -> None:
+    plan = make_plan(calibration(), Budget(bpw=bpw), "uniform")
+    assert {name for p in PROJECTIONS for name in counts(plan, p)} == {expected}
+    assert plan.optimality_gap is None
+
+
+@pytest.mark.parametrize("better", ["IQ3_S", "Q3_K"])
+def test_uniform_takes_the_better_of_two_types_of_one_size(better: str) -> None:
+    source = calibration()
+    error = source.sq_error.copy()
+    error[..., source.types.index(better)] *= 0.5
+    plan = make_plan(replace(source, sq_error=error), Budget(bpw=3.5), "uniform")
+    assert set(counts(plan, "gate")) == {better}
+
+
+def test_layer_has_one_type_per_layer_and_projection() -> None:
+    source = calibration()
+    plan = make_plan(source, Budget(bpw=2.5), "layer")
+    assert all(len(set(row)) == 1 for p in PROJECTIONS for row in plan.experts[p])
+    assert len({row[0] for p in PROJECTIONS for row in plan.experts[p]}) > 1
+    uniform = make_plan(source, Budget(bpw=2.5), "uniform")
+    pmq = make_plan(source, Budget(bpw=2.5))
+    assert plan.predicted_error is not None
+    assert pmq.predicted_error is not None
+    assert uniform.predicted_error is not None
+    assert pmq.predicted_error < plan.predicted_error < uniform.predicted_error
+
+
+@pytest.mark.parametrize("strategy", ["random", "inverted"])
+def test_controls_have_the_same_types_on_other_experts(strategy: str) -> None:
+    source = calibration()
+    pmq = make_plan(source, Budget(bpw=2.5))
+    control = make_plan(source, Budget(bpw=2.5), strategy)
+    assert control.expert_bytes == pmq.expert_bytes
+    assert [counts(control, p) for p in PROJECTIONS] == [counts(pmq, p) for p in PROJECTIONS]
+    assert control.experts != pmq.experts
+    assert error_of(source, control.experts) > error_of(source, pmq.experts)
+
+
+def test_inverted_gives_the_neediest_the_least() -> None:
+    source = calibration()
+    inverted = make_plan(source, Budget(bpw=2.5), "inverted")
+    for p, projection in enumerate(PROJECTIONS):
+        need = source.sq_error[:, :, p, 0] - source.sq_error[:, :, p, source.types.index("Q4_K")]
+        rates = np.array([[TYPES[name].bpw for name in row] for row in inverted.experts[projection]])
+        assert (np.diff(rates.ravel()[np.argsort(-need.ravel())]) >= 0).all()
+
+
+def test_random_follows_the_seed() -> None:
+    source = calibration()
+    plans = [make_plan(source, Budget(bpw=2.5), "random", seed=seed) for seed in (0, 0, 1)]
+    assert plans[0].experts == plans[1].experts != plans[2].experts
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_same_plan_every_time(strategy: str) -> None:
+    one, two = (make_plan(calibration(), Budget(bpw=2.5), strategy, seed=3).to_text() for _ in range(2))
+    assert one == two
+
+
+# --- what a plan carries
+
+
+def test_a_plan_carries_its_inputs() -> None:
+    source = calibration()
+    assert source.model is not None
+    fixed = FixedTypes(attn="Q8_0")
+    plan = make_plan(source, Budget(bpw=2.5), fixed=fixed, seed=4)
+    assert (plan.strategy, plan.budget, plan.seed, plan.fixed) == ("pmq", {"bpw": 2.5}, 4, fixed)
+    assert plan.calibration_fingerprint == source.fingerprint
+    assert plan.model_fingerprint == source.model.fingerprint
+    assert sorted(plan.types) == sorted(source.types)
+    assert plan.layers == source.layers
+    assert plan.bits is None
+    assert plan.file_bytes is None
+
+
+def test_inconsistent_calibrations_are_refused() -> None:
+    source = calibration()
+    with pytest.raises(ArtifactError, match="shape"):
+        make_plan(replace(source, sq_error=source.sq_error[:, :4]), Budget(bpw=2.5))
+    broken = source.sq_error.copy()
+    broken[0, 0, 0, 0] = np.nan
+    with pytest.raises(ArtifactError, match="not numbers"):
+        make_plan(replace(source, sq_error=broken), Budget(bpw=2.5))
+    broken[0, 0, 0, 0] = np.inf
+    with pytest.raises(ArtifactError, match="infinite"):
+        make_plan(replace(source, sq_error=broken), Budget(bpw=2.5))

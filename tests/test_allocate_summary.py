@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+from synthetic_calibration import calibration
+
+from mc_gguf.allocate import Budget
+from mc_gguf.allocate import plan as make_plan
+from mc_gguf.allocate.summary import summarize
+from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes
+from mc_gguf.container import file_bytes
+
+DATA = Path(__file__).parent / "data" / "mixtral-8x7b"
+
+
+def test_the_summary_says_what_the_plan_says() -> None:
+    source = calibration()
+    assert source.model is not None
+    size = partial(file_bytes, source.model, fixed=FixedTypes())
+    plan = make_plan(source, Budget(size_bytes=6_000_000), file_bytes=size)
+    summary = summarize(plan)
+    assert (summary.n_layer, summary.n_expert, summary.notes) == (6, 8, ())
+    assert all(sum(summary.type_counts[p].values()) == 48 for p in PROJECTIONS)
+    for p in PROJECTIONS:
+        for name, n in summary.type_counts[p].items():
+            assert n == sum(row.count(name) for row in plan.experts[p])
+    text = dict(line.split(maxsplit=1) for line in summary.lines())
+    assert text["plan"] == "pmq, budget 6,000,000 bytes (5.72 MiB)"
+    assert f"{plan.file_bytes:,} bytes" in "\n".join(summary.lines())
+    assert text["bits"] == f"{plan.expert_bpw:.4f} per expert weight"
+    assert text["layers"] == "6 of 8 experts"
+    assert text["others"] == "attn_kv Q8_0, attn Q6_K, token_embd Q6_K, output Q6_K"
+    assert text["predicted"].endswith("% of the experts' output energy")
+    assert text["optimality"].startswith("gap")
+
+
+def test_the_counts_go_from_small_to_large_types() -> None:
+    plan = make_plan(calibration(), Budget(bpw=2.5), types=("Q4_K", "IQ1_S"))
+    assert list(summarize(plan).type_counts["gate"]) == ["IQ1_S", "Q4_K"]
+
+
+def test_the_json_form_is_json() -> None:
+    summary = summarize(make_plan(calibration(), Budget(bpw=2.5)))
+    data = json.loads(json.dumps(summary.to_json()))
+    assert data["budget"] == {"bpw": 2.5}
+    assert data["fixed"]["attn"] == "Q6_K"
+    assert set(data["type_counts"]) == set(PROJECTIONS)
+
+
+def test_published_statistics_are_noted_to_have_no_sizes() -> None:
+    source = Calibration.load(DATA / "calibration.json")
+    lines = summarize(make_plan(source, Budget(bits_per_layer=16), "mc")).lines()
+    assert lines[0].endswith("mc, budget 16 nominal bits per layer")
+    assert "no file can be made of this plan" in lines[-1]
+    assert not any(line.startswith(("file size", "predicted")) for line in lines)
+
+
+def test_a_fallback_is_noted() -> None:
+    notes = summarize(make_plan(calibration(n_ff=288), Budget(bpw=3.2))).notes
+    assert len(notes) == 1
+    assert notes[0].startswith("down: rows fit none of IQ1_S, ")
+    assert "all its experts get IQ4_NL" in notes[0]

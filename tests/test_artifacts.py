@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save
+from synthetic_calibration import calibration, model_info
+
+from mc_gguf.artifacts import (
+    PROJECTIONS,
+    Calibration,
+    FixedTypes,
+    ModelInfo,
+    Plan,
+    TensorSpec,
+    atomic_write,
+    expert_tensor_name,
+    sha256_of,
+)
+from mc_gguf.errors import ArtifactError
+
+PUBLISHED = Path(__file__).parent / "data" / "mixtral-8x7b" / "calibration.json"
+
+
+def small_plan(**changes: Any) -> Plan:
+    row = ("IQ1_S", "Q4_K")
+    plan = Plan(
+        strategy="pmq", budget={"bpw": 2.5}, layers=(1, 3),
+        experts=dict.fromkeys(PROJECTIONS, (row, row[::-1])), fixed=FixedTypes(), types=("IQ1_S", "Q4_K"),
+        model_fingerprint="m" * 64, calibration_fingerprint="c" * 64, expert_bpw=2.5, expert_bytes=1000,
+        file_bytes=2000, predicted_error=0.125, optimality_gap=0.0, tool="t",
+    )  # fmt: skip
+    return replace(plan, **changes)
+
+
+# --- atomic_write
+
+
+def test_atomic_write_makes_the_file_and_its_directory(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b"
+    with atomic_write(path) as file:
+        file.write(b"new")
+        assert not path.exists()
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in path.parent.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_atomic_write_keeps_the_old_file_on_an_error(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "b"
+    path.write_bytes(b"old")
+
+    def interrupted() -> None:
+        with atomic_write(path) as file:
+            file.write(b"half of the n")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_atomic_write_obeys_the_umask(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    with atomic_write(tmp_path / "b") as file:
+        file.write(b"x")
+    assert stat.S_IMODE((tmp_path / "b").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_the_digest_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    with pytest.raises(ArtifactError, match=r"cannot read .*missing"):
+        sha256_of(tmp_path / "missing")
+    with pytest.raises(ArtifactError, match="cannot read"):
+        sha256_of(tmp_path)
+
+
+# --- ModelInfo
+
+
+def test_a_model_survives_json() -> None:
+    model = model_info()
+    assert ModelInfo.from_json(json.loads(json.dumps(model.to_json()))) == model
+
+
+def test_expert_layers_are_those_with_expert_stacks() -> None:
+    model = model_info(n_layer=3)
+    dense = tuple(t for t in model.tensors if not t.name.startswith("blk.1.ffn_down_exps"))
+    assert replace(model, tensors=dense).expert_layers == (0, 2)
+
+
+def test_expert_shapes() -> None:
+    model = model_info(n_embd=256, n_ff=512)
+    assert [model.expert_shape(p) for p in PROJECTIONS] == [(512, 256), (512, 256), (256, 512)]
+    by_name = {t.name: t for t in model.tensors}
+    for p in PROJECTIONS:
+        rows, cols = model.expert_shape(p)
+        assert by_name[expert_tensor_name(0, p)].shape == (cols, rows, 8)
+    assert TensorSpec("x", (1,), "F32") == TensorSpec("x", (1,), "F32")
+
+
+# --- Calibration
+
+
+def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
+    before = calibration(n_layer=2)
+    saved = before.save(tmp_path / "c")
+    after = Calibration.load(tmp_path / "c")
+    assert saved.fingerprint == after.fingerprint == sha256_of(tmp_path / "c")
+    for name in (f.name for f in fields(Calibration) if f.name != "fingerprint"):
+        one, two = getattr(before, name), getattr(after, name)
+        if isinstance(one, np.ndarray):
+            assert one.dtype == two.dtype
+            assert np.array_equal(one, two)
+        else:
+            assert one == two
+
+
+def test_the_same_calibration_is_the_same_file(tmp_path: Path) -> None:
+    calibration(n_layer=2).save(tmp_path / "one")
+    calibration(n_layer=2).save(tmp_path / "two")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_calibration_without_a_model_survives(tmp_path: Path) -> None:
+    replace(calibration(n_layer=1), model=None).save(tmp_path / "c")
+    assert Calibration.load(tmp_path / "c").model is None
+
+
+def test_the_published_statistics_are_read() -> None:
+    source = Calibration.load(PUBLISHED)
+    raw = json.loads(PUBLISHED.read_text())
+    assert (source.model, source.n_expert, source.layers) == (None, 8, tuple(range(32)))
+    assert source.nominal_error.shape == (32, 8, 3)
+    assert source.nominal_error[1, 3, 1] == raw["quant_loss"][1][3]["2"]
+    assert source.frequency[4, 7] == raw["frequency"][4][7]
+    assert source.routing_weight[31, 0] == raw["routing_weight"][31][0]
+    assert source.fingerprint == sha256_of(PUBLISHED)
+
+
+def _bad_published(change: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(PUBLISHED.read_text())
+    if change == "missing key":
+        del data["routing_weight"]
+    elif change == "missing bits":
+        del data["quant_loss"][3][2]["3"]
+    elif change == "ragged":
+        data["frequency"][0].pop()
+    elif change == "text":
+        data["frequency"][0][0] = "many"
+    elif change == "other layers":
+        data["quant_loss"].pop()
+    elif change == "flat":
+        data["frequency"] = data["frequency"][0]
+    return data
+
+
+@pytest.mark.parametrize("change", ["missing key", "missing bits", "ragged", "text", "other layers", "flat"])
+def test_damaged_statistics_are_refused(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(_bad_published(change)))
+    with pytest.raises(ArtifactError, match=r"c\.json"):
+        Calibration.load(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"not a file of ours", b"\x08\0\0\0\0\0\0\0{}      ", b'{"a": 1}']
+)
+def test_what_is_no_calibration_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "c"
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match="c"):
+        Calibration.load(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (None, "format field is None"),
+        ("[]", "holds no JSON object"),
+        ("{", "not a calibration file"),
+        ('{"format": "other", "version": 1}', "format field is 'other'"),
+        (
+            '{"format": "mc_gguf.calibration", "version": 99}',
+            "format version 99, this mc_gguf reads version 1",
+        ),
+    ],
+)
+def test_other_safetensors_files_are_refused(tmp_path: Path, header: str | None, message: str) -> None:
+    path = tmp_path / "c"
+    path.write_bytes(save({"x": np.zeros(3)}, metadata={"mc_gguf": header} if header else None))
+    with pytest.raises(ArtifactError, match=message):
+        Calibration.load(path)
+
+
+def test_a_calibration_without_its_description_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    calibration(n_layer=1).save(path)
+    with safe_open(path, framework="numpy") as reader:
+        arrays = {name: reader.get_tensor(name) for name in reader.keys()}
+    path.write_bytes(save(arrays, metadata={"mc_gguf": '{"format": "mc_gguf.calibration", "version": 1}'}))
+    with pytest.raises(ArtifactError, match=r"not a calibration file.*'model'"):
+        Calibration.load(path)
+
+
+def test_a_calibration_without_an_array_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    path.write_bytes(
+        save({"x": np.zeros(3)}, metadata={"mc_gguf": '{"format": "mc_gguf.calibration", "version": 1}'})
+    )
+    with pytest.raises(ArtifactError, match="frequency"):
+        Calibration.load(path)
+
+
+@given(share=st.floats(0, 1, exclude_max=True))
+@settings(max_examples=40, deadline=None)
+def test_a_truncated_calibration_is_refused(share: float, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("truncated") / "c"
+    calibration(n_layer=1, n_expert=2).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ArtifactError):
+        Calibration.load(path)
+
+
+# --- Plan
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"bits": ((1, 3), (2, 2))}, {"file_bytes": None, "expert_bytes": None, "predicted_error": None}],
+)
+def test_a_plan_survives_its_file(tmp_path: Path, changes: dict[str, Any]) -> None:
+    plan = small_plan(**changes)
+    saved = plan.save(tmp_path / "p")
+    loaded = Plan.load(tmp_path / "p")
+    assert loaded == saved
+    assert replace(loaded, fingerprint="") == plan
+    assert loaded.fingerprint == sha256_of(tmp_path / "p")
+    assert loaded.to_text() == plan.to_text()
+
+
+def test_the_seam_downstream() -> None:
+    plan = small_plan()
+    assert [plan.type_of(3, e, "up") for e in (0, 1)] == ["Q4_K", "IQ1_S"]
+    assert plan.type_of(1, 0, "down") == "IQ1_S"
+
+
+def test_the_text_of_a_plan_is_fixed() -> None:
+    """Golden: what is diffed and hashed must not change by accident."""
+    assert small_plan(bits=((1, 3), (3, 1))).to_text() == GOLDEN
+
+
+def test_the_lines_of_a_plan_are_sorted() -> None:
+    keys = [line.split('"')[1] for line in small_plan().to_text().splitlines() if line.startswith('  "')]
+    assert keys == sorted(keys)
+
+
+def _damage(text: str, kind: str) -> str:
+    data = json.loads(text)
+    if kind == "truncated":
+        return text[: len(text) // 2]
+    if kind == "list":
+        return "[1]"
+    if kind == "version":
+        data["version"] = 2
+    elif kind == "format":
+        data["format"] = "other"
+    elif kind == "missing":
+        del data["experts_up"]
+    elif kind == "unknown":
+        data["extra"] = 1
+    elif kind == "fixed":
+        data["fixed"]["extra"] = 1
+    elif kind == "short row":
+        data["experts_up"][0].pop()
+    elif kind == "number":
+        data["experts_up"][0][0] = 7
+    elif kind == "rows":
+        data["experts_up"].pop()
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "not a valid plan"),
+        ("list", "holds no JSON object"),
+        ("version", "format version 2, this mc_gguf reads version 1"),
+        ("format", "format field is 'other'"),
+        ("missing", "experts_up"),
+        ("unknown", "extra"),
+        ("fixed", "extra"),
+        ("short row", "needs 2 names of types"),
+        ("number", "needs 2 names of types"),
+        ("rows", "one row of experts for each of 2 layers"),
+    ],
+)
+def test_a_damaged_plan_is_refused(tmp_path: Path, kind: str, message: str) -> None:
+    path = tmp_path / "p"
+    path.write_text(_damage(small_plan().to_text(), kind))
+    with pytest.raises(ArtifactError, match=message):
+        Plan.load(path)
+
+
+def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot read"):
+        Plan.load(tmp_path / "p")
+
+
+def test_a_plan_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ArtifactError, match="not a valid plan"):
+        Plan.load(tmp_path / "p")
+
+
+GOLDEN = """{
+  "bits": [
+    [1, 3],
+    [3, 1]
+  ],
+  "budget": {"bpw": 2.5},
+  "calibration_fingerprint": "cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc",
+  "expert_bpw": 2.5,
+  "expert_bytes": 1000,
+  "experts_down": [
+    ["IQ1_S", "Q4_K"],
+    ["Q4_K", "IQ1_S"]
+  ],
+  "experts_gate": [
+    ["IQ1_S", "Q4_K"],
+    ["Q4_K", "IQ1_S"]
+  ],
+  "experts_up": [
+    ["IQ1_S", "Q4_K"],
+    ["Q4_K", "IQ1_S"]
+  ],
+  "file_bytes": 2000,
+  "fixed": {"attn": "Q6_K", "attn_kv": "Q8_0", "output": "Q6_K", "token_embd": "Q6_K"},
+  "format": "mc_gguf.plan",
+  "layers": [1, 3],
+  "model_fingerprint": "mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm",
+  "optimality_gap": 0.0,
+  "predicted_error": 0.125,
+  "seed": 0,
+  "strategy": "pmq",
+  "tool": "t",
+  "types": ["IQ1_S", "Q4_K"],
+  "version": 1
+}
+"""

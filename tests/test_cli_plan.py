@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from synthetic_calibration import calibration
+
+from mc_gguf.allocate import STRATEGIES, Budget, fixed_types
+from mc_gguf.allocate import plan as make_plan
+from mc_gguf.artifacts import Calibration, FixedTypes, Plan
+from mc_gguf.cli.options import _collect
+from mc_gguf.cli.plan import command
+from mc_gguf.container import file_bytes
+from mc_gguf.errors import ArtifactError, BudgetError, McError
+
+PUBLISHED = Path(__file__).parent / "data" / "mixtral-8x7b" / "calibration.json"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("calibration") / "calib.safetensors"
+    calibration().save(path)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def test_a_plan_is_written_after_its_summary(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "plan.json"
+    result = run(source, "-o", output, "--bpw", 2.5)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("plan            pmq, budget 2.5 bpw\nfile size")
+    assert f"wrote {output}" in result.stderr
+    plan, loaded = Plan.load(output), Calibration.load(source)
+    assert plan.experts == make_plan(loaded, Budget(bpw=2.5)).experts
+    assert plan.calibration_fingerprint == loaded.fingerprint
+    assert loaded.model is not None
+    assert plan.file_bytes == file_bytes(loaded.model, plan.experts, plan.fixed)
+
+
+def test_the_same_plan_is_the_same_file(source: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    run(source, "-o", one, "--size", "5.5MiB")
+    run(source, "-o", two, "--size", "5.5MiB")
+    assert one.read_bytes() == two.read_bytes()
+    plan = Plan.load(one)
+    assert plan.budget == {"size_bytes": 5.5 * 2**20}
+    assert plan.file_bytes is not None
+    assert 0 <= 5.5 * 2**20 - plan.file_bytes < 1024
+
+
+def test_published_statistics_give_the_published_allocation(tmp_path: Path) -> None:
+    """--bits-per-layer alone is enough: only strategy mc has nominal bits."""
+    output = tmp_path / "plan.json"
+    result = run(PUBLISHED, "-o", output, "--bits-per-layer", 16)
+    assert "mc, budget 16 nominal bits per layer" in result.stdout
+    expected = json.loads((PUBLISHED.parent / "allocation-16.json").read_text())["bits"]
+    assert json.loads(output.read_text())["bits"] == expected
+
+
+def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
+    result = run(source, "-o", tmp_path / "plan.json", "--bpw", 2.5, "--dry-run")
+    assert result.exit_code == 0
+    assert "predicted error" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_summary_as_json(source: Path) -> None:
+    result = run(source, "--bpw", 2.5, "--dry-run", "--json", "--strategy", "uniform")
+    summary = json.loads(result.stdout)
+    assert summary["strategy"] == "uniform"
+    assert summary["type_counts"]["down"] == {"IQ2_XS": 48}
+    assert summary["expert_bpw"] == 2.3125
+
+
+def test_every_option_arrives(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "plan.json"
+    run(
+        source, "-o", output, "--bpw", 2.5, "--strategy", "random", "--types", "iq1_s, Q4_K,", "--seed", 7,
+        "--attn-type", "q8_0", "--attn-kv-type", "F16", "--embd-type", "Q4_K", "--output-type", "Q5_K",
+    )  # fmt: skip
+    plan = Plan.load(output)
+    assert (plan.strategy, plan.types, plan.seed) == ("random", ("IQ1_S", "Q4_K"), 7)
+    assert plan.fixed == FixedTypes(attn="Q8_0", attn_kv="F16", token_embd="Q4_K", output="Q5_K")
+
+
+def test_sixteen_bits_measures_the_plain_file(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "plan.json"
+    run(source, "-o", output, "--bpw", 16)
+    plan, model = Plan.load(output), Calibration.load(source).model
+    assert model is not None
+    assert plan.fixed == fixed_types(model, Budget(bpw=16), FixedTypes())
+    assert plan.file_bytes == file_bytes(model, plan.experts, plan.fixed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ([], BudgetError, "exactly one"),
+        (["--bpw", "2", "--size", "5MB"], BudgetError, "exactly one"),
+        (["--bpw", "0.3"], BudgetError, "1.5625 bpw to 4.5000 bpw"),
+        (["--size", "1MB"], BudgetError, "file size of 1000000 bytes .* not feasible"),
+        (["--size", "huge"], BudgetError, "not a size"),
+        (["--bpw", "2", "--strategy", "x"], McError, "known: pmq, mc"),
+        (["--bpw", "2", "--types", "Q77"], McError, "unknown ggml type"),
+        (["--bpw", "2", "--attn-type", "Q77"], McError, "unknown ggml type"),
+        (["--bits-per-layer", "16", "--strategy", "pmq"], BudgetError, "only strategy mc"),
+    ],
+)
+def test_bad_requests_write_nothing(
+    source: Path, tmp_path: Path, arguments: list[str], error: type[McError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(source, "-o", tmp_path / "plan.json", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_calibration_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"nothing\.safetensors"):
+        run(tmp_path / "nothing.safetensors", "--bpw", 2, "--dry-run")
+
+
+def test_without_an_output_the_next_step_is_said(source: Path) -> None:
+    result = run(source, "--bpw", 2.5)
+    assert result.exit_code == 2
+    assert "-o" in result.stderr
+
+
+def test_the_help_states_the_real_names_and_defaults() -> None:
+    text = " ".join(run("--help").stdout.split())
+    assert all(name in text for name in STRATEGIES)
+    options: dict[str, Any] = {p.name: p for p in command.params}
+    fields = {
+        "attn_type": "attn",
+        "attn_kv_type": "attn_kv",
+        "embd_type": "token_embd",
+        "output_type": "output",
+    }
+    for option, field in fields.items():
+        assert f"[default: {getattr(FixedTypes(), field)}]" in options[option].help
+    collected = _collect(2.0, None, None, None, None, 0, **dict.fromkeys(fields))
+    assert (collected.strategy, collected.fixed) == ("pmq", FixedTypes())
+
+
+def test_the_command_is_cheap_to_import() -> None:
+    code = "import sys, mc_gguf.cli.plan; assert not {'numpy', 'torch', 'scipy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

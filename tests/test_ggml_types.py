@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+
+from mc_gguf.errors import McError
+from mc_gguf.ggml_types import CANDIDATES, SIXTEEN_BIT, TYPES, ggml_type
+
+# Bits per weight as llama.cpp's documentation states them: a second source for block sizes and bytes.
+RATES = {
+    "IQ1_S": 1.5625, "IQ1_M": 1.75, "IQ2_XXS": 2.0625, "IQ2_XS": 2.3125, "IQ2_S": 2.5625, "Q2_K": 2.625,
+    "IQ3_XXS": 3.0625, "IQ3_S": 3.4375, "Q3_K": 3.4375, "IQ4_XS": 4.25, "Q4_K": 4.5, "Q5_K": 5.5,
+    "Q6_K": 6.5625, "Q4_0": 4.5, "IQ4_NL": 4.5, "Q5_0": 5.5, "Q8_0": 8.5, "F16": 16, "BF16": 16, "F32": 32,
+}  # fmt: skip
+
+
+def test_every_type_has_its_published_rate() -> None:
+    assert {name: t.bpw for name, t in TYPES.items()} == RATES
+
+
+def test_ids_are_unique_and_names_match() -> None:
+    assert len({t.id for t in TYPES.values()}) == len(TYPES)
+    assert all(name == t.name for name, t in TYPES.items())
+
+
+def test_candidates_are_known_in_order_of_size() -> None:
+    rates = [TYPES[name].bpw for name in CANDIDATES]
+    assert rates == sorted(rates)
+    assert not set(CANDIDATES) & set(SIXTEEN_BIT)
+
+
+def test_what_needs_an_importance_matrix() -> None:
+    needing = {name for name, t in TYPES.items() if t.needs_imatrix}
+    assert needing == {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}
+
+
+def test_row_bytes_count_whole_blocks() -> None:
+    assert TYPES["Q4_K"].row_bytes(512) == 288
+    assert TYPES["Q8_0"].row_bytes(64) == 68
+    assert TYPES["F32"].row_bytes(3) == 12
+
+
+def test_row_bytes_refuse_a_broken_block() -> None:
+    with pytest.raises(McError, match="multiple of 256, not 300"):
+        TYPES["IQ1_S"].row_bytes(300)
+
+
+def test_a_type_is_found_in_any_case() -> None:
+    assert ggml_type("iq2_xxs") is TYPES["IQ2_XXS"]
+
+
+def test_an_unknown_type_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(McError, match=r"unknown ggml type 'IQ9_Z'; known: F32, F16, .*IQ4_XS"):
+        ggml_type("IQ9_Z")
+
+
+def test_the_pinned_gguf_agrees() -> None:
+    """Against the second implementation in the pinned source, when it is here."""
+    from mc_gguf import upstream
+    from mc_gguf.errors import RuntimeBuildError
+
+    try:
+        source: Path = upstream.source_dir()
+    except RuntimeBuildError:
+        pytest.skip("no pinned source; mc-gguf runtime build fetches it")
+    assert source.is_dir()
+    gguf = upstream.load_gguf()
+    for name, t in TYPES.items():
+        kind = gguf.GGMLQuantizationType[name]
+        assert (int(kind), *gguf.GGML_QUANT_SIZES[kind]) == (t.id, t.block_size, t.block_bytes)

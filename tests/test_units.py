@@ -1,0 +1,44 @@
+import pytest
+
+from mc_gguf.errors import BudgetError
+from mc_gguf.units import format_size, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("123456", 123456),
+        ("1b", 1),
+        ("15.5GiB", 31 << 29),
+        ("15.5 gib", 31 << 29),
+        ("13GB", 13_000_000_000),
+        ("0.1GB", 100_000_000),
+        ("750MB", 750_000_000),
+        (" 2k ", 2048),
+        ("3M", 3 << 20),
+        ("1TiB", 1 << 40),
+        (".5KiB", 512),
+        ("5.GB", 5_000_000_000),
+    ],
+)
+def test_sizes_are_read_exactly(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "1.2.3GB", "-1GB", "1e9", "12 parsecs", "nan", "٣GB"])
+def test_what_is_no_size_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(BudgetError, match=r"15\.5GiB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["0", "0.4", "0GiB"])
+def test_a_size_of_nothing_is_refused(text: str) -> None:
+    with pytest.raises(BudgetError, match="at least one byte"):
+        parse_size(text)
+
+
+def test_sizes_are_written_in_binary_units() -> None:
+    assert format_size(912) == "912 B"
+    assert format_size(1 << 10) == "1.00 KiB"
+    assert format_size(31 << 29) == "15.50 GiB"
+    assert format_size(5 << 40) == "5.00 TiB"
