@@ -1,15 +1,18 @@
 """From a checkpoint and token rows to a Calibration, one decoder layer after another, resumable.
 
-Per layer: attention over all rows, router, then every expert once: read its weights, push its tokens through, collect
-(frequency, routing weight, importance matrices, output norm), measure the error of every candidate type (losses.py),
-free it. Memory is the hidden states (16 KB a token at n_embd 4096, twice), one expert in float32 and its activations.
+Per layer: attention over all rows, router, then every expert once: read its weights, push its tokens through,
+collect (frequency, routing weight, importance matrices, output norm), measure the error of every candidate
+type (losses.py), free it. Memory is the hidden states (16 KB a token at n_embd 4096, twice), one expert in
+float32 and its activations.
 
-After each layer the results so far and the hidden states go to a directory beside the output; a killed run continues
-from there and gives the same arrays bit for bit. The directory belongs to one model, text and set of options.
+After each layer the results so far and the hidden states go to a directory beside the output; a killed run
+continues from there and gives the same arrays bit for bit. The directory belongs to one model, text and set
+of options.
 
-Experts that no token reached keep a zero importance matrix (quantize takes ones) and count as if one token had reached
-them: by the rule of succession no more can be said. Its error is the mean over the tokens nearest to being routed there,
-with the weight they would give the expert in the last place. `calibrate` warns about them.
+Experts that no token reached keep a zero importance matrix (quantize takes ones) and count as if one token
+had reached them: by the rule of succession no more can be said. Its error is the mean over the tokens nearest
+to being routed there, with the weight they would give the expert in the last place. `calibrate` warns about
+them.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ log = logging.getLogger(__name__)
 class Options:
     """What is measured, how exactly, and with how many threads (0: all cores).
 
-    `max_rows` rows of a matrix and `max_tokens` tokens of an expert are used for the errors; the rest is scaled.
+    `max_rows` rows of a matrix and `max_tokens` tokens of an expert are used for the errors; the rest is
+    scaled.
     """
 
     types: tuple[str, ...] | None = None
@@ -67,7 +71,7 @@ def calibrate_to_file(
     checkpoint: Checkpoint,
     text: Corpus,
     output: Path,
-    options: Options = Options(),  # noqa: B008 (frozen)
+    options: Options = Options(),
     resume: bool = True,
     quiet: bool = False,
 ) -> Calibration:
@@ -83,14 +87,15 @@ def calibrate_to_file(
 def calibrate(
     checkpoint: Checkpoint,
     text: Corpus,
-    options: Options = Options(),  # noqa: B008 (frozen)
+    options: Options = Options(),
     partial: Path | None = None,
     quiet: bool = False,
 ) -> Calibration:
-    """Statistics of every expert of `checkpoint` on `text`. `partial` is where the state after each layer is kept.
+    """Statistics of every expert of `checkpoint` on `text`. `partial` is where the state after each layer is
+    kept.
 
-    Raises SourceError for a model that is not supported or gives values that are not finite, McError for types that
-    do not fit the model.
+    Raises SourceError for a model that is not supported or gives values that are not finite, McError for
+    types that do not fit the model.
     """
     decoder, types = Decoder(checkpoint), measured_types(checkpoint.info, options.types)
     if checkpoint.info.expert_layers != tuple(range(checkpoint.info.n_layer)):
@@ -110,7 +115,8 @@ def calibrate(
 
 
 def measured_types(info: ModelInfo, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Types to measure, by size: `wanted`, or the candidates that some projection can have, with FALLBACK for others.
+    """Types to measure, by size: `wanted`, or the candidates that some projection can have, with FALLBACK for
+    others.
 
     Raises McError when a type is unknown, or a projection can have none of them.
     """
@@ -121,7 +127,10 @@ def measured_types(info: ModelInfo, wanted: Sequence[str] | None) -> tuple[str, 
     usable = {n for n in names if any(fits(n, w) for w in widths.values())}
     for projection, width in widths.items():
         if not any(fits(n, width) for n in usable):
-            raise McError(f"none of the types {', '.join(names)} fits rows of {width} weights ({projection}); try --types F16")
+            raise McError(
+                f"none of the types {', '.join(names)} fits rows of {width} weights ({projection}); "
+                "try --types F16"
+            )
     return tuple(sorted(usable, key=lambda n: (TYPES[n].bpw, n)))
 
 
@@ -165,24 +174,28 @@ class _Layer:
         bar.advance(0, f"layer {self.layer}: attention")
         self.decoder.attention(self.layer, hidden)
         flat = hidden.view(-1, hidden.shape[-1])
+        self._check(flat)
         routing, norm = self.decoder.route(self.layer, flat), self.decoder.ffn_norm(self.layer)
         stats, added = LayerStats.empty(self.decoder.checkpoint.info, len(self.types)), torch.zeros_like(flat)
         for number in range(self.decoder.shape.n_expert):
             self._expert(number, flat, norm, routing, added, stats)
             bar.advance(1, f"layer {self.layer}")
         flat += added
-        if not torch.isfinite(flat).all():
-            raise SourceError(f"layer {self.layer} gives values that are not finite; is the source damaged?")
+        self._check(flat)
         ratios = (routing.probs[:, 1:] / routing.probs[:, :1]).double().numpy()
         stats.ratio_quantiles[:] = np.quantile(ratios, np.linspace(0, 1, N_QUANTILES), axis=0).T
         return stats
+
+    def _check(self, hidden: Tensor) -> None:
+        if not torch.isfinite(hidden).all():
+            raise SourceError(f"layer {self.layer} gives values that are not finite; is the source damaged?")
 
     def _expert(
         self, number: int, flat: Tensor, norm: Tensor, routing: Routing, added: Tensor, stats: LayerStats
     ) -> None:
         expert, tokens = self.decoder.expert(self.layer, number), _routed(routing, number)
         norms_sq = torch.zeros(len(tokens.index), dtype=torch.float64)
-        for part in torch.arange(len(tokens.index)).split(CHUNK):
+        for part in torch.split(torch.arange(len(tokens.index)), CHUNK):
             x = self.decoder.norm(flat[tokens.index[part]], norm)
             h = expert.hidden(x)
             y = (h @ expert.down.T).mul_(tokens.weight[part, None])
@@ -201,7 +214,7 @@ class _Layer:
     def _sample(
         self, number: int, flat: Tensor, norm: Tensor, routing: Routing, tokens: _Tokens, norms_sq: Tensor
     ) -> Sample:
-        """Up to max_tokens of the expert's tokens, or the nearest ones, worth one, for an expert without any."""
+        """Up to max_tokens of the expert's tokens; for an expert without any the nearest, worth one."""
         limit = self.options.max_tokens
         if len(tokens.index) == 0:
             tokens = _nearest(routing, number, limit)
@@ -214,9 +227,18 @@ class _Layer:
 
     def _errors(self, number: int, expert: Expert, sample: Sample, stats: LayerStats) -> Floats:
         seed = (self.options.seed, self.layer, number)
-        importance = (stats.imatrix_in[number].astype(np.float32), stats.imatrix_mid[number].astype(np.float32))
+        importance = (
+            stats.imatrix_in[number].astype(np.float32),
+            stats.imatrix_mid[number].astype(np.float32),
+        )
         return expert_errors(
-            expert, sample, *importance, self.types, max_rows=self.options.max_rows, seed=seed, threads=self.threads
+            expert,
+            sample,
+            *importance,
+            self.types,
+            max_rows=self.options.max_rows,
+            seed=seed,
+            threads=self.threads,
         )
 
 
@@ -226,14 +248,18 @@ def _routed(routing: Routing, number: int) -> _Tokens:
 
 
 def _nearest(routing: Routing, number: int, limit: int) -> _Tokens:
-    """The tokens with the highest probability of an expert that none is routed to, as if it took their last place."""
+    """The tokens with the highest probability of an expert that none is routed to, as if it took their last
+    place.
+    """
     prob, index = torch.topk(routing.all_probs[:, number], min(limit, len(routing.all_probs)))
     others = routing.probs[index, :-1].sum(1)
     whole = routing.weights[index].sum(1)  # 1, or the model's scale of routing weights
     return _Tokens(index, prob, prob / (others + prob).clamp(min=1e-30) * whole)
 
 
-def _assemble(info: ModelInfo, text: Corpus, types: tuple[str, ...], layers: Sequence[LayerStats]) -> Calibration:
+def _assemble(
+    info: ModelInfo, text: Corpus, types: tuple[str, ...], layers: Sequence[LayerStats]
+) -> Calibration:
     def stack(name: str) -> Floats:
         return np.stack([getattr(layer, name) for layer in layers])
 
@@ -250,8 +276,9 @@ def _assemble(info: ModelInfo, text: Corpus, types: tuple[str, ...], layers: Seq
 def nominal_errors(sq_error: Floats, types: Sequence[str]) -> Floats:
     """[L, E, 3] Frobenius norm of the output's change when a whole expert has nominal 1, 2, 3 bits.
 
-    From sq_error [L, E, 3, T]: the squared errors of the projections add up as if independent. Where NOMINAL's type was
-    not measured, or does not fit a projection, the next larger one that was stands for it (else the largest).
+    From sq_error [L, E, 3, T]: the squared errors of the projections add up as if independent. Where
+    NOMINAL's type was not measured, or does not fit a projection, the next larger one that was stands for it
+    (else the largest).
     """
     by_size = sorted(range(len(types)), key=lambda t: TYPES[types[t]].bpw)
     total = np.zeros((*sq_error.shape[:2], len(NOMINAL)))
@@ -269,10 +296,11 @@ def _warn(calibration: Calibration) -> None:
         return
     names = [f"{calibration.layers[i]}/{e}" for i, e in zip(*np.nonzero(rare), strict=True)]
     log.warning(
-        "%d of %d experts saw fewer than %d tokens, %d of them none (layer/expert %s): their types are a guess; "
-        "calibrate with more text",
-        rare.sum(), rare.size, FEW_TOKENS, (calibration.frequency == 0).sum(),
+        "%d of %d experts saw fewer than %d tokens, %d of them none (layer/expert %s): "
+        "their types are a guess; calibrate with more text",
+        rare.sum(),
+        rare.size,
+        FEW_TOKENS,
+        (calibration.frequency == 0).sum(),
         ", ".join(names[:5]) + (" ..." if len(names) > 5 else ""),
-    )  # fmt: skip
-
-
+    )

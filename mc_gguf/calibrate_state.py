@@ -1,10 +1,11 @@
 """What calibrate keeps on disk after every layer, so that a killed run can continue.
 
-    .calib.safetensors.partial/stats.safetensors     statistics of the layers done; header: identity of the run
-    .calib.safetensors.partial/hidden-7.npy          hidden states [n_rows, ctx, n_embd] after 7 layers
+    .calib.safetensors.partial/stats.safetensors   statistics of the layers done; header: identity of the run
+    .calib.safetensors.partial/hidden-7.npy        hidden states [n_rows, ctx, n_embd] after 7 layers
 
-The hidden states are written first, the statistics second, both to a temporary name and renamed; then the hidden
-states of the layer before are deleted. So whatever is killed when, statistics of n layers find the states after n.
+The hidden states are written first, the statistics second, both to a temporary name and renamed; then the
+hidden states of the layer before are deleted. So whatever is killed when, statistics of n layers find the
+states after n.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ class LayerStats:
     def empty(cls, info: ModelInfo, n_types: int) -> LayerStats:
         e = info.n_expert
         return cls(
-            frequency=np.zeros(e), routing_weight=np.zeros(e), sq_error=np.zeros((e, len(PROJECTIONS), n_types)),
-            output_sq=np.zeros(e), imatrix_in=np.zeros((e, info.n_embd)), imatrix_mid=np.zeros((e, info.n_ff)),
-            ratio_quantiles=np.zeros((info.n_expert_used - 1, N_QUANTILES)),
+            frequency=np.zeros(e), routing_weight=np.zeros(e), sq_error=np.zeros((e, len(PROJECTIONS),
+            n_types)), output_sq=np.zeros(e), imatrix_in=np.zeros((e, info.n_embd)), imatrix_mid=np.zeros((e,
+            info.n_ff)), ratio_quantiles=np.zeros((info.n_expert_used - 1, N_QUANTILES)),
         )  # fmt: skip
 
 
@@ -81,8 +82,11 @@ class State:
                     raise ValueError("of another model, text or set of options")
                 arrays = {name: file.get_tensor(name) for name in _NAMES}
             done = len(arrays["frequency"])
-            # Copied into torch's own memory: the alignment of a buffer can change the last bit of a matrix product.
-            self.hidden = torch.from_numpy(np.load(directory / f"hidden-{done}.npy", allow_pickle=False)).clone()
+            # Copied into torch's own memory: the alignment of a buffer can change the last bit of a matrix
+            # product.
+            self.hidden = torch.from_numpy(
+                np.load(directory / f"hidden-{done}.npy", allow_pickle=False)
+            ).clone()
         except (OSError, ValueError, SafetensorError) as error:
             log.warning("not continuing from %s (%s); starting anew", directory, error)
             shutil.rmtree(directory, ignore_errors=True)

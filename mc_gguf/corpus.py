@@ -1,12 +1,12 @@
 """Calibration text as token rows [n_rows, ctx]: the bundled mixture or files of the user, seeded and hashed.
 
-Windows are spread over the whole text, one at a random place in each of n_rows equal parts, so that every domain of a
-mixture is represented whatever the number of tokens. Every row starts with BOS when the model's tokenizer adds it, as
-llama.cpp's imatrix and perplexity tools do.
+Windows are spread over the whole text, one at a random place in each of n_rows equal parts, so that every
+domain of a mixture is represented whatever the number of tokens. Every row starts with BOS when the model's
+tokenizer adds it, as llama.cpp's imatrix and perplexity tools do.
 
-How much text: 65,536 tokens (128 rows of 512) is where llama.cpp users make imatrix files. Expert profiles from 8,192
-tokens are noise (two halves of one text agree on 60 % of the hot experts) and i-quants break with an importance matrix
-from 5,000, so fewer than MIN_TOKENS is warned about.
+How much text: 65,536 tokens (128 rows of 512) is where llama.cpp users make imatrix files. Expert profiles
+from 8,192 tokens are noise (two halves of one text agree on 60 % of the hot experts) and i-quants break with
+an importance matrix from 5,000, so fewer than MIN_TOKENS is warned about.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Tokenizer(Protocol):
 class Corpus:
     """Token rows [n_rows, ctx] int32 and where they come from.
 
-    `sha256` is of the texts' bytes in order; `available` counts the tokens of the whole text, BOS not included.
+    `sha256` is of the texts' bytes in order; `available` counts the tokens of the whole text, BOS not
+    included.
     """
 
     rows: NDArray[np.int32]
@@ -84,9 +85,16 @@ def load_corpus(
     """
     ctx = min(ctx, max_ctx or ctx)
     if ctx < 2 or tokens < ctx:
-        raise SourceError(f"cannot make rows of {ctx} tokens out of {tokens}: use --ctx of at least 2 and --tokens >= --ctx")
+        raise SourceError(
+            f"cannot make rows of {ctx} tokens out of {tokens}: use --ctx of at least 2 and --tokens >= --ctx"
+        )
     names, texts = _read(files)
-    stream = np.concatenate([np.asarray(tokenizer.tokenize(_decode(n, t)), dtype=np.int32) for n, t in zip(names, texts, strict=True)])
+    stream = np.concatenate(
+        [
+            np.asarray(tokenizer.tokenize(_decode(n, t)), dtype=np.int32)
+            for n, t in zip(names, texts, strict=True)
+        ]
+    )
     rows = _windows(stream, tokens // ctx, ctx, _bos(tokenizer), seed)
     _warn(rows.size, tokens, ctx)
     return Corpus(rows, names, hashlib.sha256(b"".join(texts)).hexdigest(), int(stream.size), seed)
@@ -106,19 +114,26 @@ def _decode(name: str, data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SourceError(f"calibration text {name} is not UTF-8 (byte {error.start}); convert it first") from error
+        raise SourceError(
+            f"calibration text {name} is not UTF-8 (byte {error.start}); convert it first"
+        ) from error
 
 
 def _bos(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
 
 
-def _windows(stream: NDArray[np.int32], n_rows: int, ctx: int, bos: list[int], seed: int) -> NDArray[np.int32]:
-    """`n_rows` windows of `stream` that do not overlap: one in each of n_rows equal parts, at a random place."""
+def _windows(
+    stream: NDArray[np.int32], n_rows: int, ctx: int, bos: list[int], seed: int
+) -> NDArray[np.int32]:
+    """`n_rows` windows of `stream` that do not overlap: at a random place in each of n_rows equal parts."""
     width = ctx - len(bos)
     fitting = stream.size // width
     if fitting == 0:
-        raise SourceError(f"the calibration text has {stream.size} tokens, less than one row of {ctx}; add --text or lower --ctx")
+        raise SourceError(
+            f"the calibration text has {stream.size} tokens, less than one row of {ctx}; "
+            "add --text or lower --ctx"
+        )
     n_rows = min(n_rows, fitting)
     edges = np.linspace(0, stream.size, n_rows + 1).astype(np.int64)
     slack = np.maximum(edges[1:] - edges[:-1] - width, 0)
@@ -129,9 +144,15 @@ def _windows(stream: NDArray[np.int32], n_rows: int, ctx: int, bos: list[int], s
 
 def _warn(found: int, asked: int, ctx: int) -> None:
     if found + ctx <= asked:
-        log.warning("the calibration text gives only %d of the %d tokens asked for; add more with --text", found, asked)
+        log.warning(
+            "the calibration text gives only %d of the %d tokens asked for; add more with --text",
+            found,
+            asked,
+        )
     if found < MIN_TOKENS:
         log.warning(
-            "%d tokens of calibration text are few: expert statistics are noisy and 1- and 2-bit types suffer; use %d or more",
-            found, MIN_TOKENS,
-        )  # fmt: skip
+            "%d tokens of calibration text are few: expert statistics are noisy and 1- and 2-bit types "
+            "suffer; use %d or more",
+            found,
+            MIN_TOKENS,
+        )

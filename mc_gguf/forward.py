@@ -1,9 +1,10 @@
-"""One decoder layer at a time in torch float32, from a checkpoint in GGUF conventions (`llama` architecture, MoE).
+"""One decoder layer at a time in torch float32, from a checkpoint in GGUF conventions (Mixtral).
 
-Follows llama.cpp's graph (src/models/llama.cpp, build_moe_ffn): RMSNorm, grouped-query attention with interleaved
-("NORM") rotary embedding, router softmax over all experts, top-k, weights renormalised. Weights are read when they
-are needed and dropped after: attention of one layer, then one expert after another, so that memory does not depend on
-the number of layers and hardly on the number of experts. The second implementation is transformers' Mixtral (tests).
+Follows llama.cpp's graph (src/models/llama.cpp, build_moe_ffn): RMSNorm, grouped-query attention with
+interleaved ("NORM") rotary embedding, router softmax over all experts, top-k, weights renormalised. Weights
+are read when they are needed and dropped after: attention of one layer, then one expert after another, so
+that memory does not depend on the number of layers and hardly on the number of experts. The second
+implementation is transformers' Mixtral (tests).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from mc_gguf.errors import SourceError
 if TYPE_CHECKING:
     from mc_gguf.checkpoint import Checkpoint
 
-# Tokens that go through attention or an expert at once: large enough for full matmul speed, small enough that the
-# activations of an expert (n_ff 14336: 3 x 117 MB) stay below its weights.
+# Tokens that go through attention or an expert at once: large enough for full matmul speed, small enough that
+# the activations of an expert (n_ff 14336: 3 x 117 MB) stay below its weights.
 CHUNK = 2048
 # llama.cpp divides by at least the smallest F16 normal when it renormalises the routing weights.
 MIN_WEIGHT_SUM = 6.103515625e-5
@@ -51,14 +52,18 @@ class Shape:
         info, hparams = checkpoint.info, checkpoint.hparams
         if info.architecture != "llama" or info.n_expert < 1:
             raise SourceError(
-                f"calibration supports Mixtral (GGUF architecture 'llama' with experts), not {info.architecture!r} "
-                f"with {info.n_expert} experts"
+                "calibration supports Mixtral (GGUF architecture 'llama' with experts), not "
+                f"{info.architecture!r} with {info.n_expert} experts"
             )
         n_head = _count(hparams, "attention.head_count")
-        n_head_kv = _count(hparams, "attention.head_count_kv") if "attention.head_count_kv" in hparams else n_head
+        n_head_kv = (
+            _count(hparams, "attention.head_count_kv") if "attention.head_count_kv" in hparams else n_head
+        )
         head_dim = int(hparams.get("attention.key_length", info.n_embd // n_head))
         if int(hparams.get("rope.dimension_count", head_dim)) != head_dim:
-            raise SourceError(f"rope.dimension_count differs from the head size {head_dim}: not supported by calibration")
+            raise SourceError(
+                f"rope.dimension_count differs from the head size {head_dim}: not supported by calibration"
+            )
         return cls(
             n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim,
             rope_base=float(hparams.get("rope.freq_base", 10000.0)), rope_scale=_rope_scale(hparams),
@@ -93,8 +98,8 @@ def _rope_scale(hparams: Mapping[str, Any]) -> float:
 class Routing:
     """Router output of N tokens, K experts each, best first.
 
-    experts [N, K] int64; probs [N, K]: softmax over all experts; weights [N, K]: what multiplies the expert's output.
-    all_probs [N, E].
+    experts [N, K] int64; probs [N, K]: softmax over all experts; weights [N, K]: what multiplies the expert's
+    output. all_probs [N, E].
     """
 
     experts: Tensor
@@ -143,14 +148,16 @@ class Decoder:
             queries = _rotate(self._heads(_apply(x, q)), cos, sin)
             keys, values = _rotate(self._heads(_apply(x, k)), cos, sin), self._heads(_apply(x, v))
             keys, values = (t.repeat_interleave(shared, dim=1) for t in (keys, values))
-            mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=self.shape.attn_scale)
+            mixed = F.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, scale=self.shape.attn_scale
+            )
             rows += _apply(mixed.transpose(1, 2).flatten(2), out)
 
     @torch.inference_mode()
     def route(self, layer: int, hidden: Tensor) -> Routing:
         """Router of `layer` for `hidden` [N, n_embd] as it is after attention (not normalised yet)."""
         norm, router = self.ffn_norm(layer), self._tensor(f"blk.{layer}.ffn_gate_inp.weight")
-        logits = torch.cat([self.norm(part, norm) @ router.T for part in hidden.split(CHUNK)])
+        logits = torch.cat([self.norm(part, norm) @ router.T for part in torch.split(hidden, CHUNK)])
         all_probs = torch.softmax(logits, dim=-1)
         probs, experts = torch.topk(all_probs, self.shape.n_used, dim=-1)
         weights = probs / probs.sum(-1, keepdim=True).clamp_(min=MIN_WEIGHT_SUM) * self.shape.weight_scale
@@ -165,10 +172,7 @@ class Decoder:
 
     def expert(self, layer: int, expert: int) -> Expert:
         """Weights of one expert, read now."""
-        gate, up, down = (
-            _aligned(self.checkpoint.expert(layer, p, expert))
-            for p in ("gate", "up", "down")
-        )
+        gate, up, down = (_aligned(self.checkpoint.expert(layer, p, expert)) for p in ("gate", "up", "down"))
         return Expert(gate, up, down)
 
     @torch.inference_mode()
@@ -179,7 +183,7 @@ class Decoder:
         for number in range(self.shape.n_expert):
             tokens, slots = torch.nonzero(routing.experts == number, as_tuple=True)
             expert = self.expert(layer, number)
-            for part in torch.arange(len(tokens)).split(CHUNK):
+            for part in torch.split(torch.arange(len(tokens)), CHUNK):
                 y = expert.hidden(self.norm(flat[tokens[part]], norm)) @ expert.down.T
                 added.index_add_(0, tokens[part], y * routing.weights[tokens[part], slots[part], None])
         flat += added
@@ -199,7 +203,7 @@ class Decoder:
 
     def _heads(self, x: Tensor) -> Tensor:
         """[rows, ctx, heads * head_dim] -> [rows, heads, ctx, head_dim]."""
-        return x.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:2], -1, self.shape.head_dim).transpose(1, 2)
 
     def _rotation(self, ctx: int) -> tuple[Tensor, Tensor]:
         """cos and sin [ctx, head_dim / 2]; in float64 first, positions times small frequencies lose bits."""
@@ -212,7 +216,9 @@ class Decoder:
 
 
 def _aligned(array: NDArray[np.float32]) -> Tensor:
-    """The array as a tensor on a 64-byte boundary: elsewhere the last bits of a product depend on where it lies."""
+    """The array as a tensor on a 64-byte boundary: elsewhere the last bits of a product depend on where it
+    lies.
+    """
     tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
@@ -222,10 +228,10 @@ def _apply(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs (2i, 2i+1), the order into which the converter permutes Q and K."""
+    """Rotary embedding of neighbouring pairs (2i, 2i+1): so the converter permutes Q and K."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
 def _row_chunks(hidden: Tensor) -> Iterator[Tensor]:
-    return iter(hidden.split(max(1, CHUNK // hidden.shape[1])))
+    return iter(torch.split(hidden, max(1, CHUNK // hidden.shape[1])))

@@ -1,21 +1,23 @@
-"""Error of one expert under every candidate type: ggml's own quantizer, the expert's importance matrix, its own tokens.
+"""Error of one expert under every type: ggml's quantizer, the expert's own importance matrix and tokens.
 
-For y = g W_down h, h = silu(W_gate x) * (W_up x) and the final routing weight g, the error of one projection in type t
-is sum over the routed tokens of |y_t - y|^2 with that projection alone replaced. Exact when every row of the matrix and
-every routed token is used. Otherwise rows are sampled (quantization works row by row), and tokens (see `Sample`).
+For y = g W_down h, h = silu(W_gate x) * (W_up x) and the final routing weight g, the error of one projection
+in type t is sum over the routed tokens of |y_t - y|^2 with that projection alone replaced. Exact when every
+row of the matrix and every routed token is used. Otherwise rows are sampled (quantization works row by row),
+and tokens (see `Sample`).
 
-Sampling rows. A row of W_down makes one output, so the total is a plain sum over rows. A row i of W_gate or W_up makes
-one dh_i, and |W_down dh|^2 = sum_ij dh_i dh_j <w_i, w_j> has cross terms: quantizers shrink weights (the error of a
-least-squares fit is not orthogonal to the weight: -25 % for IQ1_S), so the dh_i move together, and scaling up the
-sampled rows alone is biased. The common part is known on all rows, dh = a b + r with b = dh/da of shrinking the
-projection, so: total = a^2 |W b|^2 + 2 a <W b, W r> + |W r|^2; the first term is exact, the second and the diagonal of
-the third are sums over rows. Rows are drawn with probability near their expected share of the error (Horvitz-Thompson),
-systematically, the same rows for every type, so that types are compared on equal terms.
+Sampling rows. A row of W_down makes one output, so the total is a plain sum over rows. A row i of W_gate or
+W_up makes one dh_i, and |W_down dh|^2 = sum_ij dh_i dh_j <w_i, w_j> has cross terms: quantizers shrink
+weights (the error of a least-squares fit is not orthogonal to the weight: -25 % for IQ1_S), so the dh_i move
+together, and scaling up the sampled rows alone is biased. The common part is known on all rows, dh = a b + r
+with b = dh/da of shrinking the projection, so: total = a^2 |W b|^2 + 2 a <W b, W r> + |W r|^2; the first term
+is exact, the second and the diagonal of the third are sums over rows. Rows are drawn with probability near
+their expected share of the error (Horvitz-Thompson), systematically, the same rows for every type, so that
+types are compared on equal terms.
 
-Budget. On one AVX-512 core a million weights take 2.5 s for the 11 default types together (Q3_K 26 M weights/s,
-IQ2_XS 1.5, the rest 2 to 9). Mixtral-8x7B has 45 G expert weights: 32 core-hours for all rows. With MAX_ROWS = 256 it
-is 5.8 M weights an expert, 1.5 G in all, one core-hour; the matmuls (MAX_TOKENS = 1024 tokens) are 0.1 PFLOP, a few
-percent of the forward passes.
+Budget. On one AVX-512 core a million weights take 2.5 s for the 11 default types together (Q3_K 26 M
+weights/s, IQ2_XS 1.5, the rest 2 to 9). Mixtral-8x7B has 45 G expert weights: 32 core-hours for all rows.
+With MAX_ROWS = 256 it is 5.8 M weights an expert, 1.5 G in all, one core-hour; the matmuls (MAX_TOKENS = 1024
+tokens) are 0.1 PFLOP, a few percent of the forward passes.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from mc_gguf.quantize import dequantize_rows, quantize_rows
 
 MAX_ROWS = 256
 MAX_TOKENS = 1024
-# Share of the sample that is drawn uniformly, so that a row that looks unimportant still has a bounded weight.
+# Share of the sample that is drawn uniformly, so that a row that looks unimportant still has a bounded
+# weight.
 UNIFORM_SHARE = 0.2
 
 
@@ -45,8 +48,9 @@ UNIFORM_SHARE = 0.2
 class Sample:
     """Tokens of one expert: x [T, n_embd] normalised inputs, g [T] final routing weights.
 
-    `scale` makes a sum over these tokens one over all of the expert's tokens. It is the ratio of the sums of squared
-    outputs, which all tokens have anyway: errors go with outputs, so this varies less than the ratio of counts.
+    `scale` makes a sum over these tokens one over all of the expert's tokens. It is the ratio of the sums of
+    squared outputs, which all tokens have anyway: errors go with outputs, so this varies less than the ratio
+    of counts.
     """
 
     x: Tensor
@@ -106,7 +110,9 @@ def quantization_error(weights: Tensor, type_name: str, imatrix: NDArray[np.floa
 
 
 def sample_rows(importance: Floats, max_rows: int, rng: np.random.Generator) -> Rows:
-    """At most `max_rows` of len(importance) rows, drawn systematically with probability near their importance."""
+    """At most `max_rows` of len(importance) rows, drawn systematically with probability near their
+    importance.
+    """
     n = len(importance)
     if n <= max_rows:
         return Rows(torch.arange(n), torch.ones(n), True)
@@ -115,7 +121,9 @@ def sample_rows(importance: Floats, max_rows: int, rng: np.random.Generator) -> 
     probability = _inclusion(UNIFORM_SHARE / n + (1 - UNIFORM_SHARE) * share, max_rows)
     order = np.argsort(-importance, kind="stable")
     ends = np.cumsum(probability[order])
-    picked = order[np.searchsorted(ends, rng.random() + np.arange(int(ends[-1] + 1e-6)), side="left").clip(max=n - 1)]
+    picked = order[
+        np.searchsorted(ends, rng.random() + np.arange(int(ends[-1] + 1e-6)), side="left").clip(max=n - 1)
+    ]
     picked = np.unique(picked)
     return Rows(torch.from_numpy(picked), torch.from_numpy(1 / probability[picked]).float(), False)
 
@@ -159,7 +167,7 @@ class _Change:
     def row_importance(self, imatrix: Tensor) -> Floats:
         """Expected share of the error of every row: its effect times its own weighted size."""
         importance = imatrix if imatrix.any() else torch.ones_like(imatrix)
-        own = torch.cat([part.square() @ importance for part in self.matrix.split(1024)])
+        own = torch.cat([part.square() @ importance for part in torch.split(self.matrix, 1024)])
         return np.asarray((own * self.row_effect()).double().numpy())
 
 
@@ -194,7 +202,8 @@ class _Inner(_Change):
         rest = dh - common * basis
         cross = float(((rest * rows.weight @ columns.T) * self.image[1]).sum(dtype=torch.float64))
         diagonal = float((rest.square() * size).sum(dtype=torch.float64))
-        # The cross term is a difference of large sums: without this bound noise could make the total negative.
+        # The cross term is a difference of large sums: without this bound noise could make the total
+        # negative.
         return max(common**2 * _sum_sq(self.image[1]) + 2 * common * cross, 0.0) + diagonal
 
 

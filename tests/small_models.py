@@ -1,4 +1,4 @@
-"""A Checkpoint in memory made from a transformers Mixtral: what the tests of calibration read instead of files.
+"""A Checkpoint in memory made from a transformers Mixtral: what the calibration tests read.
 
 It converts names and permutes Q and K itself, independently of mc_gguf.checkpoint.
 """
@@ -36,20 +36,25 @@ def tiny_mixtral() -> Any:
     """The bundled trained model as transformers loads it, float32."""
     from transformers import MixtralForCausalLM
 
-    return MixtralForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    model: Any = MixtralForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    return model.eval()
 
 
 def random_mixtral(seed: int = 0, **changes: Any) -> Any:
-    """A random Mixtral; by default 2 layers, 5 experts, top-3, sizes that k-quants cannot take unless changed."""
+    """A random Mixtral; by default 2 layers, 5 experts, top-3, sizes that k-quants cannot take unless
+    changed.
+    """
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {
-        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 24, "num_local_experts": 5, "num_experts_per_tok": 3,
-        "max_position_embeddings": 128, "rope_theta": 1000.0, "initializer_range": 0.3, "sliding_window": None,
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "num_local_experts": 5,
+        "num_experts_per_tok": 3, "max_position_embeddings": 128, "rope_theta": 1000.0, "initializer_range":
+        0.3, "sliding_window": None,
     }  # fmt: skip
-    return MixtralForCausalLM(MixtralConfig(**(sizes | changes))).float().eval()
+    model: Any = MixtralForCausalLM(MixtralConfig(**(sizes | changes)))
+    return model.float().eval()
 
 
 class MemoryCheckpoint:
@@ -60,10 +65,11 @@ class MemoryCheckpoint:
         head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
         self.hparams: Mapping[str, Any] = {
             "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
-            "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
-            "attention.layer_norm_rms_epsilon": config.rms_norm_eps, "attention.key_length": head_dim,
-            "rope.freq_base": config.rope_parameters["rope_theta"], "rope.dimension_count": head_dim,
-            "expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok,
+            "attention.head_count": config.num_attention_heads, "attention.head_count_kv":
+            config.num_key_value_heads, "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+            "attention.key_length": head_dim, "rope.freq_base": config.rope_parameters["rope_theta"],
+            "rope.dimension_count": head_dim, "expert_count": config.num_local_experts, "expert_used_count":
+            config.num_experts_per_tok,
         }  # fmt: skip
         self.bos_id: int | None = config.bos_token_id
         self.add_bos = True
@@ -73,11 +79,13 @@ class MemoryCheckpoint:
         for name, value in model.state_dict().items():
             self._add(name, value.float().numpy(), config)
         specs = [TensorSpec(n, t.shape[::-1], "BF16") for n, t in self._tensors.items()]
-        specs += [TensorSpec(expert_tensor_name(*key), t.shape[::-1], "BF16") for key, t in self._experts.items()]
+        specs += [
+            TensorSpec(expert_tensor_name(*key), t.shape[::-1], "BF16") for key, t in self._experts.items()
+        ]
         self.info = ModelInfo(
             architecture="llama", n_layer=config.num_hidden_layers, n_expert=config.num_local_experts,
-            n_expert_used=config.num_experts_per_tok, n_embd=config.hidden_size, n_ff=config.intermediate_size,
-            fingerprint="memory", kv_bytes=0, n_kv=0, tensors=tuple(specs),
+            n_expert_used=config.num_experts_per_tok, n_embd=config.hidden_size,
+            n_ff=config.intermediate_size, fingerprint="memory", kv_bytes=0, n_kv=0, tensors=tuple(specs),
         )  # fmt: skip
 
     def _add(self, name: str, value: NDArray[np.float32], config: Any) -> None:
@@ -91,7 +99,10 @@ class MemoryCheckpoint:
         elif rest == "mlp.experts.down_proj":
             self._experts[layer, "down"] = value
         else:
-            heads = {"self_attn.q_proj.weight": config.num_attention_heads, "self_attn.k_proj.weight": config.num_key_value_heads}
+            heads = {
+                "self_attn.q_proj.weight": config.num_attention_heads,
+                "self_attn.k_proj.weight": config.num_key_value_heads,
+            }
             if rest in heads:  # halves (0..d/2, d/2..d) to neighbouring pairs
                 value = value.reshape(heads[rest], 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
             self._tensors[f"blk.{layer}.{_LAYER_NAMES[rest]}"] = value
@@ -107,7 +118,7 @@ class MemoryCheckpoint:
 
     def expert(self, layer: int, projection: str, expert: int) -> NDArray[np.float32]:
         self.n_reads += 1
-        return self._experts[layer, projection][expert].copy()
+        return np.array(self._experts[layer, projection][expert])
 
     def tokenize(self, text: str) -> list[int]:
         """One token a byte, in the vocabulary's range after the special ones."""

@@ -74,8 +74,9 @@ def test_records_what_it_used(text: Path) -> None:
     more.write_text("y" * 500)
     corpus = load_corpus(Bytes(), [text, more], tokens=2000, ctx=100, seed=5)
     assert corpus.to_json() == {
-        "sources": ["text.txt", "more.txt"], "sha256": hashlib.sha256(text.read_bytes() + more.read_bytes()).hexdigest(),
-        "available_tokens": 40_500, "tokens": 2000, "rows": 20, "ctx": 100, "seed": 5,
+        "sources": ["text.txt", "more.txt"], "sha256": hashlib.sha256(text.read_bytes() +
+        more.read_bytes()).hexdigest(), "available_tokens": 40_500, "tokens": 2000, "rows": 20, "ctx": 100,
+        "seed": 5,
     }  # fmt: skip
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_models import MemoryCheckpoint, random_mixtral, tiny_mixtral
 
 from mc_gguf import forward
 from mc_gguf.errors import SourceError
 from mc_gguf.forward import Decoder
-from small_models import MemoryCheckpoint, random_mixtral, tiny_mixtral
 
 
 def logits(decoder: Decoder, rows: Any) -> torch.Tensor:
@@ -38,7 +38,7 @@ def test_logits_equal_transformers_on_the_trained_model() -> None:
     assert difference.abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("experts, used", [(5, 3), (8, 2), (4, 1), (3, 3)])
+@pytest.mark.parametrize(("experts", "used"), [(5, 3), (8, 2), (4, 1), (3, 3)])
 def test_logits_equal_transformers_for_other_expert_counts(experts: int, used: int) -> None:
     model = random_mixtral(num_local_experts=experts, num_experts_per_tok=used)
     rows = random_rows(96, (2, 40))
@@ -72,7 +72,7 @@ def test_linear_rope_scaling_halves_the_angles() -> None:
 
 
 @pytest.mark.parametrize(
-    "hparams, message",
+    ("hparams", "message"),
     [
         ({"rope.scaling.type": "yarn"}, "yarn"),
         ({"rope.dimension_count": 8}, "rope.dimension_count"),

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from small_models import MemoryCheckpoint, tiny_mixtral
 
 from mc_gguf.forward import Decoder, Expert
 from mc_gguf.losses import MAX_ROWS, Sample, expert_errors, fits, quantization_error, sample_rows
 from mc_gguf.quantize import dequantize_rows, quantize_rows
-from small_models import MemoryCheckpoint, tiny_mixtral
 
 pytestmark = pytest.mark.native
 
@@ -20,9 +20,13 @@ Doubles = NDArray[np.float64]
 EVERYTHING = 10**9
 
 
-def random_case(n_embd: int, n_ff: int, n_tokens: int) -> tuple[Expert, Sample, NDArray[np.float32], NDArray[np.float32]]:
+def random_case(
+    n_embd: int, n_ff: int, n_tokens: int
+) -> tuple[Expert, Sample, NDArray[np.float32], NDArray[np.float32]]:
     torch.manual_seed(1)
-    expert = Expert(torch.randn(n_ff, n_embd) / 16, torch.randn(n_ff, n_embd) / 16, torch.randn(n_embd, n_ff) / 16)
+    expert = Expert(
+        torch.randn(n_ff, n_embd) / 16, torch.randn(n_ff, n_embd) / 16, torch.randn(n_embd, n_ff) / 16
+    )
     x, g = torch.randn(n_tokens, n_embd), torch.rand(n_tokens)
     mid = expert.hidden(x).square().mean(0).numpy()
     return expert, Sample(x, g, 1.0), x.square().mean(0).numpy(), mid
@@ -37,7 +41,9 @@ def test_all_rows_are_exact_against_brute_force() -> None:
     """float64 numpy, whole block, one matrix replaced."""
     expert, sample, imatrix_in, imatrix_mid = random_case(256, 512, 40)
     types = ("IQ1_S", "Q2_K", "Q4_K")
-    errors = expert_errors(expert, Sample(sample.x, sample.g, 3.0), imatrix_in, imatrix_mid, types, EVERYTHING, threads=2)
+    errors = expert_errors(
+        expert, Sample(sample.x, sample.g, 3.0), imatrix_in, imatrix_mid, types, EVERYTHING, threads=2
+    )
     x, g = sample.x.double().numpy(), sample.g.double().numpy()
     matrices = {p: getattr(expert, p).double().numpy() for p in ("gate", "up", "down")}
     exact = output(matrices, x, g)
@@ -71,11 +77,15 @@ def test_sampled_rows_are_unbiased_and_rank_experts_alike() -> None:
     types = ("IQ1_S", "Q2_K", "Q4_K")
     exact = np.array([expert_errors(*case, types, EVERYTHING, threads=2) for case in trained_layer()])
     sampled = np.array(
-        [[expert_errors(*case, types, 64, (seed,), threads=2) for seed in range(4)] for case in trained_layer()]
+        [
+            [expert_errors(*case, types, 64, (seed,), threads=2) for seed in range(4)]
+            for case in trained_layer()
+        ]
     )
     ratio = sampled / exact[:, None]
     assert ratio.mean(axis=(0, 1)) == pytest.approx(np.ones((3, 3)), abs=0.05)
     assert ratio.std() < 0.12
+
     def ranks(errors: Doubles) -> Doubles:
         """Of the experts, by their IQ1_S error."""
         return np.argsort(np.argsort(errors.sum(axis=1)[:, 0])).astype(np.float64)
@@ -128,7 +138,9 @@ def test_an_expert_without_importance_is_quantized_as_if_all_were_one() -> None:
 
 @pytest.mark.parametrize("power", [0, 1, 4])
 def test_row_weights_are_inverse_probabilities(power: int) -> None:
-    """The weighted sum of any row quantity is right on average, and near right each time for the importance itself."""
+    """The weighted sum of any row quantity is right on average, and near right each time for the importance
+    itself.
+    """
     rng = np.random.default_rng(0)
     importance, other = rng.random(1000) ** power, rng.random(1000)
     draws = [sample_rows(importance, 100, np.random.default_rng(seed)) for seed in range(300)]

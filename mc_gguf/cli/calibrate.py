@@ -11,14 +11,22 @@ from mc_gguf.cli.calibrate_options import CalibrateOptions, calibrate_options
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The calibration file to write.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The calibration file to write."
+)
 @calibrate_options
 @click.option("--types", metavar="T,T,...", help="Types to measure.  [default: all candidates]")
 @click.option("--seed", type=int, default=0, show_default=True, help="For what is drawn by lot.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed.")
 @click.option("--quiet", is_flag=True, help="No progress line.")
 def command(
-    source: Path, output: Path, calibration: CalibrateOptions, types: str | None, seed: int, resume: bool, quiet: bool
+    source: Path,
+    output: Path,
+    calibration: CalibrateOptions,
+    types: str | None,
+    seed: int,
+    resume: bool,
+    quiet: bool,
 ) -> None:
     """Measure the experts of SOURCE (HF directory or 16-bit GGUF): use, importance, error under every type.
 
@@ -29,4 +37,6 @@ def command(
     names = tuple(t.strip() for t in types.split(",") if t.strip()) if types is not None else None
     result = calibration.calibrate(open_checkpoint(source), output, names, seed, resume, quiet)
     n_tokens, n_layer = result.corpus["tokens"], len(result.layers)
-    click.echo(f"{output}: {n_layer} layers, {result.n_expert} experts, {len(result.types)} types, {n_tokens} tokens")
+    click.echo(
+        f"{output}: {n_layer} layers, {result.n_expert} experts, {len(result.types)} types, {n_tokens} tokens"
+    )

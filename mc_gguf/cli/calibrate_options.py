@@ -49,13 +49,21 @@ class CalibrateOptions:
     threads: int | None
 
     def calibrate(
-        self, source: Checkpoint, output: Path, types: tuple[str, ...] | None, seed: int, resume: bool, quiet: bool
+        self,
+        source: Checkpoint,
+        output: Path,
+        types: tuple[str, ...] | None,
+        seed: int,
+        resume: bool,
+        quiet: bool,
     ) -> Calibration:
         """Calibrate `source` into the file `output`; `types` None measures all candidates."""
         from mc_gguf.calibrate import Options, calibrate_to_file
         from mc_gguf.corpus import load_corpus
 
-        corpus = load_corpus(source, self.text, self.tokens, self.ctx, seed, source.hparams.get("context_length"))
+        corpus = load_corpus(
+            source, self.text, self.tokens, self.ctx, seed, source.hparams.get("context_length")
+        )
         options = Options(types=types, max_rows=self.rows, seed=seed, threads=self.threads or 0)
         return calibrate_to_file(source, corpus, output, options, resume, quiet)
 
