@@ -14,8 +14,8 @@ is exact, the second and the diagonal of the third are sums over rows. Rows are 
 their expected share of the error (Horvitz-Thompson), systematically, the same rows for every type, so that
 types are compared on equal terms.
 
-Budget. On one AVX-512 core a million weights take 2.5 s for the 11 default types together (Q3_K 26 M
-weights/s, IQ2_XS 1.5, the rest 2 to 9). Mixtral-8x7B has 45 G expert weights: 32 core-hours for all rows.
+Budget. On one AVX-512 core a million weights take 2.7 s for the 11 default types together (Q3_K 26 M
+weights/s, IQ2_XS 1.5, the rest 2 to 9). Mixtral-8x7B has 45 G expert weights: 33 core-hours for all rows.
 With MAX_ROWS = 256 it is 5.8 M weights an expert, 1.5 G in all, one core-hour; the matmuls (MAX_TOKENS = 1024
 tokens) are 0.1 PFLOP, a few percent of the forward passes.
 """
