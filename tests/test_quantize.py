@@ -224,10 +224,8 @@ def test_files_that_do_not_belong_together(wide: RandomCheckpoint, tmp_path: Pat
         quantize(
             short, None, make_plan(wide.info, types, tmp_path / "q.json", model_fingerprint=""), output, 1
         )
+    bad = make_plan(wide.info, types, tmp_path / "q.json", mine.fingerprint, FixedTypes(token_embd="IQ1_S"))
     with pytest.raises(McError, match=r"token_embd\.weight cannot be IQ1_S"):
-        bad = make_plan(
-            wide.info, types, tmp_path / "q.json", mine.fingerprint, FixedTypes(token_embd="IQ1_S")
-        )
         quantize(wide, mine, bad, output, 1)
     assert not output.exists()
 
@@ -274,9 +272,10 @@ def stopped_after(
             raise StopHere
         original(self, data)
 
-    with monkeypatch.context() as patch, pytest.raises(StopHere):
+    with monkeypatch.context() as patch:
         patch.setattr(PartialFile, "write", write)
-        quantize(wide, None, plan, output, threads=1)
+        with pytest.raises(StopHere):
+            quantize(wide, None, plan, output, threads=1)
     assert not output.exists()
 
 
@@ -366,7 +365,7 @@ def test_what_the_disk_lost_is_noticed(tmp_path: Path) -> None:
     with PartialFile(tmp_path / "f", "key", 12, [(4, 4), (8, 4)]) as file:
         assert file.start(b"head", resume=True) == 0
         file.write(b"abcd")
-        with pytest.raises(McError, match="piece 1 of .* has 3 bytes instead of 4"):
+        with pytest.raises(McError, match=r"piece 1 of .* has 3 bytes instead of 4"):
             file.write(b"efg")
         file.write(b"efgh")
         file.verify()

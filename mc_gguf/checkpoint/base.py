@@ -126,15 +126,12 @@ def make_info(
     )
     specs = {t.name: t for t in tensors}
     layers = [i for i in range(n_layer) if expert_tensor_name(i, "down") in specs]
-    if not n_expert or not n_used or not layers:
-        raise SourceError(
-            f"{path} is no Mixture-of-Experts model with routed experts ({architecture}); nothing to do"
-        )
-    n_embd, n_ff, _ = (
-        specs[expert_tensor_name(layers[0], "gate")].shape
-        if (expert_tensor_name(layers[0], "gate") in specs)
-        else (0, 0, 0)
-    )
+    if not n_expert or not n_used:
+        raise SourceError(f"{path} is no Mixture-of-Experts model ({architecture}, no expert count)")
+    if not layers:
+        raise SourceError(f"{path} has no whole layer of {n_expert} routed experts; is it complete?")
+    gate = expert_tensor_name(layers[0], "gate")
+    n_embd, n_ff = specs[gate].shape[:2] if gate in specs else (0, 0)
     for layer in layers:
         for projection in PROJECTIONS:
             name = expert_tensor_name(layer, projection)

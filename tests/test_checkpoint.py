@@ -1,0 +1,434 @@
+"""Source models: HF directories (one shard and several) and GGUFs against safetensors and gguf-py, and what
+is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf_models import (
+    TINY,
+    RandomCheckpoint,
+    model_kv,
+    model_tensors,
+    take_apart,
+    uniform,
+    write_parts,
+    write_random,
+)
+
+from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
+from mc_gguf.checkpoint import Checkpoint, open_checkpoint
+from mc_gguf.checkpoint.base import SAMPLE_BYTES, bos_of, make_info, sample_offsets
+from mc_gguf.errors import SourceError
+from mc_gguf.gguf_file import STRING, UINT32, Value
+from mc_gguf.upstream import load_gguf
+
+HF_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Checkpoint:
+    return open_checkpoint(TINY)
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict[str, Any]:
+    """What safetensors reads from the bundled model."""
+    from safetensors.torch import load_file
+
+    return dict(load_file(TINY / "model.safetensors"))
+
+
+def test_what_the_model_is(tiny: Checkpoint) -> None:
+    info = tiny.info
+    assert (info.architecture, info.n_layer, info.n_expert, info.n_expert_used) == ("llama", 6, 8, 2)
+    assert (info.n_embd, info.n_ff, info.expert_layers) == (256, 256, tuple(range(6)))
+    assert len(info.tensors) == 63
+    expected = {
+        "block_count": 6, "embedding_length": 256, "context_length": 1024, "attention.head_count": 8,
+        "attention.head_count_kv": 4, "attention.key_length": 32, "rope.freq_base": 10000.0,
+        "rope.dimension_count": 32, "expert_count": 8, "expert_used_count": 2,
+    }  # fmt: skip
+    assert expected.items() <= tiny.hparams.items()
+    assert tiny.hparams["attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+    assert (tiny.bos_id, tiny.add_bos) == (1, True)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_experts_are_the_stored_ones(tiny: Checkpoint, stored: dict[str, Any], projection: str) -> None:
+    import torch
+
+    for layer, expert in ((0, 0), (3, 7), (5, 2)):
+        name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{HF_NAMES[projection]}.weight"
+        weights = stored[name]
+        np.testing.assert_array_equal(tiny.expert(layer, projection, expert), weights.float().numpy())
+        raw = tiny.raw(expert_tensor_name(layer, projection), expert)
+        np.testing.assert_array_equal(raw, weights.view(torch.uint8).numpy().reshape(-1))
+
+
+def test_q_and_k_are_permuted_v_is_not(tiny: Checkpoint, stored: dict[str, Any]) -> None:
+    for name, heads in (("q", 8), ("k", 4), ("v", None)):
+        weights = stored[f"model.layers.2.self_attn.{name}_proj.weight"].float().numpy()
+        if heads:  # halves of each head to neighbouring rows
+            weights = weights.reshape(heads, 2, -1, 256).swapaxes(1, 2).reshape(weights.shape)
+        np.testing.assert_array_equal(tiny.tensor(f"blk.2.attn_{name}.weight"), weights)
+
+
+def test_router_and_norms_are_f32(tiny: Checkpoint) -> None:
+    types = {t.name: t.type for t in tiny.info.tensors}
+    assert {t for name, t in types.items() if "norm" in name or "gate_inp" in name} == {"F32"}
+    assert {t for name, t in types.items() if "norm" not in name and "gate_inp" not in name} == {"BF16"}
+    norm = tiny.tensor("output_norm.weight")
+    np.testing.assert_array_equal(tiny.raw("output_norm.weight").view(np.float32), norm)
+
+
+def test_the_gguf_of_the_converter_is_the_same_source(tiny: Checkpoint, tiny_gguf: Path) -> None:
+    gguf = open_checkpoint(tiny_gguf)
+    assert gguf.hparams == tiny.hparams
+    assert gguf.info.tensors == tiny.info.tensors
+    assert (gguf.info.kv_bytes, gguf.info.n_kv) == (tiny.info.kv_bytes, tiny.info.n_kv)
+    assert (gguf.bos_id, gguf.add_bos) == (tiny.bos_id, tiny.add_bos)
+    for spec in tiny.info.tensors:
+        if "_exps" not in spec.name:
+            np.testing.assert_array_equal(gguf.tensor(spec.name), tiny.tensor(spec.name))
+            np.testing.assert_array_equal(gguf.raw(spec.name), tiny.raw(spec.name))
+    for layer, projection, expert in ((0, "gate", 1), (4, "down", 7), (5, "up", 0)):
+        weights = tiny.expert(layer, projection, expert)
+        np.testing.assert_array_equal(gguf.expert(layer, projection, expert), weights)
+
+
+def test_copied_metadata_is_complete(tiny: Checkpoint, tiny_gguf: Path) -> None:
+    gguf = load_gguf()
+    reader = gguf.GGUFReader(tiny_gguf)
+    writer = gguf.GGUFWriter(None, "llama")
+    tiny.copy_kv(writer)
+    ours = {"general.file_type", "general.quantization_version"}
+    expected = {key for key in reader.fields if not key.startswith("GGUF.")} - ours
+    assert set(writer.kv_data[0]) == expected
+    assert len(expected) == tiny.info.n_kv
+
+
+def test_nothing_stays_in_memory(tiny: Checkpoint) -> None:
+    """LazyBase.to_eager would leave every weight in the converter's tree."""
+    for expert in range(8):
+        tiny.expert(0, "gate", expert)
+    tiny.tensor("token_embd.weight")
+    seen: list[Any] = [*tiny._lazy.values()]  # type: ignore[attr-defined]
+    while seen:
+        node = seen.pop()
+        if isinstance(node, list | tuple):
+            seen += node
+        elif hasattr(node, "_args"):
+            assert node._data is None
+            seen.append(node._args)
+
+
+def split(source: Path, target: Path, n_shard: int) -> Path:
+    """The same checkpoint in several shards, as transformers names them."""
+    from safetensors.torch import load_file, save_file
+
+    target.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, target / file.name)
+    tensors = load_file(source / "model.safetensors")
+    names = sorted(tensors, reverse=True)
+    index: dict[str, str] = {}
+    for i in range(n_shard):
+        shard = f"model-{i + 1:05d}-of-{n_shard:05d}.safetensors"
+        save_file(
+            {name: tensors[name] for name in names[i::n_shard]}, target / shard, metadata={"format": "pt"}
+        )
+        index |= dict.fromkeys(names[i::n_shard], shard)
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (target / "model.safetensors.index.json").write_text(text)
+    return target
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards over which every layer's experts are spread; the directory has the model's name."""
+    return split(TINY, tmp_path_factory.mktemp("shards") / "tiny-mixtral", 3)
+
+
+def test_shards_make_no_difference(tiny: Checkpoint, sharded: Path) -> None:
+    many = open_checkpoint(sharded)
+    assert sorted(many.info.tensors, key=str) == sorted(tiny.info.tensors, key=str)
+    assert many.info.fingerprint == tiny.info.fingerprint
+    np.testing.assert_array_equal(many.expert(2, "down", 6), tiny.expert(2, "down", 6))
+
+
+def test_fingerprint_sees_weights_and_configuration(sharded: Path, tmp_path: Path) -> None:
+    original = open_checkpoint(sharded).info.fingerprint
+    changed = tmp_path / "tiny-mixtral"
+    shutil.copytree(sharded, changed)
+    assert open_checkpoint(changed).info.fingerprint == original
+    shard = changed / "model-00002-of-00003.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert open_checkpoint(changed).info.fingerprint != original
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"rope_theta": 5000.0}))
+    assert open_checkpoint(changed).info.fingerprint != original
+
+
+def test_samples() -> None:
+    assert sample_offsets(100) == [(0, 100)]
+    assert sample_offsets(SAMPLE_BYTES + 1) == [(0, SAMPLE_BYTES), (1, SAMPLE_BYTES)]
+    assert sample_offsets(10 * SAMPLE_BYTES) == [(i * SAMPLE_BYTES, SAMPLE_BYTES) for i in (0, 4.5, 9)]
+
+
+def test_tokens_as_transformers(tiny: Checkpoint) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    for text in ("Hello world", " two  spaces\n\nand lines", "Größe 日本 🙂", ""):
+        assert tiny.tokenize(text) == tokenizer.encode(text, add_special_tokens=False)
+    assert 1 not in tiny.tokenize("<s> is text")
+
+
+def test_tokens_of_a_gguf_are_the_same(tiny: Checkpoint, tiny_gguf: Path, runtime: object) -> None:
+    gguf = open_checkpoint(tiny_gguf)
+    for text in ("Hello world", "Once upon a time, there was 1 dog.", "naïve façade", "a <s> b </s>"):
+        assert gguf.tokenize(text) == tiny.tokenize(text)
+
+
+# --- what is refused
+# ------------------------------------------------------------------------------------------------
+
+
+def _shard(folder: Path) -> Path:
+    return folder / "model-00002-of-00003.safetensors"
+
+
+def _config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def _truncate(share: float) -> Callable[[Path], object]:
+    return lambda folder: _shard(folder).write_bytes(
+        _shard(folder).read_bytes()[: int(share * _shard(folder).stat().st_size)]
+    )
+
+
+def _no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer.*"):
+        path.unlink()
+
+
+def _no_shards(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+
+
+def _bad_header(folder: Path) -> None:
+    data = _shard(folder).read_bytes()
+    _shard(folder).write_bytes(data[:8] + b"X" + data[9:])
+
+
+def _missing_tensor(folder: Path) -> None:
+    """A shard that lacks a tensor of the index."""
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.9.extra.weight"] = _shard(folder).name
+    path.write_text(json.dumps(index))
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "no tokenizer": (_no_tokenizer, "has no tokenizer"),
+    "no shards": (_no_shards, r"has no model\*\.safetensors"),
+    "missing shard": (lambda folder: _shard(folder).unlink(), "lacks 1 of 3 shards: model-00002-of-00003"),
+    "truncated shard": (_truncate(0.9), r"model-00002-of-00003\.safetensors is truncated"),
+    "truncated header": (_truncate(0.0001), r"model-00002-of-00003\.safetensors is truncated: its header"),
+    "damaged header": (_bad_header, "has a damaged safetensors header"),
+    "index of more": (_missing_tensor, r"converter cannot read .*model\.layers\.9\.extra\.weight"),
+    "index damaged": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+        "has no readable weight_map",
+    ),
+    "unknown architecture": (_config(architectures=["NoSuchModel"]), "converter cannot read .*NoSuchModel"),
+    "more experts than stored": (_config(num_local_experts=9), "has no whole layer of 9 routed experts"),
+    "config damaged": (lambda folder: (folder / "config.json").write_text("{"), "converter cannot read"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_directories(sharded: Path, tmp_path: Path, case: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sharded, folder)
+    damage, message = REFUSED[case]
+    damage(folder)
+    with pytest.raises(SourceError, match=message) as caught:
+        open_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_refused_dense_model(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 4096,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path / name)
+    with pytest.raises(SourceError, match="no Mixture-of-Experts model"):
+        open_checkpoint(tmp_path)
+
+
+def test_refused_paths(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="does not exist"):
+        open_checkpoint(tmp_path / "nothing")
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    with pytest.raises(SourceError, match="0 bytes are too few"):
+        open_checkpoint(tmp_path / "empty.gguf")
+
+
+def test_weights_that_vanish_while_reading(sharded: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sharded, folder)
+    checkpoint = open_checkpoint(folder)
+    for path in folder.glob("model-*.safetensors"):
+        path.unlink()
+    with pytest.raises(
+        SourceError, match=r"cannot read the weights of blk\.0\.ffn_gate_exps\.weight, expert 1"
+    ):
+        checkpoint.expert(0, "gate", 1)
+
+
+# --- GGUF
+# -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def random_gguf(tmp_path: Path) -> Path:
+    """A 16-bit GGUF with three experts, without keys of ours."""
+    checkpoint = RandomCheckpoint(2, 3, kind="F16")
+    write_random(tmp_path / "ours.gguf", checkpoint, uniform(checkpoint.info, "F16"))
+    kv, parts = take_apart(tmp_path / "ours.gguf")
+    kinds = {t.name: t.type for t in checkpoint.info.tensors}
+    for i, part in enumerate(parts):
+        if part.type_id == 8:  # fixed types of a plan: back to 16 bits
+            n = int(np.prod(part.shape))
+            parts[i] = type(part)(part.name, part.shape, 1, np.arange(n, dtype=np.float16).tobytes())
+        assert kinds[part.name] in ("F16", "F32")
+    write_parts(tmp_path / "plain.gguf", {k: v for k, v in kv.items() if not k.startswith("mc_gguf.")}, parts)
+    return tmp_path / "plain.gguf"
+
+
+def split_gguf(path: Path, n_shard: int) -> Path:
+    """As gguf-split does it: metadata in the first shard, split.* keys in all."""
+    kv, parts = take_apart(path)
+    size = -(-len(parts) // n_shard)
+    for i in range(n_shard):
+        keys = {
+            "split.no": Value(2, i), "split.count": Value(2, n_shard), "split.tensors.count": Value(5,
+            len(parts)),
+        }  # fmt: skip
+        name = path.with_name(f"part-{i + 1:05d}-of-{n_shard:05d}.gguf")
+        write_parts(name, {**(kv if i == 0 else {}), **keys}, parts[i * size : (i + 1) * size])
+    return path.with_name(f"part-00002-of-{n_shard:05d}.gguf")
+
+
+def test_gguf_shards(random_gguf: Path) -> None:
+    whole, shards = open_checkpoint(random_gguf), open_checkpoint(split_gguf(random_gguf, 3))
+    assert shards.info == whole.info
+    np.testing.assert_array_equal(shards.expert(1, "up", 2), whole.expert(1, "up", 2))
+    assert shards.tensor("token_embd.weight").shape == (3, 32)
+    writer = load_gguf().GGUFWriter(None, "llama")
+    shards.copy_kv(writer)
+    assert not any(key.startswith("split.") for key in writer.kv_data[0])
+
+
+def test_gguf_shards_missing_or_misnamed(random_gguf: Path) -> None:
+    second = split_gguf(random_gguf, 3)
+    second.with_name("part-00003-of-00003.gguf").rename(second.with_name("elsewhere.gguf"))
+    with pytest.raises(SourceError, match=r"lacks 1 of 3 shards: part-00003-of-00003\.gguf"):
+        open_checkpoint(second)
+    with pytest.raises(SourceError, match="is one of 3 shards, but is not named like"):
+        open_checkpoint(second.with_name("elsewhere.gguf"))
+    shutil.copy(second, second.with_name("part-00003-of-00003.gguf"))
+    with pytest.raises(
+        SourceError, match=r"is also in another shard|tensors, key split\.tensors\.count says"
+    ):
+        open_checkpoint(second)
+
+
+def test_gguf_f32_experts(tmp_path: Path) -> None:
+    checkpoint = RandomCheckpoint(1, 3, kind="F32")
+    write_random(tmp_path / "m.gguf", checkpoint, uniform(checkpoint.info, "F32"))
+    kv, parts = take_apart(tmp_path / "m.gguf")
+    parts = [
+        p if p.type_id == 0 else type(p)(p.name, p.shape, 0, bytes(4 * int(np.prod(p.shape)))) for p in parts
+    ]
+    write_parts(tmp_path / "f32.gguf", kv, parts)
+    source = open_checkpoint(tmp_path / "f32.gguf")
+    np.testing.assert_array_equal(
+        source.expert(0, "down", 1).view(np.uint8).reshape(-1), source.raw(expert_tensor_name(0, "down"), 1)
+    )
+
+
+def test_quantized_gguf_is_refused(tmp_path: Path) -> None:
+    checkpoint = RandomCheckpoint()
+    write_random(tmp_path / "q.gguf", checkpoint, uniform(checkpoint.info, "Q4_0"))
+    with pytest.raises(SourceError, match=r"output\.weight is Q8_0; give the 16-bit"):
+        open_checkpoint(tmp_path / "q.gguf")
+
+
+def test_truncated_gguf_is_refused(random_gguf: Path) -> None:
+    data = random_gguf.read_bytes()
+    random_gguf.write_bytes(data[: len(data) // 2])
+    with pytest.raises(SourceError, match="it is truncated"):
+        open_checkpoint(random_gguf)
+
+
+def test_gguf_that_shrinks_while_reading(random_gguf: Path) -> None:
+    source = open_checkpoint(random_gguf)
+    random_gguf.write_bytes(random_gguf.read_bytes()[:2000])
+    with pytest.raises(SourceError, match="is cut off"):
+        source.expert(1, "down", 2)
+    with pytest.raises(SourceError, match=r"has no tensor blk\.7"):
+        source.raw("blk.7.attn_q.weight")
+
+
+def test_names_of_unknown_tensors(tiny: Checkpoint) -> None:
+    for name in ("blk.0.nothing.weight", expert_tensor_name(0, "gate")):
+        with pytest.raises(SourceError, match=name.replace(".", r"\.")):
+            tiny.tensor(name)
+
+
+def test_shapes_that_do_not_fit() -> None:
+    kv, tensors = model_kv(1, 4, 32, 64), model_tensors(1, 4, 32, 64, "F16")
+    make_info(Path("m"), kv, "llama", tensors, [])
+    with pytest.raises(SourceError, match=r"expected blk\.0\.ffn_up_exps\.weight .* found nothing"):
+        make_info(Path("m"), kv, "llama", [t for t in tensors if "up_exps" not in t.name], [])
+    with pytest.raises(SourceError, match=r"expected blk\.0\.ffn_gate_exps\.weight of shape \[32, 64, 5\]"):
+        make_info(Path("m"), {**kv, "llama.expert_count": Value(UINT32, 5)}, "llama", tensors, [])
+
+
+def test_bos_rules() -> None:
+    model, bos = "tokenizer.ggml.model", "tokenizer.ggml.bos_token_id"
+    assert bos_of({}) == (None, False)
+    assert bos_of({model: Value(STRING, "llama"), bos: Value(UINT32, 1)}) == (1, True)
+    assert bos_of({model: Value(STRING, "gpt2"), bos: Value(UINT32, 7)}) == (7, False)
+    add = {"tokenizer.ggml.add_bos_token": Value(7, False)}
+    assert bos_of({model: Value(STRING, "llama"), bos: Value(UINT32, 1), **add}) == (1, False)

@@ -1,0 +1,199 @@
+"""Measure quantize: peak memory, and time against llama.cpp's own quantizer for the same types.
+
+    python tools/make_model.py /tmp/m2 --layers 2
+    python tools/bench_quantize.py memory /tmp/m2 --types Q3_K,Q4_K          # peak resident set, seconds
+    python tools/bench_quantize.py speed /tmp/m2 --type Q2_K [--imatrix]     # both sides from one 16-bit GGUF
+
+Every measurement runs in a process of its own; `speed` alternates the two sides and compares the experts'
+bytes, which must be equal. The 16-bit GGUF and the outputs go to --work and are removed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan, expert_tensor_name
+
+NO_FINGERPRINT = "0" * 64
+FTYPES = {"Q4_0": 2, "Q8_0": 7, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_XS": 30}
+
+
+def make_plan(info: ModelInfo, types: Sequence[str], fixed: FixedTypes, path: Path) -> Plan:
+    """The types in turn over the experts, for any source."""
+    row = tuple(types[e % len(types)] for e in range(info.n_expert))
+    plan = Plan(
+        strategy="bench", budget={}, layers=info.expert_layers,
+        experts={p: (row,) * len(info.expert_layers) for p in PROJECTIONS}, fixed=fixed, types=tuple(types),
+        model_fingerprint="", calibration_fingerprint=NO_FINGERPRINT, expert_bpw=0.0, expert_bytes=None,
+        file_bytes=None, predicted_error=None, optimality_gap=None,
+    )  # fmt: skip
+    return plan.save(path)
+
+
+def make_calibration(info: ModelInfo, path: Path) -> Calibration:
+    """Random importance matrices."""
+    rng = np.random.default_rng(0)
+    shape = len(info.expert_layers), info.n_expert
+    none = np.zeros(0)
+    calibration = Calibration(
+        model=info, layers=info.expert_layers, types=(), corpus={}, frequency=np.ones(shape),
+        routing_weight=np.ones(shape), sq_error=none, output_sq=none,
+        imatrix_in=rng.random((*shape, info.n_embd), dtype=np.float32) + np.float32(0.01),
+        imatrix_mid=rng.random((*shape, info.n_ff), dtype=np.float32) + np.float32(0.01),
+        ratio_quantiles=none, nominal_error=none,
+    )  # fmt: skip
+    return calibration.save(path)
+
+
+def ours(
+    source: Path, types: Sequence[str], fixed: FixedTypes, imatrix: bool, output: Path, threads: int
+) -> float:
+    """Seconds of opening and quantizing."""
+    from mc_gguf.checkpoint import open_checkpoint
+    from mc_gguf.quantize import init, quantize
+
+    init(types)  # tables that both sides build once
+    start = time.monotonic()
+    checkpoint = open_checkpoint(source)
+    plan = make_plan(checkpoint.info, types, fixed, output.with_suffix(".plan"))
+    calibration = make_calibration(checkpoint.info, output.with_suffix(".calib")) if imatrix else None
+    quantize(checkpoint, calibration, plan, output, threads, resume=False)
+    return time.monotonic() - start
+
+
+def theirs(source: Path, type_name: str, imatrix: bool, output: Path, threads: int) -> float:
+    """Seconds of llama_model_quantize with every matrix in one type."""
+    from mc_gguf.checkpoint import open_checkpoint
+    from mc_gguf.runtime import use_in_llama_cpp
+
+    llama_cpp = use_in_llama_cpp()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread, params.ftype, params.pure = threads, FTYPES[type_name], True
+    params.allow_requantize = False
+    if imatrix:
+        info = open_checkpoint(source).info
+        calibration = make_calibration(info, output.with_suffix(".calib"))
+        params.imatrix = upstream_imatrix(llama_cpp, info, calibration)
+    start = time.monotonic()
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(params)):
+        raise click.ClickException("llama_model_quantize failed")
+    return time.monotonic() - start
+
+
+def upstream_imatrix(llama_cpp: Any, info: ModelInfo, calibration: Calibration) -> Any:
+    """The calibration as a null-terminated array of llama_model_imatrix_data, one per expert stack."""
+    kind = llama_cpp.llama_model_imatrix_data
+    entries = []
+    for index, layer in enumerate(info.expert_layers):
+        for projection in PROJECTIONS:
+            table = calibration.imatrix_mid if projection == "down" else calibration.imatrix_in
+            data = np.ascontiguousarray(table[index]).reshape(-1)
+            name = expert_tensor_name(layer, projection).encode()
+            pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entries.append(kind(name, pointer, data.size))
+    return (kind * (len(entries) + 1))(*entries)
+
+
+def in_process(call: Callable[..., float], *args: Any) -> tuple[float, int]:
+    """(seconds that `call` returns, peak resident bytes) of a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_measured, args=(queue, call, args))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise click.ClickException(f"{call.__name__} ended with {process.exitcode}")
+    result: tuple[float, int] = queue.get()
+    return result
+
+
+def _measured(queue: Any, call: Callable[..., float], args: Sequence[Any]) -> None:
+    seconds = call(*args)
+    queue.put((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def same_experts(one: Path, other: Path) -> bool:
+    """Whether two files hold the same bytes for every expert (theirs keeps our keys, so it is no file of
+    ours).
+    """
+    from mc_gguf.gguf_file import read_header
+
+    a, b = (read_header(path) for path in (one, other))
+    for name in (name for name in a.tensors if "_exps" in name):
+        x, y = a.tensors[name], b.tensors[name]
+        if x.type != y.type or not np.array_equal(
+            np.fromfile(one, np.uint8, x.n_bytes, offset=x.offset),
+            np.fromfile(other, np.uint8, y.n_bytes, offset=y.offset),
+        ):
+            return False
+    return True
+
+
+@click.group()
+def main() -> None:
+    """Measure quantize."""
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--types", default="Q3_K,Q4_K", show_default=True)
+@click.option("--threads", default=2, show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), help="Where the output goes for a while.")
+def memory(source: Path, types: str, threads: int, work: Path | None) -> None:
+    """Peak memory and time of one quantize run."""
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        output = Path(folder) / "m.gguf"
+        seconds, peak = in_process(ours, source, types.split(","), FixedTypes(), False, output, threads)
+        report = {
+            "seconds": round(seconds, 1),
+            "peak_gb": round(peak / 1e9, 3),
+            "file_bytes": output.stat().st_size,
+        }
+        click.echo(json.dumps({"source": source.name, "types": types} | report))
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--type", "type_name", type=click.Choice(sorted(FTYPES)), default="Q2_K", show_default=True)
+@click.option("--imatrix", is_flag=True, help="With a (random) importance matrix on both sides.")
+@click.option("--repeat", default=2, show_default=True)
+@click.option("--threads", default=2, show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), help="Where the files go for a while.")
+def speed(source: Path, type_name: str, imatrix: bool, repeat: int, threads: int, work: Path | None) -> None:
+    """Time against llama_model_quantize, every matrix in one type, from the same 16-bit GGUF."""
+    fixed = FixedTypes(*[type_name] * 4)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        plain, mine, other = (Path(folder) / name for name in ("bf16.gguf", "ours.gguf", "theirs.gguf"))
+        bf16 = replace(fixed, attn_kv="BF16", attn="BF16", token_embd="BF16", output="BF16")
+        in_process(ours, source, ["BF16"], bf16, False, plain, threads)
+        ratios = []
+        for _ in range(repeat):
+            a, peak_a = in_process(ours, plain, [type_name], fixed, imatrix, mine, threads)
+            b, peak_b = in_process(theirs, plain, type_name, imatrix, other, threads)
+            ratios.append(a / b)
+            sides = {"ours_s": round(a, 1), "theirs_s": round(b, 1), "ratio": round(a / b, 3)}
+            click.echo(
+                json.dumps(sides | {"ours_gb": round(peak_a / 1e9, 2), "theirs_gb": round(peak_b / 1e9, 2)})
+            )
+        click.echo(json.dumps({
+            "type": type_name, "imatrix": imatrix, "ratio_median": round(statistics.median(ratios), 3),
+            "ratio_min": round(min(ratios), 3), "ratio_max": round(max(ratios), 3), "same_bytes":
+            same_experts(mine, other),
+        }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
