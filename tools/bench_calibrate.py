@@ -73,7 +73,7 @@ def measure(model: Path, options: list[str]) -> Measured:
 def failures(results: list[Measured]) -> list[str]:
     """What is not as it should be."""
     found = [
-        f"{r.model.name}: {r.peak_bytes / 1e9:.2f} GB are more than one layer and {ALLOWANCE_BYTES / 1e9:g} GB"
+        f"{r.model.name}: {r.peak_bytes / 1e9:.2f} GB exceed one layer and {ALLOWANCE_BYTES / 1e9:g} GB"
         for r in results
         if r.peak_bytes > r.layer_bytes + ALLOWANCE_BYTES
     ]
