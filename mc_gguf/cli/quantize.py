@@ -34,9 +34,9 @@ def command(
 
     the_plan = Plan.load(plan)
     statistics = find_calibration(the_plan, plan.parent, calibration)
+    checkpoint = open_checkpoint(source)
     with progress("quantize", unit="M weights") as bar:
-        model = quantize(
-            open_checkpoint(source), statistics, the_plan, output, threads or os.cpu_count() or 1, bar, resume
-        )
+        n_thread = threads or os.cpu_count() or 1
+        model = quantize(checkpoint, statistics, the_plan, output, n_thread, bar, resume)
     size = format_size(model.header.file_bytes)
     click.echo(f"{output}: {size}, {model.expert_bpw:.4f} bits per expert weight")
