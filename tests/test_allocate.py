@@ -176,6 +176,14 @@ def test_a_file_is_filled_to_within_the_smallest_step(limit: int) -> None:
     assert 0 <= limit - plan.file_bytes <= 512 + 256
 
 
+@pytest.mark.parametrize("limit", [5_200_000, 5_800_123, 6_543_210, 7_000_001])
+def test_the_gap_under_a_file_size_is_small(limit: int) -> None:
+    """Headers decide as well here: 24 KB in a matrix, 100 bytes for a group's header."""
+    plan = make_plan(calibration(), Budget(size_bytes=limit), file_bytes=size_of(calibration()))
+    assert plan.optimality_gap is not None
+    assert plan.optimality_gap < 5e-3
+
+
 def test_a_mixtral_file_is_filled_to_within_the_smallest_step() -> None:
     source = calibration(32, 8, 4096, 14336)
     limit = 31 << 29  # 15.5 GiB

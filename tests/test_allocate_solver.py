@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import time
 
 import numpy as np
@@ -107,6 +108,33 @@ def test_a_failed_search_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     _with_highs(monkeypatch, status=4, message="numerical trouble")
     with pytest.raises(BudgetError, match="HiGHS failed on a feasible budget, status 4: numerical trouble"):
         solve(TRAP, 10)
+
+
+def _with_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = optimize.milp
+
+    def milp(*arguments: object, **options: object) -> object:
+        os.write(1, b"tmpSolver.run();\n")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(optimize, "milp", milp)
+
+
+def test_what_highs_prints_does_not_reach_stdout(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _with_noise(monkeypatch)
+    solve(TRAP, 10)
+    os.write(1, b"ours")
+    assert capfd.readouterr().out == "ours"
+
+
+def test_without_a_stdout_it_solves_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(_: int) -> int:
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(os, "dup", closed)
+    assert list(solve(TRAP, 10).choice) == [0, 1, 1]
 
 
 def test_the_same_answer_every_time() -> None:

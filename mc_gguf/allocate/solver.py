@@ -12,6 +12,10 @@ Nemhauser & Wolsey 1988, II.5).
 
 from __future__ import annotations
 
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +40,11 @@ class Knapsack:
 
     error: Floats
     size: Ints
+
+    @property
+    def unit(self) -> int:
+        """Common divisor of all sizes."""
+        return int(np.gcd.reduce(self.size, axis=None)) or 1
 
     def total_error(self, choice: Ints) -> float:
         return float(self.error[np.arange(len(choice)), choice].sum())
@@ -193,6 +202,27 @@ def _solve_core(
     return Solution(greedy.choice, greedy.error, bound, status)
 
 
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """HiGHS now and then prints a debugging line to C's stdout, where our output may be JSON."""
+    libc = ctypes.CDLL(None)
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    libc.fflush(None)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _highs(
     item: Ints, value: Floats, size: Ints, room: int, accuracy: float
 ) -> tuple[Ints | None, float, str]:
@@ -204,16 +234,18 @@ def _highs(
     from scipy.sparse import csr_array
 
     n_option, n_item = len(item), int(item[-1]) + 1
-    unit = int(np.gcd.reduce(np.append(size, 0))) or 1
+    unit = int(np.gcd.reduce(size)) or 1
     one_each = csr_array((np.ones(n_option), (item, np.arange(n_option))), shape=(n_item, n_option))
     within = csr_array((size / unit)[None, :])
-    result = milp(
-        value,
-        integrality=np.ones(n_option),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(within, -np.inf, room // unit)],
-        options={"mip_rel_gap": min(accuracy, 0.1), "node_limit": NODE_LIMIT, "time_limit": TIME_LIMIT_S},
-    )
+    limits = {"mip_rel_gap": min(accuracy, 0.1), "node_limit": NODE_LIMIT, "time_limit": TIME_LIMIT_S}
+    with _silent_stdout():
+        result = milp(
+            value,
+            integrality=np.ones(n_option),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(within, -np.inf, room // unit)],
+            options=limits,
+        )
     if result.status not in (0, 1):
         raise BudgetError(f"HiGHS failed on a feasible budget, status {result.status}: {result.message}")
     picked = np.flatnonzero(result.x > 0.5) if result.x is not None else None

@@ -15,8 +15,8 @@ from mc_gguf.allocate.problem import Floats, Ints, Problem
 from mc_gguf.allocate.solver import Knapsack, fill, lower_bound, relative_gap, solve
 from mc_gguf.errors import BudgetError
 
-# Solving again with the room that the headers of the last solution left; it settles after two or three
-# rounds.
+# Solving again with the room that the headers of the last solution left. It settles in two or three rounds,
+# or goes round in a circle.
 MAX_ROUNDS = 8
 
 
@@ -84,19 +84,23 @@ def solve_program(items: Items, limit: Limit) -> tuple[Ints, float]:
     """
     knapsack = items.knapsack
     check_feasible(limit, items.columns(knapsack.smallest()), items.columns(knapsack.largest()), _LARGER)
-    choice, capacity, bound = knapsack.smallest(), limit.limit + 1, 0.0
+    choice = best = knapsack.smallest()
+    best_error, bounds = knapsack.total_error(best), dict[int, float]()
     for _ in range(MAX_ROUNDS):
-        room = limit.limit - _overhead(items, limit, choice)
-        if room >= capacity or room < knapsack.total_size(knapsack.smallest()):
+        capacity = limit.limit - _overhead(items, limit, choice)
+        # Capacities that differ by less than the sizes' common divisor are the same program.
+        if capacity // knapsack.unit in bounds or capacity < knapsack.total_size(knapsack.smallest()):
             break
-        capacity = room
         solution = solve(knapsack, capacity)
-        choice, bound = solution.choice, solution.bound
-    choice = _fill_measured(items, limit, shrink(items, limit, choice))
-    room = limit.limit - _overhead(items, limit, choice)
-    if room > capacity:
-        bound = lower_bound(knapsack, room)
-    return items.columns(choice), relative_gap(knapsack.total_error(choice), bound)
+        bounds[capacity // knapsack.unit] = solution.bound
+        choice = solution.choice
+        fitting = _fill_measured(items, limit, shrink(items, limit, choice))
+        if knapsack.total_error(fitting) < best_error:
+            best, best_error = fitting, knapsack.total_error(fitting)
+    best = _fill_measured(items, limit, best)
+    capacity = limit.limit - _overhead(items, limit, best)
+    bound = bounds.get(capacity // knapsack.unit, lower_bound(knapsack, capacity))
+    return items.columns(best), relative_gap(knapsack.total_error(best), bound)
 
 
 _LARGER = "; --bpw 16 makes the plain 16-bit file, and calibrate --types measures larger types"
