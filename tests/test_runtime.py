@@ -6,6 +6,7 @@ project, so that everything but llama.cpp itself is what users run. Each way to 
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import hashlib
 import io
@@ -17,6 +18,7 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +137,24 @@ def master(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
         "patched_tree": git(repository, "rev-parse", "HEAD^{tree}"),
     }
     return StandIn(sdist.parent, patches, repository, values)
+
+
+@pytest.fixture(autouse=True)
+def _unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Takes the stand-ins' libraries out of this process again: tests of the real runtime may follow."""
+    loaded: list[ctypes.CDLL] = []
+    real = ctypes.CDLL
+
+    def load(name: str) -> ctypes.CDLL:
+        loaded.append(real(name))
+        return loaded[-1]
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    before = MAPPED_LIBRARIES()
+    yield
+    for library in loaded:
+        _ctypes.dlclose(library._handle)
+    assert MAPPED_LIBRARIES() == before
 
 
 @pytest.fixture
