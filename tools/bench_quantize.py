@@ -14,11 +14,10 @@ import ctypes
 import json
 import multiprocessing
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +106,21 @@ def upstream_imatrix(llama_cpp: Any, info: ModelInfo, calibration: Calibration) 
     return (kind * (len(entries) + 1))(*entries)
 
 
-def in_process(call: Callable[..., float], *args: Any) -> tuple[float, int]:
-    """(seconds that `call` returns, peak resident bytes) of a fresh process."""
+@dataclass(frozen=True)
+class Cost:
+    """Wall-clock and CPU seconds of a call, peak resident memory of its process."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+    def to_json(self, side: str) -> dict[str, float]:
+        numbers = {"s": self.seconds, "cpu_s": self.cpu_seconds, "peak_gb": self.peak_bytes / 1e9}
+        return {f"{side}_{unit}": round(number, 2) for unit, number in numbers.items()}
+
+
+def in_process(call: Callable[..., float], *args: Any) -> Cost:
+    """Run `call`, which returns its seconds, in a fresh process."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_measured, args=(queue, call, args))
@@ -116,13 +128,15 @@ def in_process(call: Callable[..., float], *args: Any) -> tuple[float, int]:
     process.join()
     if process.exitcode:
         raise click.ClickException(f"{call.__name__} ended with {process.exitcode}")
-    result: tuple[float, int] = queue.get()
-    return result
+    cost: Cost = queue.get()
+    return cost
 
 
 def _measured(queue: Any, call: Callable[..., float], args: Sequence[Any]) -> None:
+    before = time.process_time()
     seconds = call(*args)
-    queue.put((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    cpu_seconds = time.process_time() - before
+    queue.put(Cost(seconds, cpu_seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
 def same_experts(one: Path, other: Path) -> bool:
@@ -156,13 +170,9 @@ def memory(source: Path, types: str, threads: int, work: Path | None) -> None:
     """Peak memory and time of one quantize run."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         output = Path(folder) / "m.gguf"
-        seconds, peak = in_process(ours, source, types.split(","), FixedTypes(), False, output, threads)
-        report = {
-            "seconds": round(seconds, 1),
-            "peak_gb": round(peak / 1e9, 3),
-            "file_bytes": output.stat().st_size,
-        }
-        click.echo(json.dumps({"source": source.name, "types": types} | report))
+        cost = in_process(ours, source, types.split(","), FixedTypes(), False, output, threads)
+        report = {"source": source.name, "types": types, "file_bytes": output.stat().st_size}
+        click.echo(json.dumps(report | cost.to_json("ours")))
 
 
 @main.command()
@@ -179,20 +189,15 @@ def speed(source: Path, type_name: str, imatrix: bool, repeat: int, threads: int
         plain, mine, other = (Path(folder) / name for name in ("bf16.gguf", "ours.gguf", "theirs.gguf"))
         bf16 = replace(fixed, attn_kv="BF16", attn="BF16", token_embd="BF16", output="BF16")
         in_process(ours, source, ["BF16"], bf16, False, plain, threads)
-        ratios = []
+        ratios, cpu_ratios = [], []
         for _ in range(repeat):
-            a, peak_a = in_process(ours, plain, [type_name], fixed, imatrix, mine, threads)
-            b, peak_b = in_process(theirs, plain, type_name, imatrix, other, threads)
-            ratios.append(a / b)
-            sides = {"ours_s": round(a, 1), "theirs_s": round(b, 1), "ratio": round(a / b, 3)}
-            click.echo(
-                json.dumps(sides | {"ours_gb": round(peak_a / 1e9, 2), "theirs_gb": round(peak_b / 1e9, 2)})
-            )
-        click.echo(json.dumps({
-            "type": type_name, "imatrix": imatrix, "ratio_median": round(statistics.median(ratios), 3),
-            "ratio_min": round(min(ratios), 3), "ratio_max": round(max(ratios), 3), "same_bytes":
-            same_experts(mine, other),
-        }))  # fmt: skip
+            a = in_process(ours, plain, [type_name], fixed, imatrix, mine, threads)
+            b = in_process(theirs, plain, type_name, imatrix, other, threads)
+            ratios.append(round(a.seconds / b.seconds, 3))
+            cpu_ratios.append(round(a.cpu_seconds / b.cpu_seconds, 3))
+            click.echo(json.dumps(a.to_json("ours") | b.to_json("theirs")))
+        report = {"type": type_name, "imatrix": imatrix, "ratios": ratios, "cpu_ratios": cpu_ratios}
+        click.echo(json.dumps(report | {"same_bytes": same_experts(mine, other)}))
 
 
 if __name__ == "__main__":

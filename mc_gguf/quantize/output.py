@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,8 +69,9 @@ def quantize(
     with PartialFile(output, key, container.total_bytes(tensors), places) as partial:
         done = sum(_weights(piece) for piece in pieces[: partial.start(header, resume)]) / 1e6
         init({t.type.name for t in tensors if t.map is None})
-        for piece in pieces[partial.done :]:
-            partial.write(_make(checkpoint, calibration, plan, piece, threads).tobytes())
+        todo = pieces[partial.done :]
+        for piece, loaded in zip(todo, _loaded(checkpoint, todo), strict=True):
+            partial.write(_make(loaded, calibration, plan, piece, threads).tobytes())
             done += _weights(piece) / 1e6
             if progress:
                 progress.update(round(done, 1), round(total, 1), note=piece.tensor.name)
@@ -161,23 +164,42 @@ def _weights(piece: _Piece) -> int:
     return piece.n_bytes // piece.tensor.type.block_bytes * piece.tensor.type.block_size
 
 
-def _make(
-    checkpoint: Checkpoint, calibration: Calibration | None, plan: Plan, piece: _Piece, threads: int
-) -> NDArray[np.uint8]:
-    """The bytes of one piece."""
+def _loaded(checkpoint: Checkpoint, pieces: Sequence[_Piece]) -> Iterator[NDArray[Any]]:
+    """What each piece is made from; the next one is read while the caller works on this one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        ahead = reader.submit(_load, checkpoint, pieces[0]) if pieces else None
+        for following in (*pieces[1:], None):
+            assert ahead is not None
+            loaded = ahead.result()
+            ahead = reader.submit(_load, checkpoint, following) if following else None
+            yield loaded
+            del loaded
+
+
+def _load(checkpoint: Checkpoint, piece: _Piece) -> NDArray[Any]:
+    """float32 weights (rows, cols) to quantize, or the final bytes."""
     t = piece.tensor
     if t.map is not None:
         return np.asarray(t.map, dtype="<i4").reshape(-1).view(np.uint8)
     if t.type == ggml_type(t.source.type):
         return checkpoint.raw(t.source.name, piece.expert)
-    try:
-        if piece.expert is None:
-            weights = checkpoint.tensor(t.source.name)
-            return quantize_rows(weights.reshape(-1, t.shape[0]), t.type.name, None, threads)
+    if piece.expert is None:
+        return checkpoint.tensor(t.source.name).reshape(-1, t.shape[0])
+    return checkpoint.expert(*_place(t.source.name), piece.expert)
+
+
+def _make(
+    loaded: NDArray[Any], calibration: Calibration | None, plan: Plan, piece: _Piece, threads: int
+) -> NDArray[np.uint8]:
+    """The bytes of one piece."""
+    if loaded.dtype == np.uint8:
+        return loaded
+    t, imatrix = piece.tensor, None
+    if piece.expert is not None:
         layer, projection = _place(t.source.name)
-        weights = checkpoint.expert(layer, projection, piece.expert)
         imatrix = _imatrix(calibration, plan.layers.index(layer), projection, piece.expert)
-        return quantize_rows(weights, t.type.name, imatrix, threads)
+    try:
+        return quantize_rows(loaded, t.type.name, imatrix, threads)
     except McError as error:
         which = t.source.name if piece.expert is None else f"{t.source.name}, expert {piece.expert}"
         raise SourceError(f"{which}: {error}") from error
