@@ -36,7 +36,7 @@ from mc_gguf.corpus import Corpus
 from mc_gguf.errors import McError, SourceError
 from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
 from mc_gguf.ggml_types import CANDIDATES, TYPES, ggml_type
-from mc_gguf.losses import MAX_ROWS, MAX_TOKENS, Sample, expert_errors, fits
+from mc_gguf.losses import MAX_ROWS, MAX_TOKENS, Sample, draw, expert_errors, fits
 from mc_gguf.progress import Progress, progress
 from mc_gguf.quantize import init
 
@@ -218,12 +218,13 @@ class _Layer:
         limit = self.options.max_tokens
         if len(tokens.index) == 0:
             tokens = _nearest(routing, number, limit)
-            return Sample(self.decoder.norm(flat[tokens.index], norm), tokens.weight, 1 / len(tokens.index))
+            return Sample(
+                self.decoder.norm(flat[tokens.index], norm), tokens.weight / len(tokens.index) ** 0.5
+            )
         rng = np.random.default_rng([self.options.seed, self.layer, number, 1])
-        pick = torch.from_numpy(np.sort(rng.permutation(len(tokens.index))[:limit]))
-        part = float(norms_sq[pick].sum())
-        scale = float(norms_sq.sum()) / part if part > 0 else len(tokens.index) / len(pick)
-        return Sample(self.decoder.norm(flat[tokens.index[pick]], norm), tokens.weight[pick], scale)
+        drawn = draw(norms_sq.numpy(), limit, rng)
+        x = self.decoder.norm(flat[tokens.index[drawn.index]], norm)
+        return Sample(x, tokens.weight[drawn.index] * drawn.weight.sqrt())
 
     def _errors(self, number: int, expert: Expert, sample: Sample, stats: LayerStats) -> Floats:
         seed = (self.options.seed, self.layer, number)

@@ -3,7 +3,7 @@
 For y = g W_down h, h = silu(W_gate x) * (W_up x) and the final routing weight g, the error of one projection
 in type t is sum over the routed tokens of |y_t - y|^2 with that projection alone replaced. Exact when every
 row of the matrix and every routed token is used. Otherwise rows are sampled (quantization works row by row),
-and tokens (see `Sample`).
+and tokens, with probability near their squared output: a few of them can make most of an expert's error.
 
 Sampling rows. A row of W_down makes one output, so the total is a plain sum over rows. A row i of W_gate or
 W_up makes one dh_i, and |W_down dh|^2 = sum_ij dh_i dh_j <w_i, w_j> has cross terms: quantizers shrink
@@ -48,19 +48,16 @@ UNIFORM_SHARE = 0.2
 class Sample:
     """Tokens of one expert: x [T, n_embd] normalised inputs, g [T] final routing weights.
 
-    `scale` makes a sum over these tokens one over all of the expert's tokens. It is the ratio of the sums of
-    squared outputs, which all tokens have anyway: errors go with outputs, so this varies less than the ratio
-    of counts.
+    Errors go with g^2, so a token that stands for w tokens has g multiplied by sqrt(w).
     """
 
     x: Tensor
     g: Tensor
-    scale: float
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """Sampled rows of a matrix and their weights 1/probability; all rows with weight 1 when there are few."""
+class Drawn:
+    """A random part of some things (rows, tokens) and their weights 1/probability; or all, with weight 1."""
 
     index: Tensor
     weight: Tensor
@@ -88,12 +85,12 @@ def expert_errors(
         for p, kind in enumerate((_Gate, _Up, _Down)):
             change: _Change = kind(expert, tokens)
             imatrix = imatrix_mid if kind is _Down else imatrix_in
-            rows = sample_rows(change.row_importance(torch.from_numpy(imatrix)), max_rows, rng)
+            rows = draw(change.row_importance(torch.from_numpy(imatrix)), max_rows, rng)
             weights = change.matrix[rows.index].contiguous()
             for t, name in enumerate(types):
                 if fits(name, weights.shape[1]):
                     delta = quantization_error(weights, name, imatrix, threads)
-                    errors[p, t] = sample.scale * change.squared_error(rows, delta)
+                    errors[p, t] = change.squared_error(rows, delta)
     return errors
 
 
@@ -109,23 +106,21 @@ def quantization_error(weights: Tensor, type_name: str, imatrix: NDArray[np.floa
     return torch.from_numpy(dequantize_rows(data, type_name, cols, rows)).sub_(weights)
 
 
-def sample_rows(importance: Floats, max_rows: int, rng: np.random.Generator) -> Rows:
-    """At most `max_rows` of len(importance) rows, drawn systematically with probability near their
-    importance.
-    """
+def draw(importance: Floats, count: int, rng: np.random.Generator) -> Drawn:
+    """At most `count` of len(importance) things, drawn systematically, probability near importance."""
     n = len(importance)
-    if n <= max_rows:
-        return Rows(torch.arange(n), torch.ones(n), True)
+    if n <= count:
+        return Drawn(torch.arange(n), torch.ones(n), True)
     total = importance.sum()
     share = importance / total if total > 0 else np.full(n, 1 / n)
-    probability = _inclusion(UNIFORM_SHARE / n + (1 - UNIFORM_SHARE) * share, max_rows)
+    probability = _inclusion(UNIFORM_SHARE / n + (1 - UNIFORM_SHARE) * share, count)
     order = np.argsort(-importance, kind="stable")
     ends = np.cumsum(probability[order])
     picked = order[
         np.searchsorted(ends, rng.random() + np.arange(int(ends[-1] + 1e-6)), side="left").clip(max=n - 1)
     ]
     picked = np.unique(picked)
-    return Rows(torch.from_numpy(picked), torch.from_numpy(1 / probability[picked]).float(), False)
+    return Drawn(torch.from_numpy(picked), torch.from_numpy(1 / probability[picked]).float(), False)
 
 
 def _inclusion(share: Floats, count: int) -> Floats:
@@ -160,7 +155,7 @@ class _Change:
         """[rows] squared effect on the output of a unit change of the row's product with its input."""
         raise NotImplementedError
 
-    def squared_error(self, rows: Rows, delta: Tensor) -> float:
+    def squared_error(self, rows: Drawn, delta: Tensor) -> float:
         """|change of the output|^2 over the tokens when `rows` change by `delta`, scaled up to all rows."""
         raise NotImplementedError
 
@@ -192,7 +187,7 @@ class _Inner(_Change):
         basis = self.basis()
         return basis, basis @ self.down.T
 
-    def squared_error(self, rows: Rows, delta: Tensor) -> float:
+    def squared_error(self, rows: Drawn, delta: Tensor) -> float:
         dh = self.change(rows.index, self.tokens.x @ delta.T)
         columns = self.down[:, rows.index]
         if rows.complete:
@@ -251,7 +246,7 @@ class _Down(_Change):
     def row_effect(self) -> float:
         return 1.0
 
-    def squared_error(self, rows: Rows, delta: Tensor) -> float:
+    def squared_error(self, rows: Drawn, delta: Tensor) -> float:
         return float(((self.hidden @ delta.T).square().sum(0, dtype=torch.float64) * rows.weight).sum())
 
 

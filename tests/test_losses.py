@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from small_models import MemoryCheckpoint, tiny_mixtral
 
 from mc_gguf.forward import Decoder, Expert
-from mc_gguf.losses import MAX_ROWS, Sample, expert_errors, fits, quantization_error, sample_rows
+from mc_gguf.losses import MAX_ROWS, Sample, draw, expert_errors, fits, quantization_error
 from mc_gguf.quantize import dequantize_rows, quantize_rows
 
 pytestmark = pytest.mark.native
@@ -29,7 +29,7 @@ def random_case(
     )
     x, g = torch.randn(n_tokens, n_embd), torch.rand(n_tokens)
     mid = expert.hidden(x).square().mean(0).numpy()
-    return expert, Sample(x, g, 1.0), x.square().mean(0).numpy(), mid
+    return expert, Sample(x, g), x.square().mean(0).numpy(), mid
 
 
 def output(expert: dict[str, Doubles], x: Doubles, g: Doubles) -> Doubles:
@@ -42,7 +42,7 @@ def test_all_rows_are_exact_against_brute_force() -> None:
     expert, sample, imatrix_in, imatrix_mid = random_case(256, 512, 40)
     types = ("IQ1_S", "Q2_K", "Q4_K")
     errors = expert_errors(
-        expert, Sample(sample.x, sample.g, 3.0), imatrix_in, imatrix_mid, types, EVERYTHING, threads=2
+        expert, Sample(sample.x, sample.g * 3**0.5), imatrix_in, imatrix_mid, types, EVERYTHING, threads=2
     )
     x, g = sample.x.double().numpy(), sample.g.double().numpy()
     matrices = {p: getattr(expert, p).double().numpy() for p in ("gate", "up", "down")}
@@ -69,7 +69,7 @@ def trained_layer() -> list[tuple[Expert, Sample, NDArray[np.float32], NDArray[n
         index, slots = (i[:300] for i in torch.nonzero(routing.experts == number, as_tuple=True))
         expert, x = decoder.expert(0, number), decoder.norm(flat[index], norm)
         mid = expert.hidden(x).square().mean(0).numpy()
-        cases.append((expert, Sample(x, routing.weights[index, slots], 1.0), x.square().mean(0).numpy(), mid))
+        cases.append((expert, Sample(x, routing.weights[index, slots]), x.square().mean(0).numpy(), mid))
     return cases
 
 
@@ -101,9 +101,9 @@ def test_scaling_up_the_sampled_rows_alone_would_be_biased() -> None:
     expert, sample, _, _ = trained_layer()[0]
     tokens = _Tokens(sample.x, sample.g[:, None], sample.x @ expert.gate.T, sample.x @ expert.up.T)
     change = _Up(expert, tokens)
-    whole = sample_rows(np.ones(256), EVERYTHING, np.random.default_rng(0))
+    whole = draw(np.ones(256), EVERYTHING, np.random.default_rng(0))
     exact = change.squared_error(whole, -0.2 * expert.up)
-    rows = sample_rows(np.ones(256), 64, np.random.default_rng(0))
+    rows = draw(np.ones(256), 64, np.random.default_rng(0))
     delta = -0.2 * expert.up[rows.index]
     assert change.squared_error(rows, delta) == pytest.approx(exact, rel=1e-3)
     dh = change.change(rows.index, sample.x @ delta.T)
@@ -143,7 +143,7 @@ def test_row_weights_are_inverse_probabilities(power: int) -> None:
     """
     rng = np.random.default_rng(0)
     importance, other = rng.random(1000) ** power, rng.random(1000)
-    draws = [sample_rows(importance, 100, np.random.default_rng(seed)) for seed in range(300)]
+    draws = [draw(importance, 100, np.random.default_rng(seed)) for seed in range(300)]
     assert all(90 <= len(rows.index) <= 101 and not rows.complete for rows in draws)
     means = [float((torch.from_numpy(other)[rows.index] * rows.weight).sum()) for rows in draws]
     assert np.mean(means) == pytest.approx(other.sum(), rel=0.03)
@@ -152,12 +152,12 @@ def test_row_weights_are_inverse_probabilities(power: int) -> None:
 
 
 def test_rows_of_no_importance_are_drawn_uniformly() -> None:
-    rows = sample_rows(np.zeros(400), 40, np.random.default_rng(0))
+    rows = draw(np.zeros(400), 40, np.random.default_rng(0))
     assert len(rows.index) == 40
     assert rows.weight.numpy() == pytest.approx(np.full(40, 10.0))
 
 
 def test_small_matrices_are_taken_whole() -> None:
-    rows = sample_rows(np.random.default_rng(0).random(MAX_ROWS), MAX_ROWS, np.random.default_rng(0))
+    rows = draw(np.random.default_rng(0).random(MAX_ROWS), MAX_ROWS, np.random.default_rng(0))
     assert rows.complete
     assert rows.index.tolist() == list(range(MAX_ROWS))

@@ -88,9 +88,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--tokens", default="2048")
+    parser.add_argument("--rows", default="256", help="rows a matrix for the errors: time, hardly memory")
     parser.add_argument("--threads", default=str(os.cpu_count()))
     arguments = parser.parse_args()
-    options = ["--tokens", arguments.tokens, "--threads", arguments.threads]
+    options = ["--tokens", arguments.tokens, "--rows", arguments.rows, "--threads", arguments.threads]
     results = []
     for model in arguments.models:
         results.append(measure(model, options))
