@@ -32,7 +32,7 @@ const std::vector<ggml_type> TYPES = {
 };
 
 struct problem {
-    int64_t cols = 512, rows = 48;
+    int64_t cols = 512, rows = 20;
     std::vector<std::vector<int>> groups; // experts of each group, ascending
     std::vector<ggml_type>        types;  // of each group
     int  n_used = 2, n_tokens = 1, n_threads = 1;
@@ -220,7 +220,7 @@ int main(int argc, char ** argv) {
         for (int n_tokens : { 1, 2, 7, 32, 512 }) {
             for (int n_threads : { 1, 2 }) {
                 problem p;
-                p.rows = n_tokens == 512 ? 17 : 48;
+                p.rows = n_tokens == 512 ? 17 : 20;
                 p.n_tokens = n_tokens;
                 p.n_threads = n_threads;
                 p.broadcast = n_tokens != 7;

@@ -8,7 +8,9 @@
 
 namespace {
 
-const char * const SUFFIX_MAP = "weight.map";
+const char * const SUFFIX_MAP  = "weight.map";
+const char * const KEY_VERSION = "mc_gguf.version";
+const uint32_t     VERSION     = 1;
 
 struct map_entry {
     int32_t group;
@@ -25,6 +27,16 @@ bool is_weight(const char * suffix) {
 
 [[noreturn]] void fail(const std::string & name, const std::string & what) {
     throw std::runtime_error(format("mixed-expert GGUF: tensor '%s' %s", name.c_str(), what.c_str()));
+}
+
+void check_version(llama_model_loader & ml) {
+    uint32_t version = 0;
+    if (!ml.get_key(std::string(KEY_VERSION), version, false)) {
+        throw std::runtime_error(format("mixed-expert GGUF: key '%s' is missing", KEY_VERSION));
+    }
+    if (version != VERSION) {
+        throw std::runtime_error(format("mixed-expert GGUF: key '%s' is %u, this build reads %u", KEY_VERSION, version, VERSION));
+    }
 }
 
 std::vector<map_entry> read_map(const llama_model_loader & ml, const std::string & name, int64_t n_expert) {
@@ -91,6 +103,7 @@ bool mc_is_expert_group_part(const char * suffix) {
 ggml_tensor * mc_create_expert_groups(
         llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne, const mc_create_part & create) {
     const std::string name = tn.str();
+    check_version(ml);
     if (ml.get_weight(name.c_str())) {
         fail(name, "is stored both whole and in groups");
     }

@@ -1,0 +1,42 @@
+"""The op MUL_MAT_ID_GROUPED on the CPU: equal to MUL_MAT_ID bit for bit, and llama.cpp's own test program."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mc_gguf import runtime as runtimes
+from mc_gguf.runtime import Runtime
+
+pytestmark = pytest.mark.native
+SOURCES = Path(__file__).resolve().parent / "native"
+
+
+@pytest.mark.parametrize("tiled", ["0", "1"])
+def test_op_equals_mul_mat_id_bit_for_bit(runtime: Runtime, tiled: str) -> None:
+    program = runtimes.compile_program(runtime, SOURCES / "test-mul-mat-id-grouped.cpp", "test-mul-mat-id-grouped")
+    env = os.environ | {"GGML_CPU_TILED_MM": tiled}
+    done = subprocess.run([program], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    passed, _, failed, _ = done.stdout.splitlines()[-1].split()
+    assert int(passed) > 500
+    assert int(failed) == 0
+
+
+def test_backend_ops_cases_pass(runtime: Runtime) -> None:
+    program = runtimes.build_tests(runtime)
+    command = [program, "test", "-b", "CPU", "-o", "MUL_MAT_ID_GROUPED"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "93/93 tests passed" in done.stdout
+
+
+def test_upstreams_own_cases_still_pass(runtime: Runtime) -> None:
+    program = runtimes.build_tests(runtime)
+    shapes = "m=512,n=(1|32|129),k=256"  # the shapes of whole models take minutes and gigabytes
+    command = [program, "test", "-b", "CPU", "-o", "MUL_MAT_ID,MUL_MAT,GLU", "-p", shapes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
