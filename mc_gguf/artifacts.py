@@ -27,6 +27,7 @@ from mc_gguf.errors import ArtifactError
 PROJECTIONS: tuple[str, ...] = ("gate", "up", "down")
 CALIBRATION_VERSION = 1
 PLAN_VERSION = 1
+NO_CALIBRATION = hashlib.sha256(b"").hexdigest()  # fingerprint where nothing had to be measured: 16-bit files
 
 Floats = NDArray[np.float64]
 
@@ -155,6 +156,17 @@ class Calibration:
     @property
     def n_expert(self) -> int:
         return int(self.frequency.shape[1])
+
+    @classmethod
+    def blank(cls, model: ModelInfo) -> Calibration:
+        """No statistics at all: enough to plan a 16-bit file of `model`."""
+        layers = model.expert_layers
+        empty, empty32 = np.zeros((len(layers), model.n_expert)), np.zeros(0, dtype=np.float32)
+        return cls(
+            model=model, layers=layers, types=(), corpus={}, frequency=empty, routing_weight=empty, sq_error=empty,
+            output_sq=empty, imatrix_in=empty32, imatrix_mid=empty32, ratio_quantiles=empty, nominal_error=empty,
+            fingerprint=NO_CALIBRATION,
+        )  # fmt: skip
 
     def save(self, path: Path) -> Calibration:
         """Write the file; returns this calibration with `fingerprint` set to the file's SHA-256."""

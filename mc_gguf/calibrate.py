@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -109,7 +109,8 @@ def calibrate(
             for layer in todo:
                 work = _Layer(decoder, layer, types, options, threads)
                 state.add(work.run(hidden, bar), hidden)
-    calibration = _assemble(checkpoint.info, text, types, state.layers)
+    corpus = text.to_json() | {"measured": _identity(checkpoint.info, text, types, options)}
+    calibration = _assemble(checkpoint.info, corpus, types, state.layers)
     _warn(calibration)
     return calibration
 
@@ -140,6 +141,14 @@ def _identity(info: ModelInfo, text: Corpus, types: Sequence[str], options: Opti
         "model": info.fingerprint, "corpus": text.to_json(), "types": list(types),
         "max_rows": options.max_rows, "max_tokens": options.max_tokens, "seed": options.seed,
     }  # fmt: skip
+
+
+def is_calibration_of(
+    calibration: Calibration, info: ModelInfo, text: Corpus, options: Options
+) -> bool:
+    """Whether calibrate() with these arguments would measure `calibration` again."""
+    wanted = _identity(info, text, measured_types(info, options.types), options)
+    return calibration.corpus.get("measured") == wanted
 
 
 @contextmanager
@@ -259,14 +268,14 @@ def _nearest(routing: Routing, number: int, limit: int) -> _Tokens:
 
 
 def _assemble(
-    info: ModelInfo, text: Corpus, types: tuple[str, ...], layers: Sequence[LayerStats]
+    info: ModelInfo, corpus: dict[str, Any], types: tuple[str, ...], layers: Sequence[LayerStats]
 ) -> Calibration:
     def stack(name: str) -> Floats:
         return np.stack([getattr(layer, name) for layer in layers])
 
     sq_error = stack("sq_error")
     return Calibration(
-        model=info, layers=info.expert_layers, types=types, corpus=text.to_json(),
+        model=info, layers=info.expert_layers, types=types, corpus=corpus,
         frequency=stack("frequency"), routing_weight=stack("routing_weight"), sq_error=sq_error,
         output_sq=stack("output_sq"), imatrix_in=stack("imatrix_in").astype(np.float32),
         imatrix_mid=stack("imatrix_mid").astype(np.float32), ratio_quantiles=stack("ratio_quantiles"),

@@ -15,7 +15,9 @@ import click
 
 if TYPE_CHECKING:
     from mc_gguf.artifacts import Calibration
+    from mc_gguf.calibrate import Options
     from mc_gguf.checkpoint import Checkpoint
+    from mc_gguf.corpus import Corpus
 
 _OPTIONS = (
     click.option(
@@ -58,14 +60,21 @@ class CalibrateOptions:
         quiet: bool,
     ) -> Calibration:
         """Calibrate `source` into the file `output`; `types` None measures all candidates."""
-        from mc_gguf.calibrate import Options, calibrate_to_file
+        from mc_gguf.calibrate import calibrate_to_file
+
+        corpus, options = self.request(source, types, seed)
+        return calibrate_to_file(source, corpus, output, options, resume, quiet)
+
+    def request(
+        self, source: Checkpoint, types: tuple[str, ...] | None, seed: int
+    ) -> tuple[Corpus, Options]:
+        """The token rows and the options of the library that these options stand for."""
+        from mc_gguf.calibrate import Options
         from mc_gguf.corpus import load_corpus
 
-        corpus = load_corpus(
-            source, self.text, self.tokens, self.ctx, seed, source.hparams.get("context_length")
-        )
-        options = Options(types=types, max_rows=self.rows, seed=seed, threads=self.threads or 0)
-        return calibrate_to_file(source, corpus, output, options, resume, quiet)
+        length = source.hparams.get("context_length")
+        corpus = load_corpus(source, self.text, self.tokens, self.ctx, seed, length)
+        return corpus, Options(types=types, max_rows=self.rows, seed=seed, threads=self.threads or 0)
 
 
 def calibrate_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf import __version__, container
-from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan, sha256_of
+from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, Plan, sha256_of
 from mc_gguf.checkpoint import Checkpoint
 from mc_gguf.container import OutputTensor
 from mc_gguf.errors import ArtifactError, McError, SourceError
@@ -85,11 +85,13 @@ def find_calibration(plan: Plan, folder: Path, given: Path | None = None) -> Cal
     """The calibration that `plan` needs: the given file, else the one in `folder` with the plan's
     fingerprint.
 
-    None when the plan comes from published statistics, which have no importance matrices. Raises
-    ArtifactError.
+    None when the plan needs none (16 bits) or comes from published statistics, which have no importance
+    matrices. Raises ArtifactError.
     """
     if given is not None:
         return Calibration.load(given)
+    if plan.calibration_fingerprint == NO_CALIBRATION:
+        return None
     for path in sorted(folder.glob("*.safetensors")):
         if sha256_of(path) == plan.calibration_fingerprint:
             return Calibration.load(path)
@@ -114,7 +116,7 @@ def _check(checkpoint: Checkpoint, calibration: Calibration | None, plan: Plan) 
         )
     if not plan.fingerprint:
         raise ArtifactError("the plan has no fingerprint: save it before quantizing")
-    if calibration is None:
+    if calibration is None or calibration.fingerprint == NO_CALIBRATION:
         return
     if calibration.model is None:
         raise ArtifactError("published statistics have no importance matrices; run: mc-gguf calibrate")
@@ -137,7 +139,7 @@ def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[O
             raise ArtifactError(
                 f"{t.name} is to be {t.type.name}, which needs a calibration: give --calibration FILE"
             )
-    if calibration is None:
+    if calibration is None or calibration.fingerprint == NO_CALIBRATION:
         return
     unused = ~(
         np.asarray(calibration.imatrix_in).any(axis=-1) & np.asarray(calibration.imatrix_mid).any(axis=-1)

@@ -1,0 +1,50 @@
+"""`mc-gguf convert`: calibrate, plan and quantize in one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mc_gguf.cli.calibrate_options import CalibrateOptions, calibrate_options
+from mc_gguf.cli.options import PlanOptions, plan_options
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The GGUF to write.")
+@plan_options
+@calibrate_options
+@click.option(
+    "--calibration", "calibration_file", type=click.Path(path_type=Path),
+    help="Use this calibration file.  [default: the one beside the output if it fits, else a new one]",
+)
+@click.option("--dry-run", is_flag=True, help="Calibrate and plan, print the summary, write no model.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed.")
+@click.option("--quiet", is_flag=True, help="No progress lines.")
+def command(
+    source: Path, output: Path, options: PlanOptions, calibration: CalibrateOptions, calibration_file: Path | None,
+    dry_run: bool, resume: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Convert SOURCE (HF directory or 16-bit GGUF) into a mixed-expert GGUF within a budget.
+
+    Give exactly one of --bpw, --size and --bits-per-layer. The calibration and the plan stay beside the
+    output; a killed run is continued by the same command and gives the same bytes.
+    """
+    from mc_gguf.allocate.summary import summarize
+    from mc_gguf.artifacts import Calibration
+    from mc_gguf.checkpoint import open_checkpoint
+    from mc_gguf.convert import Conversion
+    from mc_gguf.units import format_size
+
+    work = Conversion(open_checkpoint(source), output, resume, quiet)
+    if options.budget.is_sixteen_bit:
+        statistics = Calibration.blank(work.checkpoint.info)
+    else:
+        request = calibration.request(work.checkpoint, options.types, options.seed)
+        statistics = work.calibrate(*request, calibration_file)
+    plan = work.plan(statistics, options.plan)
+    click.echo("\n".join(summarize(plan).lines()))
+    if not dry_run:
+        model = work.quantize(statistics, plan, calibration.threads)
+        click.echo(f"{output}: {format_size(model.header.file_bytes)}, {model.expert_bpw:.4f} bits per expert weight")

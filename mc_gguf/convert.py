@@ -1,0 +1,59 @@
+"""calibrate, plan and quantize in one: what `mc-gguf convert` does.
+
+The two intermediate files stay beside the output, <name>.calib.safetensors and <name>.plan.json. A calibration that is
+there and was made from the same model, text and options is used again, so another budget costs no second calibration;
+a run that was killed continues inside whichever step it was in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mc_gguf.artifacts import Calibration, Plan
+from mc_gguf.calibrate import Options, calibrate_to_file, is_calibration_of
+from mc_gguf.checkpoint import Checkpoint
+from mc_gguf.container import MixedGguf
+from mc_gguf.corpus import Corpus
+from mc_gguf.progress import progress
+from mc_gguf.quantize import quantize
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One conversion: from where to where, and the files in between."""
+
+    checkpoint: Checkpoint
+    output: Path
+    resume: bool = True
+    quiet: bool = False
+
+    @property
+    def calibration_path(self) -> Path:
+        return self.output.with_name(f"{self.output.stem}.calib.safetensors")
+
+    @property
+    def plan_path(self) -> Path:
+        return self.output.with_name(f"{self.output.stem}.plan.json")
+
+    def calibrate(self, text: Corpus, options: Options, given: Path | None = None) -> Calibration:
+        """The calibration: the given file, the one beside the output if it is the same, or a new one."""
+        if given is not None:
+            return Calibration.load(given)
+        if self.resume and self.calibration_path.is_file():
+            found = Calibration.load(self.calibration_path)
+            if is_calibration_of(found, self.checkpoint.info, text, options):
+                return found
+        return calibrate_to_file(self.checkpoint, text, self.calibration_path, options, self.resume, self.quiet)
+
+    def plan(self, calibration: Calibration, decide: Callable[[Calibration], Plan]) -> Plan:
+        """The plan, written beside the output."""
+        return decide(calibration).save(self.plan_path)
+
+    def quantize(self, calibration: Calibration, plan: Plan, threads: int | None) -> MixedGguf:
+        """The output, written and validated."""
+        threads = threads or os.cpu_count() or 1
+        with progress("quantize", unit="M weights", quiet=self.quiet) as bar:
+            return quantize(self.checkpoint, calibration, plan, self.output, threads, bar, self.resume)
