@@ -262,7 +262,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "has no readable weight_map",
     ),
     "unknown architecture": (_config(architectures=["NoSuchModel"]), "converter cannot read .*NoSuchModel"),
-    "more experts than stored": (_config(num_local_experts=9), "has no whole layer of 9 routed experts"),
+    "more experts than stored": (_config(num_local_experts=9), "converter cannot read .*Unprocessed experts"),
     "config damaged": (lambda folder: (folder / "config.json").write_text("{"), "converter cannot read"),
 }
 
@@ -421,6 +421,8 @@ def test_shapes_that_do_not_fit() -> None:
     make_info(Path("m"), kv, "llama", tensors, [])
     with pytest.raises(SourceError, match=r"expected blk\.0\.ffn_up_exps\.weight .* found nothing"):
         make_info(Path("m"), kv, "llama", [t for t in tensors if "up_exps" not in t.name], [])
+    with pytest.raises(SourceError, match="has no whole layer of 4 routed experts"):
+        make_info(Path("m"), kv, "llama", [t for t in tensors if "exps" not in t.name], [])
     with pytest.raises(SourceError, match=r"expected blk\.0\.ffn_gate_exps\.weight of shape \[32, 64, 5\]"):
         make_info(Path("m"), {**kv, "llama.expert_count": Value(UINT32, 5)}, "llama", tensors, [])
 

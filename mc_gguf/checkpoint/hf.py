@@ -190,7 +190,7 @@ def _text(item: Any) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    return " ".join(str(error).split())[:250] or type(error).__name__
 
 
 def _shards(path: Path) -> list[Path]:
