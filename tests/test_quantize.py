@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from gguf_models import (
 )
 
 from mc_gguf import container
-from mc_gguf.artifacts import PROJECTIONS, FixedTypes, Plan
+from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, FixedTypes, Plan, expert_tensor_name
 from mc_gguf.checkpoint import open_checkpoint
 from mc_gguf.errors import ArtifactError, McError, SourceError
 from mc_gguf.ggml_types import CANDIDATES, TYPES
@@ -203,6 +204,15 @@ def test_published_statistics_give_types_without_importance(wide: RandomCheckpoi
     calibration = make_calibration(wide.info, tmp_path / "c.safetensors")
     model = quantize(wide, calibration, needy, tmp_path / "n.gguf", threads=2)
     assert model.calibration_fingerprint == calibration.fingerprint
+
+
+def test_a_plan_that_needs_no_calibration(tmp_path: Path) -> None:
+    checkpoint = RandomCheckpoint(1, 3)
+    plan = make_plan(checkpoint.info, uniform(checkpoint.info, "BF16"), tmp_path / "p.json", NO_CALIBRATION)
+    assert find_calibration(plan, tmp_path) is None
+    empty = replace(make_calibration(checkpoint.info, tmp_path / "c.safetensors"), fingerprint=NO_CALIBRATION)
+    model = quantize(checkpoint, empty, plan, tmp_path / "m.gguf", threads=1)
+    assert model.calibration_fingerprint == NO_CALIBRATION
 
 
 def test_files_that_do_not_belong_together(wide: RandomCheckpoint, tmp_path: Path) -> None:
@@ -444,3 +454,35 @@ def test_bundled_model_and_its_gguf_give_the_same_file(tmp_path: Path, tiny_gguf
         quantize(source, None, plan, tmp_path / f"{name}.gguf", threads=2)
         outputs.append((tmp_path / f"{name}.gguf").read_bytes())
     assert outputs[0] == outputs[1]
+
+
+def test_same_bytes_as_llama_cpps_quantizer(tmp_path: Path, tiny_gguf: Path, runtime: object) -> None:
+    """llama_model_quantize with the same importance matrices, every matrix in one type."""
+    import ctypes
+
+    from mc_gguf.runtime import use_in_llama_cpp
+
+    source = open_checkpoint(tiny_gguf)
+    calibration = make_calibration(source.info, tmp_path / "c.safetensors")
+    plan = make_plan(source.info, uniform(source.info, "Q2_K"), tmp_path / "p.json", calibration.fingerprint)
+    model = quantize(source, calibration, plan, tmp_path / "ours.gguf", threads=2)
+    llama_cpp = use_in_llama_cpp()
+    kind = llama_cpp.llama_model_imatrix_data
+    tables = {
+        expert_tensor_name(layer, p): np.ascontiguousarray(
+            (calibration.imatrix_mid if p == "down" else calibration.imatrix_in)[layer]
+        )
+        for layer in range(6)
+        for p in PROJECTIONS
+    }
+    floats = ctypes.POINTER(ctypes.c_float)
+    entries = [kind(name.encode(), t.ctypes.data_as(floats), t.size) for name, t in tables.items()]
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread, params.ftype, params.pure = 2, 10, True  # LLAMA_FTYPE_MOSTLY_Q2_K
+    params.imatrix = (kind * (len(entries) + 1))(*entries)
+    target = tmp_path / "theirs.gguf"
+    paths = str(tiny_gguf).encode(), str(target).encode()
+    assert llama_cpp.llama_model_quantize(*paths, ctypes.byref(params)) == 0
+    theirs = container.MixedGguf.open(target)
+    for name in tables:
+        np.testing.assert_array_equal(model.tensor_data(name), theirs.tensor_data(name))

@@ -57,6 +57,8 @@ def quantize(
     ArtifactError when source, plan and calibration do not belong together, McError when a type does not fit
     or the disk is full.
     """
+    if calibration is not None and calibration.fingerprint == NO_CALIBRATION:
+        calibration = None
     _check(checkpoint, calibration, plan)
     tensors = container.layout(checkpoint.info, plan.experts, plan.fixed)
     _check_imatrix(calibration, plan, tensors)
@@ -116,7 +118,7 @@ def _check(checkpoint: Checkpoint, calibration: Calibration | None, plan: Plan) 
         )
     if not plan.fingerprint:
         raise ArtifactError("the plan has no fingerprint: save it before quantizing")
-    if calibration is None or calibration.fingerprint == NO_CALIBRATION:
+    if calibration is None:
         return
     if calibration.model is None:
         raise ArtifactError("published statistics have no importance matrices; run: mc-gguf calibrate")
@@ -139,7 +141,7 @@ def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[O
             raise ArtifactError(
                 f"{t.name} is to be {t.type.name}, which needs a calibration: give --calibration FILE"
             )
-    if calibration is None or calibration.fingerprint == NO_CALIBRATION:
+    if calibration is None:
         return
     unused = ~(
         np.asarray(calibration.imatrix_in).any(axis=-1) & np.asarray(calibration.imatrix_mid).any(axis=-1)
