@@ -163,9 +163,9 @@ class Calibration:
         layers = model.expert_layers
         empty, empty32 = np.zeros((len(layers), model.n_expert)), np.zeros(0, dtype=np.float32)
         return cls(
-            model=model, layers=layers, types=(), corpus={}, frequency=empty, routing_weight=empty, sq_error=empty,
-            output_sq=empty, imatrix_in=empty32, imatrix_mid=empty32, ratio_quantiles=empty, nominal_error=empty,
-            fingerprint=NO_CALIBRATION,
+            model=model, layers=layers, types=(), corpus={}, frequency=empty, routing_weight=empty,
+            sq_error=empty, output_sq=empty, imatrix_in=empty32, imatrix_mid=empty32, ratio_quantiles=empty,
+            nominal_error=empty, fingerprint=NO_CALIBRATION,
         )  # fmt: skip
 
     def save(self, path: Path) -> Calibration:

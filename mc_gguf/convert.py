@@ -1,8 +1,8 @@
 """calibrate, plan and quantize in one: what `mc-gguf convert` does.
 
-The two intermediate files stay beside the output, <name>.calib.safetensors and <name>.plan.json. A calibration that is
-there and was made from the same model, text and options is used again, so another budget costs no second calibration;
-a run that was killed continues inside whichever step it was in.
+The two intermediate files stay beside the output, <name>.calib.safetensors and <name>.plan.json. A
+calibration that is there and was made from the same model, text and options is used again, so another budget
+costs no second calibration; a run that was killed continues inside whichever step it was in.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Conversion:
             found = Calibration.load(self.calibration_path)
             if is_calibration_of(found, self.checkpoint.info, text, options):
                 return found
-        return calibrate_to_file(self.checkpoint, text, self.calibration_path, options, self.resume, self.quiet)
+        return calibrate_to_file(
+            self.checkpoint, text, self.calibration_path, options, self.resume, self.quiet
+        )
 
     def plan(self, calibration: Calibration, decide: Callable[[Calibration], Plan]) -> Plan:
         """The plan, written beside the output."""

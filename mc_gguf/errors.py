@@ -1,7 +1,7 @@
 """The errors that mc_gguf raises on purpose.
 
-Every message says what is wrong, where, and what to do next; the command line prints it on one line and exits 1.
-Anything that is not an McError is a bug in mc_gguf.
+Every message says what is wrong, where, and what to do next; the command line prints it on one line and
+exits 1. Anything that is not an McError is a bug in mc_gguf.
 """
 
 from __future__ import annotations

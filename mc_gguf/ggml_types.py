@@ -1,7 +1,8 @@
-"""The ggml tensor types that mc_gguf writes: block sizes, rates, and what each needs. Facts only, no ggml, no gguf.
+"""The ggml tensor types that mc_gguf writes: block sizes, rates, and what each needs. Facts only, no ggml,
+no gguf.
 
-Source: ggml/include/ggml.h (ids) and ggml-common.h (block layouts) of the pinned llama.cpp; a test compares the
-table with the pinned gguf-py.
+Source: ggml/include/ggml.h (ids) and ggml-common.h (block layouts) of the pinned llama.cpp; a test compares
+the table with the pinned gguf-py.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class GgmlType:
         return 8 * self.block_bytes / self.block_size
 
     def row_bytes(self, n_per_row: int) -> int:
-        """Bytes of one row of `n_per_row` weights. Raises McError when a row is not a whole number of blocks."""
+        """Bytes of one row of `n_per_row` weights. Raises McError unless that is a whole number of blocks."""
         if n_per_row % self.block_size:
             raise McError(
                 f"{self.name} needs rows that are a multiple of {self.block_size}, not {n_per_row}; "

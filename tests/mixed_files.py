@@ -1,5 +1,5 @@
-"""GGUF files for tests of the runtime, freer than quantize writes them: any grouping, groups of equal type, or every
-expert dequantized to F32."""
+"""GGUF files for tests of the runtime, freer than quantize writes them: any grouping, groups of equal type,
+or every expert dequantized to F32."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ def first_layers(model: Path, n_layer: int, folder: Path) -> Path:
     """A copy of a HF directory with only its first layers, weights unchanged."""
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = load_file(model / "model.safetensors")
-    kept = {k: v for k, v in tensors.items() if "layers." not in k or int(k.split("layers.")[1].split(".")[0]) < n_layer}
+    kept = {
+        k: v
+        for k, v in tensors.items()
+        if "layers." not in k or int(k.split("layers.")[1].split(".")[0]) < n_layer
+    }
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": n_layer}
     (folder / "config.json").write_text(json.dumps(config))
@@ -47,14 +51,16 @@ class ModelWriter:
     def write(
         self, name: str, groups: Groups | Mapping[int, Groups], dequantize: bool = False, version: int = 1
     ) -> Path:
-        """`groups` for every layer or by layer. One group of all experts in order is a stock tensor; so is everything
-        with `dequantize`, which stores the weights that the blocks stand for as F32."""
+        """`groups` for every layer or by layer. One group of all experts in order is a stock tensor; so is
+        everything with `dequantize`, which stores the weights that the blocks stand for as F32."""
         gguf = upstream.load_gguf()
         path = self.folder / f"{name}.gguf"
         writer = gguf.GGUFWriter(path, self.checkpoint.info.architecture)
         self.checkpoint.copy_kv(writer)
         writer.add_uint32("mc_gguf.version", version)
-        stacks = {expert_tensor_name(l, p): (l, p) for l in self.checkpoint.info.expert_layers for p in PROJECTIONS}
+        stacks = {
+            expert_tensor_name(i, p): (i, p) for i in self.checkpoint.info.expert_layers for p in PROJECTIONS
+        }
         for spec in self.checkpoint.info.tensors:
             if spec.name not in stacks:
                 writer.add_tensor(spec.name, self.checkpoint.tensor(spec.name))
@@ -80,7 +86,8 @@ class ModelWriter:
             weights = [dequantize_rows(b, kinds[e], cols, rows) for e, b in enumerate(blocks)]
             return [(name, np.stack(weights), "F32")]
         stacked = [
-            np.stack([self._quantized(layer, projection, e, kind) for e in experts]) for kind, experts in groups
+            np.stack([self._quantized(layer, projection, e, kind) for e in experts])
+            for kind, experts in groups
         ]
         if len(groups) == 1:
             assert list(groups[0][1]) == list(range(n_expert))
@@ -102,10 +109,16 @@ class ModelWriter:
 
 
 def run_logits(
-    runtime: Runtime, models: Sequence[Path], out: Path, batches: str = "1", threads: str = "2", repack: bool = False
+    runtime: Runtime,
+    models: Sequence[Path],
+    out: Path,
+    batches: str = "1",
+    threads: str = "2",
+    repack: bool = False,
 ) -> dict[str, NDArray[np.float32]]:
     """The arrays of tests/native/logits.py in a process of its own."""
-    command = [sys.executable, LOGITS, runtime.lib_dir, out, *models, "--batches", batches, "--threads", threads]
+    settings = ["--batches", batches, "--threads", threads]
+    command = [sys.executable, LOGITS, runtime.lib_dir, out, *models, *settings]
     done = subprocess.run(
         [*map(str, command), *(["--repack"] if repack else [])], capture_output=True, text=True, check=False
     )

@@ -1,13 +1,13 @@
 """Mixed-expert files in the patched llama.cpp: the same numbers as files that stock llama.cpp understands.
 
-Noise: ggml quantizes activations to 8 bits for quantized weights. How far that moves logits away from those of the same
-weights stored as F32 is measured on uniform files with the unpatched library; a mixed file must not be further away
-than the worst of the types it holds.
+Noise: ggml quantizes activations to 8 bits for quantized weights. How far that moves logits away from those
+of the same weights stored as F32 is measured on uniform files with the unpatched library; a mixed file must
+not be further away than the worst of the types it holds.
 """
 
 from __future__ import annotations
 
-import ctypes
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,8 +34,8 @@ def writer(tiny_model: Path, runtime: Runtime, tmp_path_factory: pytest.TempPath
 
 
 def relative(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """Relative distance of logits [n_tokens, n_vocab], the median over tokens: where two experts are nearly tied, noise
-    changes the routing of a token and with it everything."""
+    """Relative distance of logits [n_tokens, n_vocab], the median over tokens: where two experts are nearly
+    tied, noise changes the routing of a token and with it everything."""
     return float(np.median(np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)))
 
 
@@ -81,8 +81,10 @@ def test_groups_of_one_type_are_bit_identical_to_the_plain_file(
 
 
 @pytest.fixture(scope="module")
-def noise(writer: ModelWriter, unpatched_runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], float]:
-    """Relative distance of logits between a uniform file of a type and its weights as F32, in stock llama.cpp."""
+def noise(
+    writer: ModelWriter, unpatched_runtime: Runtime, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int], float]:
+    """Relative distance of logits between a stock file of a type and its weights as F32, in llama.cpp."""
     uniform = [writer.write(f"uniform-{kind}", one_group(kind)) for kind in CANDIDATES]
     as_f32 = [writer.write(f"uniform-{kind}-f32", one_group(kind), dequantize=True) for kind in CANDIDATES]
     out = tmp_path_factory.mktemp("noise") / "n.npz"
@@ -102,7 +104,12 @@ CASES = range(0, len(CANDIDATES) + 1, 2)
 @pytest.mark.parametrize("repack", [False, True])
 @pytest.mark.parametrize("shift", CASES)
 def test_mixed_equals_its_weights_as_f32(
-    writer: ModelWriter, runtime: Runtime, noise: Callable[[str, int], float], tmp_path: Path, shift: int, repack: bool
+    writer: ModelWriter,
+    runtime: Runtime,
+    noise: Callable[[str, int], float],
+    tmp_path: Path,
+    shift: int,
+    repack: bool,
 ) -> None:
     layers: dict[int, Groups] = {}
     for i, sizes in enumerate((SIZES[shift // 2], SIZES[(shift // 2 + 1) % len(SIZES)])):
@@ -126,7 +133,9 @@ def load_error(runtime: Runtime, path: Path) -> str:
     return str(caught.value)
 
 
-def test_stock_llama_cpp_refuses_mixed_files(writer: ModelWriter, unpatched_runtime: Runtime, tmp_path: Path) -> None:
+def test_stock_llama_cpp_refuses_mixed_files(
+    writer: ModelWriter, unpatched_runtime: Runtime, tmp_path: Path
+) -> None:
     mixed = writer.write("refused", [("Q2_K", (0, 1, 2)), ("Q3_K", (3, 4, 5, 6, 7))])
     with pytest.raises(AssertionError, match="does not load"):
         run_logits(unpatched_runtime, [mixed], tmp_path / "x.npz")
@@ -154,7 +163,7 @@ def test_the_loader_refuses_a_map_that_leads_astray(
     offset = read_header(good).tensors[name].offset
     data = bytearray(good.read_bytes())
     at = offset + 8 * entry[0] + 4 * entry[1]
-    data[at : at + 4] = ctypes.c_int32(value)
+    data[at : at + 4] = struct.pack("<i", value)
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(data)
     message = load_error(runtime, bad)

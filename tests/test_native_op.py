@@ -17,7 +17,9 @@ SOURCES = Path(__file__).resolve().parent / "native"
 
 @pytest.mark.parametrize("tiled", ["0", "1"])
 def test_op_equals_mul_mat_id_bit_for_bit(runtime: Runtime, tiled: str) -> None:
-    program = runtimes.compile_program(runtime, SOURCES / "test-mul-mat-id-grouped.cpp", "test-mul-mat-id-grouped")
+    program = runtimes.compile_program(
+        runtime, SOURCES / "test-mul-mat-id-grouped.cpp", "test-mul-mat-id-grouped"
+    )
     env = os.environ | {"GGML_CPU_TILED_MM": tiled}
     done = subprocess.run([program], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
@@ -28,7 +30,7 @@ def test_op_equals_mul_mat_id_bit_for_bit(runtime: Runtime, tiled: str) -> None:
 
 def test_backend_ops_cases_pass(runtime: Runtime) -> None:
     program = runtimes.build_tests(runtime)
-    command = [program, "test", "-b", "CPU", "-o", "MUL_MAT_ID_GROUPED"]
+    command: list[str | Path] = [program, "test", "-b", "CPU", "-o", "MUL_MAT_ID_GROUPED"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "93/93 tests passed" in done.stdout
@@ -37,6 +39,6 @@ def test_backend_ops_cases_pass(runtime: Runtime) -> None:
 def test_upstreams_own_cases_still_pass(runtime: Runtime) -> None:
     program = runtimes.build_tests(runtime)
     shapes = "m=512,n=(1|32|129),k=256"  # the shapes of whole models take minutes and gigabytes
-    command = [program, "test", "-b", "CPU", "-o", "MUL_MAT_ID,MUL_MAT,GLU", "-p", shapes]
+    command: list[str | Path] = [program, "test", "-b", "CPU", "-o", "MUL_MAT_ID,MUL_MAT,GLU", "-p", shapes]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]

@@ -1,5 +1,5 @@
-"""What `make demo` runs: the bundled Mixtral in 16 bits, in one type for all experts, and mixed at the same size;
-sizes, perplexities, and a few words from the mixed file.
+"""What `make demo` runs: the bundled Mixtral in 16 bits, with one type for all experts, and mixed at the
+same size; sizes, perplexities, and a few words from the mixed file.
 
     python tools/demo.py [--bpw 2.0625] [--tokens 20480]
 """
@@ -43,17 +43,21 @@ def compare(files: dict[str, Path], n_scored: int) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--bpw", default=2.0625, show_default=True, help="Bits per expert weight; 2.0625 is IQ2_XXS everywhere.")
+@click.option(
+    "--bpw", default=2.0625, show_default=True, help="Bits per expert weight; 2.0625 is IQ2_XXS everywhere."
+)
 @click.option("--tokens", default=20480, show_default=True, help="Tokens to score.")
 def main(bpw: float, tokens: int) -> None:
     calibration = "demo/mixed.calib.safetensors"
     run("convert", MODEL, "-o", "demo/16bit.gguf", "--bpw", "16")
     run("convert", MODEL, "-o", "demo/mixed.gguf", "--bpw", str(bpw))
-    run("convert", MODEL, "-o", "demo/uniform.gguf", "--bpw", str(bpw), "--strategy", "uniform", "--calibration", calibration)
+    uniform = ("--strategy", "uniform", "--calibration", calibration)
+    run("convert", MODEL, "-o", "demo/uniform.gguf", "--bpw", str(bpw), *uniform)
     run("inspect", "demo/mixed.gguf")
     names = {"16 bit": "16bit", "uniform": "uniform", "mixed": "mixed"}
     compare({name: ROOT / "demo" / f"{stem}.gguf" for name, stem in names.items()}, tokens)
-    run("chat", "demo/mixed.gguf", "-p", "The king looked at the sea and said", "-n", "60", "--temp", "0.7", "--seed", "4")
+    sampling = ("-n", "60", "--temp", "0.7", "--seed", "4")
+    run("chat", "demo/mixed.gguf", "-p", "The king looked at the sea and said", *sampling)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Maintain the patch set in patches/: check it, work on it, write it back, move it to another upstream.
 
-    python tools/patches.py verify              offline once the source is in the cache; seconds; part of `make test`
-    python tools/patches.py checkout DIR        llama.cpp with the patches as commits on branch mc, our sources in DIR/mc
-    python tools/patches.py refresh DIR         rewrite patches/ and patched_tree from that branch and DIR/mc
-    python tools/patches.py bump DIR COMMIT     rebase DIR's branch onto COMMIT (fetched by you) and print the range-diff
+    python tools/patches.py verify           offline once the source is cached; seconds; part of `make test`
+    python tools/patches.py checkout DIR     llama.cpp, patches as commits on branch mc, our sources in DIR/mc
+    python tools/patches.py refresh DIR      rewrite patches/ and patched_tree from that branch and DIR/mc
+    python tools/patches.py bump DIR COMMIT  rebase the branch onto COMMIT (fetched by you), print range-diff
 
 A patch holds call sites only; our own C and C++ files are in patches/src and lie in mc/ of the patched tree.
 """
@@ -33,7 +33,9 @@ FORMAT = ("format-patch", "--quiet", "--zero-commit", "--no-signature", "--no-nu
 def git(folder: Path, *arguments: str) -> str:
     """Runs git in `folder` without the user's configuration. Raises McError with git's message."""
     command = ["git", "-c", "core.hooksPath=/dev/null", "-c", "safe.directory=*", *arguments]
-    done = subprocess.run(command, cwd=folder, env=git_env(folder), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=git_env(folder), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise McError(f"git {arguments[0]} failed in {folder}: {(done.stderr or done.stdout).strip()}")
     return done.stdout.strip()
@@ -43,7 +45,9 @@ def check_names() -> None:
     """The patch files, patches/series and the rows of patches/README.md name the same patches."""
     files = sorted(p.name for p in PATCHES.glob("*.patch"))
     series = [p.name for p in upstream.series()]
-    rows = re.findall(r"^\| `(\d{4}-\S+\.patch)` \|", (PATCHES / "README.md").read_text(encoding="utf-8"), re.M)
+    rows = re.findall(
+        r"^\| `(\d{4}-\S+\.patch)` \|", (PATCHES / "README.md").read_text(encoding="utf-8"), re.M
+    )
     for what, names in (("series", series), ("README.md", rows)):
         if names != files:
             raise McError(f"patches/{what} names {names}, the directory holds {files}: make them the same")
@@ -58,7 +62,7 @@ def check_trailers() -> None:
 
 
 def patched_tree(folder: Path) -> Path:
-    """A fresh checkout of the pinned commit in `folder` with the series applied; the trees are checked on the way."""
+    """The pinned commit checked out in `folder`, the series applied, the trees checked on the way."""
     log = Log(folder / "log")
     tree = folder / "llama.cpp"
     source.unpack(source.download(log), tree)
@@ -87,7 +91,9 @@ def verify() -> None:
         again = format_series(tree, upstream.pin().commit, Path(temporary) / "again")
         for path, new in zip(upstream.series(), again, strict=True):
             if path.read_bytes() != new.read_bytes():
-                raise McError(f"{path.name} changes when it is applied and formatted again; checkout, then refresh")
+                raise McError(
+                    f"{path.name} changes when it is applied and formatted again; checkout, then refresh"
+                )
     click.echo(f"{len(again)} patches verified, digest {upstream.patchset_digest()[:12]}")
 
 
@@ -135,7 +141,9 @@ def bump(folder: Path, commit: str) -> None:
     old_base, old_head = upstream.pin().commit, git(folder, "rev-parse", "HEAD")
     git(folder, "rebase", "--onto", commit, old_base)
     click.echo(git(folder, "range-diff", f"{old_base}..{old_head}", f"{commit}..HEAD"))
-    click.echo("next: put the new version, hashes, commit and tree into patches/UPSTREAM, then refresh and verify")
+    click.echo(
+        "next: put the new version, hashes, commit and tree into patches/UPSTREAM, then refresh and verify"
+    )
 
 
 if __name__ == "__main__":

@@ -16,15 +16,17 @@ from mc_gguf.cli.options import PlanOptions, plan_options
 @plan_options
 @calibrate_options
 @click.option(
-    "--calibration", "calibration_file", type=click.Path(path_type=Path),
+    "--calibration",
+    "calibration_file",
+    type=click.Path(path_type=Path),
     help="Use this calibration file.  [default: the one beside the output if it fits, else a new one]",
 )
 @click.option("--dry-run", is_flag=True, help="Calibrate and plan, print the summary, write no model.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed.")
 @click.option("--quiet", is_flag=True, help="No progress lines.")
 def command(
-    source: Path, output: Path, options: PlanOptions, calibration: CalibrateOptions, calibration_file: Path | None,
-    dry_run: bool, resume: bool, quiet: bool,
+    source: Path, output: Path, options: PlanOptions, calibration: CalibrateOptions,
+    calibration_file: Path | None, dry_run: bool, resume: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Convert SOURCE (HF directory or 16-bit GGUF) into a mixed-expert GGUF within a budget.
 
@@ -47,4 +49,6 @@ def command(
     click.echo("\n".join(summarize(plan).lines()))
     if not dry_run:
         model = work.quantize(statistics, plan, calibration.threads)
-        click.echo(f"{output}: {format_size(model.header.file_bytes)}, {model.expert_bpw:.4f} bits per expert weight")
+        click.echo(
+            f"{output}: {format_size(model.header.file_bytes)}, {model.expert_bpw:.4f} bits per expert weight"
+        )

@@ -1,7 +1,7 @@
-"""Logits of models under the libraries in a given folder, patched or not; run as a program of its own because a
-process can hold one libllama only.
+"""Logits of models under the libraries in a given folder, patched or not; run as a program of its own
+because a process can hold one libllama only.
 
-    python logits.py LIB_DIR OUT.npz MODEL [MODEL...] --batches 1,7,512 --threads 1,2 [--repack] [--n-vocab-tokens N]
+    python logits.py LIB_DIR OUT.npz MODEL [MODEL...] --batches 1,7,512 --threads 1,2 [--repack]
 
 OUT holds an array [batch, n_vocab] for each model and setting, named "<stem> <batch> <threads>".
 """
@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--batches", default="1")
     parser.add_argument("--threads", default="2")
-    parser.add_argument("--repack", action="store_true", help="let the CPU backend repack weights (llama.cpp's default)")
+    parser.add_argument(
+        "--repack", action="store_true", help="let the CPU backend repack weights (llama.cpp's default)"
+    )
     options = parser.parse_args()
     os.environ["LLAMA_CPP_LIB_PATH"] = str(options.lib_dir)
     import llama_cpp as llama
@@ -63,7 +65,7 @@ def main() -> None:
             for threads in map(int, options.threads.split(",")):
                 arrays[f"{path.stem} {batch} {threads}"] = logits_of(llama, model, tokens[:batch], threads)
         llama.llama_model_free(model)
-    np.savez(options.out, **arrays)
+    np.savez(options.out, allow_pickle=False, **arrays)
 
 
 if __name__ == "__main__":
