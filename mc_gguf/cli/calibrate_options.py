@@ -65,9 +65,7 @@ class CalibrateOptions:
         corpus, options = self.request(source, types, seed)
         return calibrate_to_file(source, corpus, output, options, resume, quiet)
 
-    def request(
-        self, source: Checkpoint, types: tuple[str, ...] | None, seed: int
-    ) -> tuple[Corpus, Options]:
+    def request(self, source: Checkpoint, types: tuple[str, ...] | None, seed: int) -> tuple[Corpus, Options]:
         """The token rows and the options of the library that these options stand for."""
         from mc_gguf.calibrate import Options
         from mc_gguf.corpus import load_corpus

@@ -1,4 +1,4 @@
-// Times MUL_MAT_ID (built with -DSTOCK against the unpatched libraries) or MUL_MAT_ID_GROUPED on the CPU.
+// Times MUL_MAT_ID_GROUPED on the CPU, or MUL_MAT_ID when compiled against the unpatched sources.
 //
 // usage: bench-op TYPE[,TYPE...] N_TOKENS N_THREADS SECONDS [N_COLS N_ROWS N_EXPERT N_USED]
 //
@@ -8,8 +8,10 @@
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
-#ifndef STOCK
+#if __has_include("ggml-mc.h")
 #include "ggml-mc.h"
+#else
+#define STOCK
 #endif
 
 #include <algorithm>

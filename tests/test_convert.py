@@ -1,0 +1,123 @@
+"""convert: the three steps in one, with files that are used again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mc_gguf.artifacts import NO_CALIBRATION, Calibration, Plan
+from mc_gguf.cli import main
+from mc_gguf.container import MixedGguf
+
+pytestmark = pytest.mark.native
+QUICK = ("--tokens", "1024", "--ctx", "128", "--rows", "16", "--types", "IQ1_S,IQ2_XXS,Q2_K,Q3_K", "--quiet")
+
+
+def convert(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["convert", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model at 2.2 bits per expert weight, its plan and calibration beside it."""
+    path = tmp_path_factory.mktemp("convert") / "model.gguf"
+    result = convert(tiny_model, "-o", path, "--bpw", "2.2", *QUICK)
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def test_leaves_model_plan_and_calibration(converted: Path) -> None:
+    names = {path.name for path in converted.parent.iterdir()}
+    assert names == {"model.gguf", "model.plan.json", "model.calib.safetensors"}
+    model, plan = MixedGguf.open(converted), Plan.load(converted.with_name("model.plan.json"))
+    calibration = Calibration.load(converted.with_name("model.calib.safetensors"))
+    assert model.is_mixed
+    assert model.plan_fingerprint == plan.fingerprint
+    assert model.calibration_fingerprint == plan.calibration_fingerprint == calibration.fingerprint
+    assert converted.stat().st_size == plan.file_bytes
+    assert model.expert_bpw is not None
+    assert 2.1 < model.expert_bpw <= 2.2
+    for layer in plan.layers:
+        for expert in range(8):
+            for projection in ("gate", "up", "down"):
+                kind = plan.type_of(layer, expert, projection)
+                assert model.type_of(layer, projection, expert).name == kind
+
+
+def test_another_budget_uses_the_calibration_again(converted: Path, tiny_model: Path) -> None:
+    calibration = converted.with_name("model.calib.safetensors")
+    written, before = calibration.stat().st_mtime_ns, converted.read_bytes()
+    size = converted.stat().st_size + 100_000
+    result = convert(tiny_model, "-o", converted, "--size", str(size), *QUICK)
+    assert result.exit_code == 0, result.output
+    assert calibration.stat().st_mtime_ns == written
+    assert size - 10_000 < converted.stat().st_size <= size
+    again = convert(tiny_model, "-o", converted, "--bpw", "2.2", *QUICK)
+    assert again.exit_code == 0, again.output
+    assert converted.read_bytes() == before
+
+
+def test_other_text_makes_a_new_calibration(converted: Path, tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model.gguf"
+    calibration = output.with_name("model.calib.safetensors")
+    calibration.write_bytes(converted.with_name("model.calib.safetensors").read_bytes())
+    before = calibration.read_bytes()
+    result = convert(tiny_model, "-o", output, "--bpw", "2.2", *QUICK, "--seed", "1", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert calibration.read_bytes() != before
+    assert not output.exists()
+
+
+def test_sixteen_bits_need_no_calibration(tiny_model: Path, tmp_path: Path) -> None:
+    result = convert(tiny_model, "-o", tmp_path / "m.gguf", "--bpw", "16", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"m.gguf", "m.plan.json"}
+    model = MixedGguf.open(tmp_path / "m.gguf")
+    assert not model.is_mixed
+    assert model.expert_bpw == 16
+    assert model.calibration_fingerprint == NO_CALIBRATION
+    plan = ["quantize", str(tiny_model), str(tmp_path / "m.plan.json"), "-o", str(tmp_path / "n.gguf")]
+    assert CliRunner().invoke(main, plan).exit_code == 0
+    assert (tmp_path / "n.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
+
+
+def test_a_given_calibration_is_used(converted: Path, tiny_model: Path, tmp_path: Path) -> None:
+    given = converted.with_name("model.calib.safetensors")
+    output = tmp_path / "u.gguf"
+    result = convert(
+        tiny_model, "-o", output, "--bpw", "2.2", "--strategy", "uniform", "--calibration", given, "--quiet"
+    )
+    assert result.exit_code == 0, result.output
+    assert not MixedGguf.open(output).is_mixed
+
+
+def test_a_budget_is_required(tiny_model: Path, tmp_path: Path) -> None:
+    result = convert(tiny_model, "-o", tmp_path / "m.gguf")
+    assert result.exit_code == 1
+    assert "--bpw" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_anywhere_and_started_again_gives_the_same_bytes(
+    converted: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "model.gguf"
+    command = [sys.executable, "-m", "mc_gguf", "convert", str(tiny_model), "-o", str(output), "--bpw", "2.2"]
+    for delay_s in (4.0, 6.0, 8.0, 10.0):  # start-up, calibration, quantizing: wherever that falls
+        with subprocess.Popen(
+            [*command, *QUICK], stdout=subprocess.DEVNULL, start_new_session=True
+        ) as process:
+            time.sleep(delay_s)
+            os.killpg(process.pid, signal.SIGKILL)
+    done = subprocess.run([*command, *QUICK], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert output.read_bytes() == converted.read_bytes()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"model.gguf", "model.plan.json", "model.calib.safetensors"}

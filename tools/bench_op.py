@@ -1,0 +1,99 @@
+"""Speed of MUL_MAT_ID_GROUPED against MUL_MAT_ID of the unpatched build, as ratios in one run.
+
+    python tools/bench_op.py [--tokens 1,512] [--threads 1,2] [--rounds 7] [--seconds 0.5] [--json]
+
+Needs both runtimes (mc-gguf runtime build; mc-gguf runtime build --unpatched). Two questions, on the shape of
+Mixtral-8x7B (n_embd 4096, n_ff 14336, 8 experts, top-2), weights in plain buffers (no repacking):
+
+- one group: the same experts in one type, grouped op against MUL_MAT_ID;
+- three groups: experts of three types mixed in one op, against the usage-weighted time of MUL_MAT_ID on each
+  type alone.
+
+The programs run in turn, round after round; a ratio is stock time / our time within a round (1: equal, more:
+ours is faster), and its median, lowest and highest over the rounds are printed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from mc_gguf import runtime as runtimes
+
+SOURCE = Path(__file__).resolve().parent / "native" / "bench-op.cpp"
+SINGLE = ("Q2_K", "IQ2_XXS", "IQ3_XXS")
+MIXES = (("IQ1_M", "IQ2_XXS", "IQ3_XXS"), ("IQ2_XXS", "Q2_K", "Q3_K"))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Stock time / our time over the rounds of one setting."""
+
+    types: str
+    n_tokens: int
+    n_threads: int
+    median: float
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The two programs and how long each run takes, seconds."""
+
+    stock: Path
+    grouped: Path
+    seconds: float
+
+    def time(self, program: Path, types: str, n_tokens: int, n_threads: int) -> tuple[float, list[float]]:
+        """Microseconds per op, and the share of routed slots of each type."""
+        command: list[str | Path] = [program, types, str(n_tokens), str(n_threads), str(self.seconds)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout)
+        return found["us"], found["share"]
+
+    def ratio(self, types: tuple[str, ...], n_tokens: int, n_threads: int, rounds: int) -> Ratio:
+        ratios = []
+        for _ in range(rounds):
+            ours, shares = self.time(self.grouped, ",".join(types), n_tokens, n_threads)
+            stock = [self.time(self.stock, name, n_tokens, n_threads)[0] for name in types]
+            ratios.append(sum(share * t for share, t in zip(shares, stock, strict=True)) / ours)
+        figures = (statistics.median(ratios), min(ratios), max(ratios))
+        return Ratio("+".join(types), n_tokens, n_threads, *figures)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+@click.command(help=__doc__)
+@click.option("--tokens", default="1,512", show_default=True, help="Batch sizes.")
+@click.option("--threads", default="1,2", show_default=True)
+@click.option("--rounds", default=7, show_default=True)
+@click.option("--seconds", default=0.5, show_default=True, help="Least time of one run.")
+@click.option("--json", "as_json", is_flag=True)
+def main(tokens: str, threads: str, rounds: int, seconds: float, as_json: bool) -> None:
+    patched, unpatched = runtimes.require(), runtimes.require(patched=False)
+    bench = Bench(
+        runtimes.compile_program(unpatched, SOURCE, "bench-op"),
+        runtimes.compile_program(patched, SOURCE, "bench-op"),
+        seconds,
+    )
+    if not as_json:
+        click.echo(f"{'types':<28}{'tokens':>8}{'threads':>9}{'ratio':>9}{'lowest':>9}{'highest':>9}")
+    for types in [(name,) for name in SINGLE] + list(MIXES):
+        for n_tokens in numbers(tokens):
+            for n_threads in numbers(threads):
+                r = bench.ratio(types, n_tokens, n_threads, rounds)
+                row = f"{r.types:<28}{n_tokens:>8}{n_threads:>9}"
+                row += f"{r.median:>9.3f}{r.lowest:>9.3f}{r.highest:>9.3f}"
+                click.echo(json.dumps(asdict(r)) if as_json else row)
+
+
+if __name__ == "__main__":
+    main()
