@@ -99,10 +99,10 @@ int main(int argc, char ** argv) {
     }
     memcpy(map->data, entries.data(), ggml_nbytes(map));
 
-    // every routing is used equally often: all pairs in turn when one token is routed, a fixed draw otherwise
+    // every routing is used equally often: many draws when one token is routed, one when hundreds are
     std::mt19937 routing(2);
     std::vector<std::vector<int32_t>> draws;
-    for (int i = 0; i < (n_tokens == 1 ? 56 : 4); ++i) {
+    for (int i = 0; i < (n_tokens == 1 ? 28 : 1); ++i) {
         std::vector<int32_t> draw;
         for (int64_t t = 0; t < n_tokens; ++t) {
             std::vector<int32_t> all(n_expert);
