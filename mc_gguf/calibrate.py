@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,10 +33,11 @@ from torch import Tensor
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Floats, ModelInfo
 from mc_gguf.calibrate_state import N_QUANTILES, LayerStats, State
+from mc_gguf.cores import usable_cores
 from mc_gguf.corpus import Corpus
 from mc_gguf.errors import McError, SourceError
 from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
-from mc_gguf.ggml_types import CANDIDATES, TYPES, ggml_type
+from mc_gguf.ggml_types import CANDIDATES, FALLBACKS, TYPES, ggml_type
 from mc_gguf.losses import MAX_ROWS, MAX_TOKENS, Sample, draw, expert_errors, fits
 from mc_gguf.progress import Progress, progress
 from mc_gguf.quantize import init
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 
 # What nominal 1, 2 and 3 bits are in ggml types, for the published strategy.
 NOMINAL = ("IQ1_S", "IQ2_XXS", "IQ3_XXS")
-# Measured instead for matrices whose rows are no multiple of 256.
-FALLBACK = ("IQ4_NL", "Q5_0", "Q8_0")
 FEW_TOKENS = 64
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -120,15 +118,15 @@ def calibrate(
 
 
 def measured_types(info: ModelInfo, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Types to measure, by size: `wanted`, or the candidates that some projection can have, with FALLBACK for
-    others.
+    """Types to measure, by size: `wanted`, or the candidates that some projection can have, with FALLBACKS
+    for others.
 
     Raises McError when a type is unknown, or a projection can have none of them.
     """
     widths = {p: info.expert_shape(p)[1] for p in PROJECTIONS}
     names = [ggml_type(name).name for name in wanted] if wanted else list(CANDIDATES)
     if not wanted and any(not fits(n, w) for n in CANDIDATES for w in widths.values()):
-        names += FALLBACK
+        names += FALLBACKS
     usable = {n for n in names if any(fits(n, w) for w in widths.values())}
     for projection, width in widths.items():
         if not any(fits(n, width) for n in usable):
@@ -148,9 +146,11 @@ def _identity(info: ModelInfo, text: Corpus, types: Sequence[str], options: Opti
 
 
 def is_calibration_of(calibration: Calibration, info: ModelInfo, text: Corpus, options: Options) -> bool:
-    """Whether calibrate() with these arguments would measure `calibration` again."""
+    """Whether `calibration` holds what calibrate() with these arguments would measure, types at least."""
     wanted = _identity(info, text, measured_types(info, options.types), options)
-    return calibration.corpus.get("measured") == wanted
+    found = dict(calibration.corpus.get("measured", {}))
+    types = found.pop("types", ())
+    return set(wanted.pop("types")) <= set(types) and found == wanted  # type: ignore[call-overload]
 
 
 def _return_large_blocks() -> None:
@@ -166,7 +166,7 @@ def _return_large_blocks() -> None:
 
 @contextmanager
 def _threads(wanted: int) -> Iterator[int]:
-    threads, before = wanted or os.cpu_count() or 1, torch.get_num_threads()
+    threads, before = wanted or usable_cores(), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         yield threads

@@ -59,7 +59,8 @@ class Conversation:
             for piece in stream:
                 pieces.append(piece)
                 yield piece
-        except ValueError as error:  # llama_cpp's only way to say that the context is full
+        except (ValueError, RuntimeError) as error:  # llama_cpp's ways to say that the context is full
+            pieces.clear()
             raise McError(f"{error}: shorten the prompt, /reset, or give a larger --ctx") from error
         finally:
             if pieces:

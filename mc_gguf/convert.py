@@ -7,7 +7,7 @@ costs no second calibration; a run that was killed continues inside whichever st
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,13 @@ from mc_gguf.artifacts import Calibration, Plan
 from mc_gguf.calibrate import Options, calibrate_to_file, is_calibration_of
 from mc_gguf.checkpoint import Checkpoint
 from mc_gguf.container import MixedGguf
+from mc_gguf.cores import usable_cores
 from mc_gguf.corpus import Corpus
+from mc_gguf.errors import ArtifactError
 from mc_gguf.progress import progress
 from mc_gguf.quantize import quantize
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,13 @@ class Conversion:
         if given is not None:
             return Calibration.load(given)
         if self.resume and self.calibration_path.is_file():
-            found = Calibration.load(self.calibration_path)
-            if is_calibration_of(found, self.checkpoint.info, text, options):
-                return found
+            try:
+                found = Calibration.load(self.calibration_path)
+            except ArtifactError as error:
+                log.warning("%s; calibrating again", error)
+            else:
+                if is_calibration_of(found, self.checkpoint.info, text, options):
+                    return found
         return calibrate_to_file(
             self.checkpoint, text, self.calibration_path, options, self.resume, self.quiet
         )
@@ -56,6 +64,6 @@ class Conversion:
 
     def quantize(self, calibration: Calibration, plan: Plan, threads: int | None) -> MixedGguf:
         """The output, written and validated."""
-        threads = threads or os.cpu_count() or 1
+        threads = threads or usable_cores()
         with progress("quantize", unit="M weights", quiet=self.quiet) as bar:
             return quantize(self.checkpoint, calibration, plan, self.output, threads, bar, self.resume)

@@ -50,7 +50,7 @@ def perplexity(
 
     llm = Llama(model, n_ctx=n_ctx, n_batch=n_ctx, n_ubatch=n_ctx, logits_all=True, n_threads=n_threads)
     try:
-        tokens = np.asarray(llm.tokenize(text.encode(), add_bos=False, special=False))
+        tokens = np.asarray(llm.tokenize(text.encode(), add_bos=llm._model.add_bos_token(), special=False))
         per_chunk = n_ctx - 1 - n_ctx // 2
         n_chunk = len(tokens) // n_ctx if n_scored is None else -(-n_scored // per_chunk)
         if n_chunk == 0 or n_chunk * n_ctx > len(tokens):

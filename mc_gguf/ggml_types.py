@@ -70,6 +70,12 @@ CANDIDATES: tuple[str, ...] = (
 
 SIXTEEN_BIT = ("F16", "BF16")
 
+# Measured and planned where rows are no multiple of 256, which k- and i-quants need.
+FALLBACKS = ("IQ4_NL", "Q5_0", "Q8_0")
+
+# Groups that one layer's projection can have in a file: GGML_MC_MAX_GROUPS of the patched llama.cpp.
+MAX_GROUPS = 13
+
 
 def ggml_type(name: str) -> GgmlType:
     """The type called `name` (any case). Raises McError with the known names."""

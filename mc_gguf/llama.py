@@ -13,12 +13,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from mc_gguf import runtime
+from mc_gguf.cores import usable_cores
 from mc_gguf.errors import FormatError, SourceError
 
 runtime.use_in_llama_cpp()  # before llama_cpp is imported: that is when it picks its libraries
@@ -83,15 +83,6 @@ def check_file(path: Path) -> None:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error
     if magic != GGUF_MAGIC:
         raise FormatError(f"{path} is not a GGUF: it begins with {magic!r}, not {GGUF_MAGIC!r}")
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, hyperthreads counted once where the system tells them apart."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    siblings = [Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list") for core in cores]
-    if not all(path.is_file() for path in siblings):
-        return len(cores)
-    return len({path.read_text() for path in siblings})
 
 
 def _reason() -> str:

@@ -67,8 +67,7 @@ def _nothing_left_behind() -> Iterator[None]:
     """Fails the run when a test wrote into the repository: tests write under tmp_path."""
     before = _untracked()
     yield
-    sources = (".py", ".md", ".cpp", ".patch")  # somebody may be writing one while the tests run
-    left = sorted(name for name in _untracked() - before if not name.endswith(sources))
+    left = sorted(_untracked() - before)
     assert not left, f"tests left files in the repository: {left}"
 
 

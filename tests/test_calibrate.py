@@ -20,7 +20,7 @@ from small_models import MemoryCheckpoint, random_mixtral
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration
 from mc_gguf.calibrate import (
-    FALLBACK,
+    FALLBACKS,
     NOMINAL,
     Options,
     calibrate,
@@ -259,10 +259,10 @@ def test_an_unrouted_expert_counts_as_if_one_token_had_come(caplog: pytest.LogCa
 
 def test_the_measured_types_depend_on_the_row_length() -> None:
     info = MemoryCheckpoint(random_mixtral()).info
-    assert measured_types(info, None) == FALLBACK
+    assert measured_types(info, None) == FALLBACKS
     assert measured_types(replace(info, n_embd=256, n_ff=512), None) == CANDIDATES
     mixed = measured_types(replace(info, n_embd=256), None)
-    assert set(mixed) == {*CANDIDATES, *FALLBACK}
+    assert set(mixed) == {*CANDIDATES, *FALLBACKS}
     assert measured_types(info, ["q8_0", "Q4_K", "F16"]) == ("Q8_0", "F16")
     with pytest.raises(McError, match="none of the types Q4_K fits rows of 64 weights"):
         measured_types(info, ["Q4_K"])

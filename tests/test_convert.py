@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,7 +69,7 @@ def test_other_text_makes_a_new_calibration(converted: Path, tiny_model: Path, t
     calibration = output.with_name("model.calib.safetensors")
     calibration.write_bytes(converted.with_name("model.calib.safetensors").read_bytes())
     before = calibration.read_bytes()
-    result = convert(tiny_model, "-o", output, "--bpw", "2.2", *QUICK, "--seed", "1", "--dry-run")
+    result = convert(tiny_model, "-o", output, "--bpw", "2.2", *QUICK, "--calibration-seed", "1", "--dry-run")
     assert result.exit_code == 0, result.output
     assert calibration.read_bytes() != before
     assert not output.exists()
@@ -105,19 +105,72 @@ def test_a_budget_is_required(tiny_model: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def calibrating(folder: Path) -> bool:
+    state = folder / ".model.calib.safetensors.partial"
+    return state.is_dir() and any(state.iterdir())
+
+
+def pieces_done(folder: Path, n: int) -> bool:
+    journal = folder / ".model.gguf.journal"
+    return journal.is_file() and journal.read_bytes().count(b"\n") > n
+
+
 def test_killed_anywhere_and_started_again_gives_the_same_bytes(
     converted: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "model.gguf"
     command = [sys.executable, "-m", "mc_gguf", "convert", str(tiny_model), "-o", str(output), "--bpw", "2.2"]
-    for delay_s in (4.0, 6.0, 8.0, 10.0):  # start-up, calibration, quantizing: wherever that falls
-        with subprocess.Popen(
-            [*command, *QUICK], stdout=subprocess.DEVNULL, start_new_session=True
-        ) as process:
-            time.sleep(delay_s)
-            os.killpg(process.pid, signal.SIGKILL)
+    moments: list[Callable[[Path], bool]] = [
+        calibrating,
+        lambda folder: (folder / "model.calib.safetensors").is_file(),
+        lambda folder: pieces_done(folder, 0),
+        lambda folder: pieces_done(folder, 40),
+    ]
+    for reached in moments:
+        with subprocess.Popen([*command, *QUICK], stdout=subprocess.DEVNULL) as process:
+            while not reached(tmp_path):
+                assert process.poll() is None, "it came through before it could be killed"
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+        assert not output.exists()
     done = subprocess.run([*command, *QUICK], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert output.read_bytes() == converted.read_bytes()
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"model.gguf", "model.plan.json", "model.calib.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--bpw", "2.2", "--strategy", "bogus"], "unknown strategy"),
+        (["--bpw", "2.2", "--attn-type", "Q9"], "unknown ggml type"),
+        (["--bpw", "0.5"], "not feasible"),
+        (["--size", "1000"], "not feasible"),
+        (["--bpw", "2.2", "--strategy", "mc", "--types", "Q2_K"], "its own types"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_before_calibrating(
+    tiny_model: Path, tmp_path: Path, options: list[str], words: str
+) -> None:
+    result = convert(tiny_model, "-o", tmp_path / "m.gguf", *options)
+    assert result.exit_code == 1
+    assert words in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_calibration_beside_the_output_is_made_again(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.calib.safetensors").write_bytes(b"damaged")
+    result = convert(tiny_model, "-o", tmp_path / "model.gguf", "--bpw", "2.2", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert Calibration.load(tmp_path / "model.calib.safetensors").layers == tuple(range(6))
+
+
+def test_other_plans_use_the_same_calibration(converted: Path, tiny_model: Path) -> None:
+    calibration = converted.with_name("model.calib.safetensors")
+    written = calibration.stat().st_mtime_ns
+    for options in (["--strategy", "random", "--seed", "7"], ["--types", "IQ1_S,Q3_K"]):
+        quick = QUICK if "--types" not in options else (*QUICK[:6], "--quiet")
+        result = convert(tiny_model, "-o", converted, "--bpw", "2.2", *quick, *options, "--dry-run")
+        assert result.exit_code == 0, result.output
+    assert calibration.stat().st_mtime_ns == written

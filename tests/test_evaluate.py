@@ -33,6 +33,7 @@ def test_equals_transformers(tiny_model: Path, tiny_gguf: Path, repo_root: Path)
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = [tokenizer.bos_token_id, *ids]
     rows = torch.tensor(ids[: n_ctx * n_chunk]).reshape(n_chunk, n_ctx)
     rows[:, 0] = tokenizer.bos_token_id
     model: Any = MixtralForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)

@@ -24,6 +24,7 @@ from mc_gguf.runtime import Runtime
 
 pytestmark = pytest.mark.native
 ALL = tuple(range(8))
+Noise = Callable[[str, int], NDArray[np.float64]]
 N_LAYER = 2  # of the bundled model; quantizing all six to every type takes minutes
 
 
@@ -33,10 +34,14 @@ def writer(tiny_model: Path, runtime: Runtime, tmp_path_factory: pytest.TempPath
     return ModelWriter(open_checkpoint(first_layers(tiny_model, N_LAYER, folder / "model")), folder)
 
 
-def relative(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """Relative distance of logits [n_tokens, n_vocab], the median over tokens: where two experts are nearly
-    tied, noise changes the routing of a token and with it everything."""
-    return float(np.median(np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)))
+def relative(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Relative distance of logits [n_tokens, n_vocab] by token: its quantiles 50 % and 85 %.
+
+    Where two experts are nearly tied noise changes a token's routing and with it everything, so the mean says
+    little; a wrong expert reaches about a quarter of the tokens, so the 85 % quantile finds it.
+    """
+    distances = np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)
+    return np.asarray(np.quantile(distances, [0.5, 0.85]))
 
 
 def one_group(kind: str) -> Groups:
@@ -67,8 +72,13 @@ def test_plain_files_are_bit_identical_to_the_unpatched_build(
         np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
 
 
-@pytest.mark.parametrize("sizes", [[1, 7], [2, 6], [3, 5], [4, 4], [1] * 8])
-@pytest.mark.parametrize("kind", ["Q2_K", "IQ1_M", "IQ3_XXS", "Q8_0", "BF16", "F32"])
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        *[(kind, [3, 5]) for kind in (*CANDIDATES, "Q8_0", "BF16", "F32")],
+        *[("Q2_K", sizes) for sizes in ([1, 7], [2, 6], [4, 4], [1] * 8)],
+    ],
+)
 def test_groups_of_one_type_are_bit_identical_to_the_plain_file(
     writer: ModelWriter, runtime: Runtime, tmp_path: Path, kind: str, sizes: list[int]
 ) -> None:
@@ -81,16 +91,14 @@ def test_groups_of_one_type_are_bit_identical_to_the_plain_file(
 
 
 @pytest.fixture(scope="module")
-def noise(
-    writer: ModelWriter, unpatched_runtime: Runtime, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, int], float]:
+def noise(writer: ModelWriter, unpatched_runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Noise:
     """Relative distance of logits between a stock file of a type and its weights as F32, in llama.cpp."""
     uniform = [writer.write(f"uniform-{kind}", one_group(kind)) for kind in CANDIDATES]
     as_f32 = [writer.write(f"uniform-{kind}-f32", one_group(kind), dequantize=True) for kind in CANDIDATES]
     out = tmp_path_factory.mktemp("noise") / "n.npz"
     found = run_logits(unpatched_runtime, [*uniform, *as_f32], out, "64,256", "2")
 
-    def of(kind: str, batch: int) -> float:
+    def of(kind: str, batch: int) -> NDArray[np.float64]:
         return relative(found[f"uniform-{kind} {batch} 2"], found[f"uniform-{kind}-f32 {batch} 2"])
 
     return of
@@ -106,7 +114,7 @@ CASES = range(0, len(CANDIDATES) + 1, 2)
 def test_mixed_equals_its_weights_as_f32(
     writer: ModelWriter,
     runtime: Runtime,
-    noise: Callable[[str, int], float],
+    noise: Noise,
     tmp_path: Path,
     shift: int,
     repack: bool,
@@ -121,7 +129,8 @@ def test_mixed_equals_its_weights_as_f32(
     found = run_logits(runtime, [mixed, as_f32], tmp_path / "m.npz", "64,256", "2", repack)
     for batch in (64, 256):
         distance = relative(found[f"mixed-{shift} {batch} 2"], found[f"mixed-{shift}-f32 {batch} 2"])
-        assert distance <= 1.25 * max(noise(kind, batch) for kind in used)
+        limit = 1.5 * np.max([noise(kind, batch) for kind in used], axis=0)
+        assert (distance <= limit).all(), f"{distance} exceeds {limit}"
 
 
 def load_error(runtime: Runtime, path: Path) -> str:
@@ -144,6 +153,20 @@ def test_stock_llama_cpp_refuses_mixed_files(
 def test_the_loader_refuses_a_version_that_it_does_not_know(writer: ModelWriter, runtime: Runtime) -> None:
     groups = [("Q2_K", (0, 1, 2)), ("Q3_K", (3, 4, 5, 6, 7))]
     assert "'mc_gguf.version' is 2" in load_error(runtime, writer.write("version", groups, version=2))
+
+
+def test_the_loader_refuses_a_group_that_is_no_weights(
+    writer: ModelWriter, runtime: Runtime, tmp_path: Path
+) -> None:
+    good = writer.write("kind", [("F32", (0, 1, 2)), ("BF16", (3, 4, 5, 6, 7))])
+    data = bytearray(good.read_bytes())
+    name = b"blk.1.ffn_up_exps.weight.0"
+    kind = data.index(name) + len(name) + 4 + 3 * 8  # behind the number of dimensions and the shape
+    assert data[kind : kind + 4] == struct.pack("<i", 0)
+    data[kind : kind + 4] = struct.pack("<i", 26)  # I32
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(data)
+    assert "is I32" in load_error(runtime, bad)
 
 
 @pytest.mark.parametrize(

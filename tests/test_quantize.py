@@ -301,7 +301,8 @@ def count_writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "damage", ["none", "torn line", "no data", "flipped byte", "no newline", "longer journal"]
+    "damage",
+    ["none", "torn line", "no data", "flipped byte", "no newline", "longer journal", "header", "no piece"],
 )
 def test_continued_runs_give_the_same_bytes(
     wide: RandomCheckpoint,
@@ -325,6 +326,12 @@ def test_continued_runs_give_the_same_bytes(
         first = 19
     elif damage == "longer journal":
         journal(output).write_text(lines + "00000000\n" * 300)
+    elif damage == "header":
+        partial(output).write_bytes(b"X" + data[1:])
+        first = 0
+    elif damage == "no piece":  # killed while the first piece was made
+        journal(output).write_text(lines.split("\n")[0] + "\n")
+        first = 0
     elif damage == "no data":
         partial(output).write_bytes(data[: tensors[3].offset])
         first = 2 + 1 + 0

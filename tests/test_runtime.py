@@ -11,7 +11,6 @@ import ctypes
 import hashlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -653,7 +652,3 @@ def test_what_is_loaded_from_elsewhere_is_seen_and_refused(
     monkeypatch.setattr(locate, "mapped_libraries", lambda: [*others, tmp_path / "libggml.so"])
     with pytest.raises(RuntimeBuildError, match="is loaded in this process"):
         runtime.library_path("ggml")
-
-
-def test_usable_cores_is_what_the_process_may_use() -> None:
-    assert building.usable_cores() == len(os.sched_getaffinity(0))

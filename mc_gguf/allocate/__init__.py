@@ -11,7 +11,7 @@ full precision.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -30,12 +30,12 @@ from mc_gguf.allocate.problem import (
     sixteen_bit_type,
 )
 from mc_gguf.allocate.strategies import Limit
-from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, Plan
+from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan
 from mc_gguf.errors import BudgetError, McError
-from mc_gguf.ggml_types import ggml_type
+from mc_gguf.ggml_types import CANDIDATES, ggml_type
 from mc_gguf.units import format_size
 
-__all__ = ["STRATEGIES", "Budget", "Experts", "FileBytes", "fixed_types", "plan"]
+__all__ = ["STRATEGIES", "Budget", "Experts", "FileBytes", "fixed_types", "plan", "stand_in"]
 
 STRATEGIES: tuple[str, ...] = ("pmq", "mc", "uniform", "layer", "random", "inverted")
 
@@ -88,6 +88,19 @@ def plan(
         calibration_fingerprint=calibration.fingerprint, expert_bpw=decided.bpw, expert_bytes=decided.n_byte,
         file_bytes=file_bytes(decided.experts) if file_bytes and has_size else None,
         predicted_error=decided.predicted_error, optimality_gap=decided.gap, seed=seed, bits=decided.bits,
+    )  # fmt: skip
+
+
+def stand_in(model: ModelInfo, types: Sequence[str] | None) -> Calibration:
+    """A calibration of `model` with equal errors everywhere: what plan() refuses with it, it refuses with
+    every calibration of these types."""
+    wanted = [ggml_type(name).name for name in types or CANDIDATES]
+    names = tuple(dict.fromkeys((*wanted, *published.NOMINAL_TYPES)))
+    each = np.ones((len(model.expert_layers), model.n_expert))
+    return replace(
+        Calibration.blank(model), types=names, frequency=each, routing_weight=each, output_sq=each,
+        sq_error=np.ones((*each.shape, len(PROJECTIONS), len(names))),
+        nominal_error=np.ones((*each.shape, 3)),
     )  # fmt: skip
 
 

@@ -11,17 +11,12 @@ from numpy.typing import NDArray
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, expert_tensor_name
 from mc_gguf.errors import ArtifactError, BudgetError, McError
-from mc_gguf.ggml_types import CANDIDATES, SIXTEEN_BIT, ggml_type
+from mc_gguf.ggml_types import CANDIDATES, FALLBACKS, MAX_GROUPS, SIXTEEN_BIT, ggml_type
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Experts = Mapping[str, Sequence[Sequence[str]]]
 FileBytes = Callable[[Experts], int]
-
-MAX_TYPES = 13  # groups that one layer's projection can have in the file
-# For rows that are not a whole number of 256-weight blocks: smallest first, at equal size the better one
-# first.
-FALLBACKS = ("IQ4_NL", "Q4_0", "Q8_0")
 
 
 @dataclass(frozen=True)
@@ -114,8 +109,8 @@ def candidate_types(calibration: Calibration, types: Sequence[str] | None) -> tu
         )
     if not wanted:
         raise McError(f"no types to choose from; name some of {', '.join(calibration.types or CANDIDATES)}")
-    if len(set(wanted)) > MAX_TYPES:
-        raise McError(f"{len(set(wanted))} types are too many: a layer of a file holds at most {MAX_TYPES}")
+    if len(set(wanted)) > MAX_GROUPS:
+        raise McError(f"{len(set(wanted))} types are too many: a layer of a file holds at most {MAX_GROUPS}")
     return tuple(t.name for t in sorted(set(wanted), key=lambda t: (t.bpw, t.id)))
 
 

@@ -21,12 +21,15 @@ from mc_gguf.cli.options import PlanOptions, plan_options
     type=click.Path(path_type=Path),
     help="Use this calibration file.  [default: the one beside the output if it fits, else a new one]",
 )
+@click.option(
+    "--calibration-seed", type=int, default=0, show_default=True, help="For what calibration draws by lot."
+)
 @click.option("--dry-run", is_flag=True, help="Calibrate and plan, print the summary, write no model.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed.")
 @click.option("--quiet", is_flag=True, help="No progress lines.")
 def command(
     source: Path, output: Path, options: PlanOptions, calibration: CalibrateOptions,
-    calibration_file: Path | None, dry_run: bool, resume: bool, quiet: bool,
+    calibration_file: Path | None, calibration_seed: int, dry_run: bool, resume: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Convert SOURCE (HF directory or 16-bit GGUF) into a mixed-expert GGUF within a budget.
 
@@ -43,7 +46,8 @@ def command(
     if options.budget.is_sixteen_bit:
         statistics = Calibration.blank(work.checkpoint.info)
     else:
-        request = calibration.request(work.checkpoint, options.types, options.seed)
+        options.check(work.checkpoint.info)  # before the long step
+        request = calibration.request(work.checkpoint, options.types, calibration_seed)
         statistics = work.calibrate(*request, calibration_file)
     plan = work.plan(statistics, options.plan)
     click.echo("\n".join(summarize(plan).lines()))

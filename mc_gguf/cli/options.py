@@ -15,7 +15,7 @@ import click
 
 if TYPE_CHECKING:
     from mc_gguf.allocate import Budget
-    from mc_gguf.artifacts import Calibration, FixedTypes, Plan
+    from mc_gguf.artifacts import Calibration, FixedTypes, ModelInfo, Plan
 
 _OPTIONS = (
     click.option(
@@ -57,6 +57,12 @@ class PlanOptions:
     types: tuple[str, ...] | None
     fixed: FixedTypes
     seed: int
+
+    def check(self, model: ModelInfo) -> None:
+        """Refuses what no calibration of `model` could make feasible: a plan on made-up errors is tried."""
+        from mc_gguf.allocate import stand_in
+
+        self.plan(stand_in(model, self.types))
 
     def plan(self, calibration: Calibration) -> Plan:
         """The plan for this calibration, with exact file sizes where the model is known."""

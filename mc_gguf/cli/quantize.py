@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -28,6 +27,7 @@ def command(
     """
     from mc_gguf.artifacts import Plan
     from mc_gguf.checkpoint import open_checkpoint
+    from mc_gguf.cores import usable_cores
     from mc_gguf.progress import progress
     from mc_gguf.quantize import find_calibration, quantize
     from mc_gguf.units import format_size
@@ -36,7 +36,7 @@ def command(
     statistics = find_calibration(the_plan, plan.parent, calibration)
     checkpoint = open_checkpoint(source)
     with progress("quantize", unit="M weights") as bar:
-        n_thread = threads or os.cpu_count() or 1
+        n_thread = threads or usable_cores()
         model = quantize(checkpoint, statistics, the_plan, output, n_thread, bar, resume)
     size = format_size(model.header.file_bytes)
     click.echo(f"{output}: {size}, {model.expert_bpw:.4f} bits per expert weight")

@@ -7,7 +7,6 @@ from __future__ import annotations
 import re
 
 FORMAT_VERSION = 1
-MAX_GROUPS = 13
 
 KEY_VERSION = "mc_gguf.version"
 KEY_EXPERT_BPW = "mc_gguf.expert_bpw"

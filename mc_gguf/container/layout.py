@@ -19,10 +19,9 @@ from mc_gguf.container.keys import (
     KEY_EXPERT_BPW,
     KEY_PLAN,
     KEY_VERSION,
-    MAX_GROUPS,
 )
 from mc_gguf.errors import FormatError, McError
-from mc_gguf.ggml_types import SIXTEEN_BIT, TYPES, GgmlType, ggml_type
+from mc_gguf.ggml_types import MAX_GROUPS, SIXTEEN_BIT, TYPES, GgmlType, ggml_type
 from mc_gguf.gguf_file import BY_ID, DEFAULT_ALIGNMENT, pad
 
 _FINGERPRINT_BYTES = 64

@@ -16,12 +16,11 @@ from mc_gguf.container.keys import (
     KEY_EXPERT_BPW,
     KEY_PLAN,
     KEY_VERSION,
-    MAX_GROUPS,
     PART_NAME,
     STOCK_NAME,
 )
 from mc_gguf.errors import FormatError
-from mc_gguf.ggml_types import TYPES, GgmlType
+from mc_gguf.ggml_types import MAX_GROUPS, TYPES, GgmlType
 from mc_gguf.gguf_file import FLOAT32, STRING, UINT32, GgufHeader, pad
 
 

@@ -8,17 +8,13 @@ appears by a rename, at the end.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-
-try:
-    import fcntl
-except ImportError:  # no locks there; two writers at once are the user's to avoid
-    fcntl = None  # type: ignore[assignment]
 
 from mc_gguf.errors import McError
 
@@ -54,8 +50,6 @@ class PartialFile:
         self._journal.close()
 
     def _lock(self) -> None:
-        if fcntl is None:
-            return
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -68,6 +62,7 @@ class PartialFile:
         self._check_space()
         if not self.done:
             self._data.truncate(0)
+            self._data.seek(0)
             self._data.write(header)
         self._data.truncate(self.n_bytes)
         self._data.flush()

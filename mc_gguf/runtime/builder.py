@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mc_gguf import upstream
+from mc_gguf.cores import usable_cores
 from mc_gguf.errors import RuntimeBuildError
 from mc_gguf.progress import Progress, progress
 from mc_gguf.runtime import source as sources
@@ -123,11 +124,6 @@ def _build_locked(task: Build) -> None:
         install(task, tree)
         bar.say(f"installed: {task.target}")
     shutil.rmtree(task.work, ignore_errors=True)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_tools(backend: str) -> None:

@@ -218,7 +218,7 @@ int main(int argc, char ** argv) {
     // each type alone: a group of its own, with and without map, at every batch size
     for (ggml_type type : TYPES) {
         for (int n_tokens : { 1, 2, 7, 32, 512 }) {
-            for (int n_threads : { 1, 2 }) {
+            for (int n_threads : { 1, 3 }) {
                 problem p;
                 p.rows = n_tokens == 512 ? 17 : 20;
                 p.n_tokens = n_tokens;

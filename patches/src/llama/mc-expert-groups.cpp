@@ -3,6 +3,7 @@
 #include "ggml-mc.h"
 #include "llama-impl.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -128,19 +129,20 @@ ggml_tensor * mc_create_expert_groups(
         if (g == GGML_MC_MAX_GROUPS) {
             fail(name, format("has more than %d groups", GGML_MC_MAX_GROUPS));
         }
+        if (meta->type == GGML_TYPE_I32) {
+            fail(part_name(tn, suffix), "is I32, which is no type of weights");
+        }
         sizes.push_back(meta->ne[2]);
         parts.push_back(create(suffix.c_str(), { n_cols, n_rows, meta->ne[2] }));
     }
     check_map(map_name, map, sizes);
 
+    if (!parts[0]) {
+        return nullptr; // the model code asked to skip this tensor, and with it all of its parts
+    }
     ggml_tensor * stack = ggml_new_tensor_3d(stacks_context(ml), GGML_TYPE_F32, n_cols, n_rows, n_expert);
     ggml_set_name(stack, name.c_str());
-    for (size_t i = 0; i < parts.size(); ++i) {
-        if (!parts[i]) {
-            return nullptr; // the model code asked to skip this tensor
-        }
-        stack->src[i] = parts[i];
-    }
+    std::copy(parts.begin(), parts.end(), stack->src);
     return stack;
 }
 
