@@ -77,12 +77,21 @@ def calibrate_to_file(
     quiet: bool = False,
 ) -> Calibration:
     """calibrate() into `output`, continuing what a killed run left beside it (unless `resume` is False)."""
-    directory = output.parent / f".{output.name}.partial"
     if not resume:
-        shutil.rmtree(directory, ignore_errors=True)
-    calibration = calibrate(checkpoint, text, options, directory, quiet).save(output)
-    shutil.rmtree(directory, ignore_errors=True)
+        forget_partial(output)
+    calibration = calibrate(checkpoint, text, options, partial_directory(output), quiet).save(output)
+    forget_partial(output)
     return calibration
+
+
+def partial_directory(output: Path) -> Path:
+    """Where a calibration that goes to `output` keeps its state until it is complete."""
+    return output.parent / f".{output.name}.partial"
+
+
+def forget_partial(output: Path) -> None:
+    """Removes the state that a killed calibration to `output` may have left."""
+    shutil.rmtree(partial_directory(output), ignore_errors=True)
 
 
 def calibrate(

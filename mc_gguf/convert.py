@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mc_gguf.artifacts import Calibration, Plan
-from mc_gguf.calibrate import Options, calibrate_to_file, is_calibration_of
+from mc_gguf.calibrate import Options, calibrate_to_file, forget_partial, is_calibration_of
 from mc_gguf.checkpoint import Checkpoint
 from mc_gguf.container import MixedGguf
 from mc_gguf.cores import usable_cores
@@ -53,6 +53,7 @@ class Conversion:
                 log.warning("%s; calibrating again", error)
             else:
                 if is_calibration_of(found, self.checkpoint.info, text, options):
+                    forget_partial(self.calibration_path)  # killed between the last two steps
                     return found
         return calibrate_to_file(
             self.checkpoint, text, self.calibration_path, options, self.resume, self.quiet

@@ -20,7 +20,6 @@ from small_models import MemoryCheckpoint, random_mixtral
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration
 from mc_gguf.calibrate import (
-    FALLBACKS,
     NOMINAL,
     Options,
     calibrate,
@@ -30,7 +29,7 @@ from mc_gguf.calibrate import (
 )
 from mc_gguf.corpus import Corpus
 from mc_gguf.errors import McError, SourceError
-from mc_gguf.ggml_types import CANDIDATES
+from mc_gguf.ggml_types import CANDIDATES, FALLBACKS
 from mc_gguf.quantize import dequantize_rows, quantize_rows
 
 pytestmark = pytest.mark.native
