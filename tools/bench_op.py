@@ -16,6 +16,7 @@ ours is faster), and its median, lowest and highest over the rounds are printed.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 from dataclasses import asdict, dataclass
@@ -50,10 +51,13 @@ class Bench:
     grouped: Path
     seconds: float
 
+    repack: bool = False  # the stock side repacks its weights where it can
+
     def time(self, program: Path, types: str, n_tokens: int, n_threads: int) -> tuple[float, list[float]]:
         """Microseconds per op, and the share of routed slots of each type."""
+        env = os.environ | ({"REPACK": "1"} if self.repack and program == self.stock else {})
         command: list[str | Path] = [program, types, str(n_tokens), str(n_threads), str(self.seconds)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         found = json.loads(done.stdout)
         return found["us"], found["share"]
 
@@ -76,20 +80,28 @@ def numbers(text: str) -> list[int]:
 @click.option("--threads", default="1,2", show_default=True)
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--seconds", default=0.5, show_default=True, help="Least time of one run.")
+@click.option("--types", default="", help="One type, or several joined by +.  [default: a list of both]")
+@click.option(
+    "--repack", is_flag=True, help="Let the stock side repack its weights; a ratio of 0: it cannot."
+)
 @click.option("--json", "as_json", is_flag=True)
-def main(tokens: str, threads: str, rounds: int, seconds: float, as_json: bool) -> None:
+def main(
+    tokens: str, threads: str, rounds: int, seconds: float, types: str, repack: bool, as_json: bool
+) -> None:
     patched, unpatched = runtimes.require(), runtimes.require(patched=False)
     bench = Bench(
         runtimes.compile_program(unpatched, SOURCE, "bench-op"),
         runtimes.compile_program(patched, SOURCE, "bench-op"),
         seconds,
+        repack,
     )
+    settings = [tuple(types.split("+"))] if types else [*((name,) for name in SINGLE), *MIXES]
     if not as_json:
         click.echo(f"{'types':<28}{'tokens':>8}{'threads':>9}{'ratio':>9}{'lowest':>9}{'highest':>9}")
-    for types in [(name,) for name in SINGLE] + list(MIXES):
+    for names in settings:
         for n_tokens in numbers(tokens):
             for n_threads in numbers(threads):
-                r = bench.ratio(types, n_tokens, n_threads, rounds)
+                r = bench.ratio(names, n_tokens, n_threads, rounds)
                 row = f"{r.types:<28}{n_tokens:>8}{n_threads:>9}"
                 row += f"{r.median:>9.3f}{r.lowest:>9.3f}{r.highest:>9.3f}"
                 click.echo(json.dumps(asdict(r)) if as_json else row)

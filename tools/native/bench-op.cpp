@@ -3,7 +3,8 @@
 // usage: bench-op TYPE[,TYPE...] N_TOKENS N_THREADS SECONDS [N_COLS N_ROWS N_EXPERT N_USED]
 //
 // With several types (grouped only) expert e has type e % n_types. Routing is uniform and the same for every run with
-// the same shape. Prints one JSON object: microseconds per op, and the share of routed slots of each type.
+// the same shape. With REPACK in the environment the weights of one type go to the buffer that repacks them, where
+// there is one (us is 0 where not). Prints one JSON object: microseconds per op, and the share of routed slots of each type.
 
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
@@ -44,9 +45,26 @@ void fill(ggml_tensor * t, std::mt19937 & rng) {
     std::vector<uint8_t> q(ggml_row_size(t->type, t->ne[0])*rows);
     ggml_quantize_chunk(t->type, w.data(), q.data(), 0, rows, t->ne[0], imatrix.data());
     const size_t n = ggml_nbytes(t);
+    std::vector<char> all(n);
     for (size_t at = 0; at < n; at += q.size()) {
-        memcpy((char *) t->data + at, q.data(), std::min(q.size(), n - at));
+        memcpy(all.data() + at, q.data(), std::min(q.size(), n - at));
     }
+    ggml_backend_tensor_set(t, all.data(), 0, n); // repacks where the buffer does
+}
+
+// the CPU buffer type that repacks `weights` for `op`, or null
+ggml_backend_buffer_type_t repacking(ggml_backend_t backend, ggml_tensor * weights, ggml_tensor * op) {
+    ggml_backend_dev_t dev = ggml_backend_get_device(backend);
+    auto get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
+        ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
+    for (ggml_backend_buffer_type_t * buft = get ? get(dev) : nullptr; buft && *buft; ++buft) {
+        weights->buffer = ggml_backend_buft_alloc_buffer(*buft, 0);
+        const bool supported = ggml_backend_dev_supports_op(dev, op);
+        ggml_backend_buffer_free(weights->buffer);
+        weights->buffer = nullptr;
+        if (supported) return *buft;
+    }
+    return nullptr;
 }
 
 } // namespace
@@ -87,6 +105,12 @@ int main(int argc, char ** argv) {
     ggml_threadpool_params tpp = ggml_threadpool_params_default(n_threads);
     ggml_threadpool_t pool = ggml_threadpool_new(&tpp);
     ggml_backend_cpu_set_threadpool(backend, pool);
+    if (getenv("REPACK")) {
+        ggml_backend_buffer_type_t extra = repacking(backend, groups[0], out);
+        if (!extra) { printf("{\"us\": 0, \"share\": [1]}\n"); return 0; }
+        ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(extra, ggml_backend_buft_get_alloc_size(extra, groups[0]) + 256);
+        ggml_backend_tensor_alloc(buffer, groups[0], ggml_backend_buffer_get_base(buffer));
+    }
     ggml_backend_alloc_ctx_tensors(ctx, backend);
 
     std::mt19937 rng(1);

@@ -216,7 +216,6 @@ NO_INLINE void one_chunk(ggml_tensor * dst, const ggml_tensor * group, const cha
     const size_t  nb01 = group->nb[1];
 
     const int64_t blck = 16;
-    alignas(64) float tmp[blck];
 
     for (int64_t iir1 = ir1; iir1 < ir1_end; iir1 += blck) {
         for (int64_t iir0 = ir0; iir0 < ir0_end; iir0 += blck) {
@@ -224,10 +223,9 @@ NO_INLINE void one_chunk(ggml_tensor * dst, const ggml_tensor * group, const cha
             for (int64_t i = iir1; i < std::min(iir1 + blck, ir1_end); ++i) {
                 const char * b_row   = act.data + (slots[i].slot % ne11)*act.nb1 + slots[i].token*act.nb2;
                 float *      dst_row = (float *) ((char *) dst->data + slots[i].slot*dst->nb[1] + slots[i].token*dst->nb[2]);
-                for (int64_t j = 0; j < n0; ++j) {
-                    vec_dot(cols, &tmp[j], 0, matrix + (iir0 + j)*nb01, 0, b_row, 0, 1);
+                for (int64_t j = iir0; j < iir0 + n0; ++j) {
+                    vec_dot(cols, dst_row + j, 0, matrix + j*nb01, 0, b_row, 0, 1);
                 }
-                memcpy(dst_row + iir0, tmp, n0*sizeof(float));
             }
         }
     }
