@@ -13,8 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mc_gguf.artifacts import NO_CALIBRATION, Calibration, Plan
+from mc_gguf.checkpoint import keep_source
 from mc_gguf.cli import main
 from mc_gguf.container import MixedGguf
+from mc_gguf.errors import SourceError
 
 pytestmark = pytest.mark.native
 QUICK = ("--tokens", "1024", "--ctx", "128", "--rows", "16", "--types", "IQ1_S,IQ2_XXS,Q2_K,Q3_K", "--quiet")
@@ -138,6 +140,22 @@ def test_killed_anywhere_and_started_again_gives_the_same_bytes(
     assert output.read_bytes() == converted.read_bytes()
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"model.gguf", "model.plan.json", "model.calib.safetensors"}
+
+
+def test_the_source_is_not_overwritten(tiny_model: Path, tiny_gguf: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model-00001-of-00001.gguf"
+    copy.write_bytes(tiny_gguf.read_bytes())
+    for source, output in ((copy, copy), (tiny_model, tiny_model / "model.safetensors")):
+        before = output.read_bytes()
+        result = convert(source, "-o", output, "--bpw", "16")
+        assert result.exit_code == 1
+        assert "source model" in result.output
+        assert output.read_bytes() == before
+    other = tmp_path / "model-00002-of-00002.gguf"
+    other.write_bytes(b"")
+    with pytest.raises(SourceError):
+        keep_source(copy, other)
+    keep_source(tiny_gguf, copy)
 
 
 @pytest.mark.parametrize(

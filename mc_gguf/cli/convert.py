@@ -38,10 +38,11 @@ def command(
     """
     from mc_gguf.allocate.summary import summarize
     from mc_gguf.artifacts import Calibration
-    from mc_gguf.checkpoint import open_checkpoint
+    from mc_gguf.checkpoint import keep_source, open_checkpoint
     from mc_gguf.convert import Conversion
     from mc_gguf.units import format_size
 
+    keep_source(source, output)
     work = Conversion(open_checkpoint(source), output, resume, quiet)
     if options.budget.is_sixteen_bit:
         statistics = Calibration.blank(work.checkpoint.info)

@@ -26,12 +26,13 @@ def command(
     A killed run is continued by the same command and gives the same bytes.
     """
     from mc_gguf.artifacts import Plan
-    from mc_gguf.checkpoint import open_checkpoint
+    from mc_gguf.checkpoint import keep_source, open_checkpoint
     from mc_gguf.cores import usable_cores
     from mc_gguf.progress import progress
     from mc_gguf.quantize import find_calibration, quantize
     from mc_gguf.units import format_size
 
+    keep_source(source, output)
     the_plan = Plan.load(plan)
     statistics = find_calibration(the_plan, plan.parent, calibration)
     checkpoint = open_checkpoint(source)
