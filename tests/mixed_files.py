@@ -49,14 +49,22 @@ class ModelWriter:
         self._blocks: dict[tuple[int, str, int, str], NDArray[np.uint8]] = {}
 
     def write(
-        self, name: str, groups: Groups | Mapping[int, Groups], dequantize: bool = False, version: int = 1
+        self,
+        name: str,
+        groups: Groups | Mapping[int, Groups],
+        dequantize: bool = False,
+        version: int = 1,
+        architecture: str | None = None,
     ) -> Path:
         """`groups` for every layer or by layer. One group of all experts in order is a stock tensor; so is
         everything with `dequantize`, which stores the weights that the blocks stand for as F32."""
         gguf = upstream.load_gguf()
         path = self.folder / f"{name}.gguf"
-        writer = gguf.GGUFWriter(path, self.checkpoint.info.architecture)
+        own_name = self.checkpoint.info.architecture
+        writer = gguf.GGUFWriter(path, architecture or own_name)
         self.checkpoint.copy_kv(writer)
+        if architecture is not None:
+            self._rename(writer, own_name, architecture)
         writer.add_uint32("mc_gguf.version", version)
         stacks = {
             expert_tensor_name(i, p): (i, p) for i in self.checkpoint.info.expert_layers for p in PROJECTIONS
@@ -74,6 +82,19 @@ class ModelWriter:
         writer.write_tensors_to_file()
         writer.close()
         return path
+
+    def _rename(self, writer: Any, old: str, new: str) -> None:
+        """Give the metadata of architecture `old` to `new`, with what qwen3moe wants besides."""
+        values = writer.kv_data[0]
+        for key in [key for key in values if key.startswith(f"{old}.")]:
+            values[new + key.removeprefix(old)] = values.pop(key)
+        head = int(self.checkpoint.hparams["rope.dimension_count"])
+        writer.add_expert_feed_forward_length(self.checkpoint.info.n_ff)
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+        for layer in range(self.checkpoint.info.n_layer):
+            for name in ("attn_q_norm", "attn_k_norm"):
+                writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(head, dtype=np.float32))
 
     def _parts(
         self, name: str, layer: int, projection: str, groups: Groups, dequantize: bool

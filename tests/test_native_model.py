@@ -142,6 +142,32 @@ def load_error(runtime: Runtime, path: Path) -> str:
     return str(caught.value)
 
 
+def test_weights_are_mapped_and_not_copied(
+    writer: ModelWriter, runtime: Runtime, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from mc_gguf import Llama
+
+    mixed = writer.write("mapped", [("F32", (0, 1, 2)), ("BF16", (3, 4, 5, 6, 7))])
+    Llama(mixed, verbose=True, use_mmap=True).close()
+    lines = [line for line in capfd.readouterr().err.splitlines() if "model buffer size" in line]
+    assert len(lines) == 1, lines
+    assert "CPU_Mapped" in lines[0]
+
+
+def test_another_architecture_loads_its_groups(
+    writer: ModelWriter, runtime: Runtime, unpatched_runtime: Runtime, tmp_path: Path
+) -> None:
+    """qwen3moe, with this model's weights: what it computes means nothing, but groups must not change it."""
+    plain = writer.write("qwen-plain", one_group("Q3_K"), architecture="qwen3moe")
+    grouped = writer.write("qwen-grouped", split([("Q3_K", 3), ("Q3_K", 5)], seed=1), architecture="qwen3moe")
+    found = run_logits(runtime, [plain, grouped], tmp_path / "a.npz", "1,64")
+    stock = run_logits(unpatched_runtime, [plain], tmp_path / "b.npz", "1,64")
+    for batch in (1, 64):
+        expected = stock[f"qwen-plain {batch} 2"]
+        np.testing.assert_array_equal(found[f"qwen-plain {batch} 2"], expected)
+        np.testing.assert_array_equal(found[f"qwen-grouped {batch} 2"], expected)
+
+
 def test_stock_llama_cpp_refuses_mixed_files(
     writer: ModelWriter, unpatched_runtime: Runtime, tmp_path: Path
 ) -> None:
