@@ -107,7 +107,7 @@ int main(int argc, char ** argv) {
     ggml_backend_cpu_set_threadpool(backend, pool);
     if (getenv("REPACK")) {
         ggml_backend_buffer_type_t extra = repacking(backend, groups[0], out);
-        if (!extra) { printf("{\"us\": 0, \"share\": [1]}\n"); return 0; }
+        if (!extra) { printf("{\"us\": 0, \"min_us\": 0, \"share\": [1]}\n"); return 0; }
         ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(extra, ggml_backend_buft_get_alloc_size(extra, groups[0]) + 256);
         ggml_backend_tensor_alloc(buffer, groups[0], ggml_backend_buffer_get_base(buffer));
     }

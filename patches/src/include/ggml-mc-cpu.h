@@ -1,6 +1,6 @@
 #pragma once
 
-// CPU implementation of MUL_MAT_ID_GROUPED (ggml-mc.h).
+// CPU implementation of MUL_MAT_ID_GROUPED (ggml-mc.h) and of the routing ops (ggml-mc-routing.h).
 
 #include "ggml.h"
 
@@ -19,6 +19,11 @@ size_t ggml_mc_mul_mat_id_grouped_work_size(int n_tasks, const struct ggml_tenso
 bool ggml_mc_mul_mat_id_grouped_supported(const struct ggml_tensor * dst);
 
 void ggml_compute_forward_mul_mat_id_grouped(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
+void ggml_compute_forward_mc_attn_received(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+void ggml_compute_forward_mc_importance   (const struct ggml_compute_params * params, struct ggml_tensor * dst);
+void ggml_compute_forward_mc_route        (const struct ggml_compute_params * params, struct ggml_tensor * dst);
+void ggml_compute_forward_mc_mask_weights (const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
 #ifdef __cplusplus
 }

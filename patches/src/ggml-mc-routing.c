@@ -1,0 +1,136 @@
+// The ops of dynamic expert routing: construction. See ggml-mc-routing.h.
+
+#include "ggml-mc-routing.h"
+#include "ggml-impl.h"
+
+#include <string.h>
+
+static void check_tokens(const struct ggml_tensor * tokens, const struct ggml_tensor * rows, int64_t n_rows) {
+    GGML_ASSERT(tokens->type == GGML_TYPE_I32 && ggml_is_matrix(tokens) && ggml_is_contiguous(tokens));
+    GGML_ASSERT(tokens->ne[0] == GGML_MC_TOKEN_N_FIELDS);
+    if (rows) {
+        GGML_ASSERT(rows->type == GGML_TYPE_I32 && ggml_is_vector(rows) && rows->ne[0] == n_rows);
+    } else {
+        GGML_ASSERT(tokens->ne[1] == n_rows);
+    }
+}
+
+struct ggml_tensor * ggml_mc_attn_received(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * probs,
+        struct ggml_tensor  * cells,
+        struct ggml_tensor  * tokens,
+        int64_t               cells_per_stream) {
+    const int64_t n_tokens = tokens->ne[1];
+
+    GGML_ASSERT(probs->type == GGML_TYPE_F32 && probs->nb[0] == sizeof(float));
+    GGML_ASSERT(probs->ne[1]*probs->ne[3] == n_tokens);
+    GGML_ASSERT(cells != NULL || probs->ne[3] == 1);
+    GGML_ASSERT(cells == NULL || cells->type == GGML_TYPE_I64 || cells->type == GGML_TYPE_I32);
+    GGML_ASSERT(cells == NULL || (ggml_is_vector(cells) && cells->ne[0] == n_tokens && ggml_is_contiguous(cells)));
+    GGML_ASSERT(cells_per_stream > 0 && cells_per_stream <= INT32_MAX);
+    check_tokens(tokens, NULL, n_tokens);
+
+    struct ggml_tensor * result = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_tokens);
+
+    ggml_set_op_params_i32(result, 0, (int32_t) cells_per_stream);
+
+    result->op     = GGML_OP_MC_ATTN_RECEIVED;
+    result->src[0] = probs;
+    result->src[1] = tokens;
+    result->src[2] = cells;
+
+    return result;
+}
+
+struct ggml_tensor * ggml_mc_importance(
+        struct ggml_context   * ctx,
+        struct ggml_tensor    * x,
+        struct ggml_tensor    * received,
+        struct ggml_tensor    * tokens,
+        struct ggml_tensor    * rows,
+        enum ggml_mc_measure measure) {
+    GGML_ASSERT(x->type == GGML_TYPE_F32 && ggml_is_matrix(x) && x->nb[0] == sizeof(float));
+    GGML_ASSERT(received == NULL || (received->type == GGML_TYPE_F32 && ggml_is_contiguous(received)));
+    GGML_ASSERT(received == NULL || received->ne[0] == tokens->ne[1]);
+    check_tokens(tokens, rows, x->ne[1]);
+
+    struct ggml_tensor * result = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, x->ne[1]);
+
+    ggml_set_op_params_i32(result, 0, (int32_t) measure);
+
+    result->op     = GGML_OP_MC_IMPORTANCE;
+    result->src[0] = x;
+    result->src[1] = tokens;
+    result->src[2] = rows;
+    result->src[3] = received;
+
+    return result;
+}
+
+struct ggml_tensor * ggml_mc_route(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * weights,
+        struct ggml_tensor  * ids,
+        struct ggml_tensor  * importance,
+        struct ggml_tensor  * tokens,
+        struct ggml_tensor  * rows,
+        struct ggml_tensor  * thresholds,
+        struct ggml_tensor  * counters,
+        const struct ggml_mc_route_params * params) {
+    const int64_t n_used = ids->ne[0];
+    const int64_t n_rows = ids->ne[1];
+
+    GGML_ASSERT(weights->type == GGML_TYPE_F32 && ggml_is_contiguous(weights));
+    GGML_ASSERT(weights->ne[0] == 1 && weights->ne[1] == n_used && weights->ne[2] == n_rows && weights->ne[3] == 1);
+    GGML_ASSERT(ids->type == GGML_TYPE_I32 && ggml_is_matrix(ids));
+    GGML_ASSERT(importance == NULL || (importance->type == GGML_TYPE_F32 && importance->ne[0] == n_rows));
+    GGML_ASSERT(thresholds->type == GGML_TYPE_F32 && ggml_is_contiguous(thresholds) && thresholds->ne[0] >= n_used);
+    GGML_ASSERT(counters->type == GGML_TYPE_I64 && ggml_is_contiguous(counters));
+    GGML_ASSERT(counters->ne[0] >= 3*n_used + 2*params->n_expert);
+    GGML_ASSERT((counters->ne[0] - 2*params->n_expert) % 3 == 0);
+    check_tokens(tokens, rows, n_rows);
+
+    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_used, n_rows);
+
+    static_assert(sizeof(struct ggml_mc_route_params) <= GGML_MAX_OP_PARAMS, "does not fit op_params");
+    ggml_set_op_params(result, params, sizeof(*params));
+
+    result->op     = GGML_OP_MC_ROUTE;
+    result->src[0] = weights;
+    result->src[1] = tokens;
+    result->src[2] = rows;
+    result->src[3] = ids;
+    result->src[4] = importance;
+    result->src[5] = thresholds;
+    result->src[6] = counters;
+
+    return result;
+}
+
+struct ggml_mc_route_params ggml_mc_get_route_params(const struct ggml_tensor * route) {
+    struct ggml_mc_route_params params;
+    memcpy(&params, route->op_params, sizeof(params));
+    return params;
+}
+
+struct ggml_tensor * ggml_mc_mask_weights(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * weights,
+        struct ggml_tensor  * routed,
+        bool                  normalize) {
+    GGML_ASSERT(routed->op == GGML_OP_MC_ROUTE);
+    GGML_ASSERT(weights->type == GGML_TYPE_F32 && ggml_is_contiguous(weights));
+    GGML_ASSERT(weights->ne[0] == 1 && weights->ne[1] == routed->ne[0] && weights->ne[2] == routed->ne[1]);
+
+    struct ggml_tensor * result = ggml_dup_tensor(ctx, weights);
+
+    ggml_set_op_params_i32(result, 0, ggml_mc_get_route_params(routed).n_expert);
+    ggml_set_op_params_i32(result, 1, normalize);
+
+    result->op     = GGML_OP_MC_MASK_WEIGHTS;
+    result->src[0] = weights;
+    result->src[1] = routed;
+
+    return result;
+}

@@ -1,0 +1,423 @@
+#include "mc-routing.h"
+
+#include "mc-expert-groups.h"
+#include "ggml-mc.h"
+#include "ggml-mc-routing.h"
+#include "llama-context.h"
+#include "llama-graph.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace {
+
+[[noreturn]] void fail(const std::string & what) {
+    throw std::runtime_error("expert routing: " + what);
+}
+
+void check_share(const char * name, double value) {
+    if (!(value >= 0.0 && value <= 1.0)) {
+        fail(format("%s must be from 0 to 1, it is %g", name, value));
+    }
+}
+
+// describes the tokens of the ubatch to the routing ops
+class llm_graph_input_mc_tokens : public llm_graph_input_i {
+public:
+    llm_graph_input_mc_tokens(ggml_tensor * tokens, bool causal) : tokens(tokens), causal(causal) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        const int n_tokens = (int) ubatch->n_tokens;
+        if (!tokens->buffer || n_tokens == 0) {
+            return; // no layer uses it
+        }
+        // tokens by sequence and position, to count those at or after each
+        std::vector<int> order(n_tokens), seq(n_tokens);
+        for (int i = 0; i < n_tokens; ++i) {
+            order[i] = i;
+            seq[i]   = ubatch->seq_id[i][0];
+        }
+        const auto less = [&](int a, int b) {
+            return seq[a] != seq[b] ? seq[a] < seq[b] : ubatch->pos[a] < ubatch->pos[b];
+        };
+        std::sort(order.begin(), order.end(), less);
+
+        std::vector<int32_t> data(n_tokens*GGML_MC_TOKEN_N_FIELDS);
+        for (int begin = 0; begin < n_tokens; ) {
+            int end = begin;
+            while (end < n_tokens && seq[order[end]] == seq[order[begin]]) {
+                ++end;
+            }
+            int first = begin; // of the tokens at the same position
+            for (int i = begin; i < end; ++i) {
+                if (less(order[first], order[i])) {
+                    first = i;
+                }
+                int32_t * token = data.data() + order[i]*GGML_MC_TOKEN_N_FIELDS;
+                token[GGML_MC_TOKEN_SEQ]     = seq[order[i]];
+                token[GGML_MC_TOKEN_QUERIES] = causal ? end - first : end - begin;
+                token[GGML_MC_TOKEN_POS]     = ubatch->pos[order[i]];
+            }
+            begin = end;
+        }
+        ggml_backend_tensor_set(tokens, data.data(), 0, data.size()*sizeof(int32_t));
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        return tokens->ne[1] == params.ubatch.n_tokens && causal == params.cparams.causal_attn;
+    }
+
+private:
+    ggml_tensor * tokens; // I32 [GGML_MC_TOKEN_N_FIELDS, n_tokens]
+    const bool    causal;
+};
+
+ggml_tensor * tokens_input(const llm_graph_context & graph) {
+    ggml_tensor * & tokens = graph.mc.tokens;
+    if (!tokens) {
+        tokens = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I32, GGML_MC_TOKEN_N_FIELDS, graph.n_tokens);
+        ggml_set_input(tokens);
+        ggml_set_name(tokens, "mc_tokens");
+        graph.res->add_input(std::make_unique<llm_graph_input_mc_tokens>(tokens, graph.cparams.causal_attn));
+    }
+    return tokens;
+}
+
+const ggml_tensor * root(const ggml_tensor * t) {
+    while (t->view_src) {
+        t = t->view_src;
+    }
+    return t;
+}
+
+// Where the tokens' keys were written to: the indices of the node that stored them in the cache that `k` is a view of.
+// Null when `k` is no view of a cache that this graph writes to.
+ggml_tensor * cells_of(const llm_graph_context & graph, const ggml_tensor * k) {
+    for (int i = ggml_graph_n_nodes(graph.gf) - 1; i >= 0; --i) {
+        const ggml_tensor * node = ggml_graph_node(graph.gf, i);
+        if (node->op == GGML_OP_SET_ROWS && root(node) == root(k)) {
+            return node->src[1];
+        }
+    }
+    return nullptr;
+}
+
+// The importance of the rows of `cur`, null when it is not needed.
+ggml_tensor * build_importance(const llm_graph_context & graph, ggml_tensor * cur, ggml_tensor * rows, int il) {
+    const mc_routing & routing = *graph.cparams.mc_routing_state;
+    // a sequence's only token is not compared with any
+    if (!routing.needs_importance(il) || graph.ubatch.n_tokens <= graph.ubatch.n_seqs_unq) {
+        return nullptr;
+    }
+    ggml_tensor * received = graph.mc.attn_layer == il ? graph.mc.received : nullptr;
+    ggml_tensor * result   = ggml_mc_importance(graph.ctx0, cur, received, tokens_input(graph), rows,
+            (ggml_mc_measure) routing.params.importance);
+    graph.cb(result, "ffn_moe_importance", il);
+    return result;
+}
+
+// The tokens of a MoE block's rows: in the last layer only those whose output is wanted are left.
+ggml_tensor * rows_of(const llm_graph_context & graph, const ggml_tensor * cur) {
+    if (cur->ne[1] == graph.n_tokens) {
+        return nullptr; // all of them, and out_ids are in order
+    }
+    for (const auto & input : graph.res->inputs) {
+        if (const auto * out = dynamic_cast<const llm_graph_input_out_ids *>(input.get())) {
+            if (out->out_ids && out->out_ids->ne[0] == cur->ne[1]) {
+                return out->out_ids;
+            }
+        }
+    }
+    fail("rows of a MoE block are neither the tokens of the batch nor its outputs");
+}
+
+ggml_mc_route_params route_params(const mc_routing & routing, int64_t n_expert, int il) {
+    const mc_routing_params & p = routing.params;
+    ggml_mc_route_params result = {
+        /*.policy   =*/ GGML_MC_POLICY_COUNT_ONLY,
+        /*.n_expert =*/ (int32_t) n_expert,
+        /*.layer    =*/ il,
+        /*.keep_min =*/ p.keep_min,
+        /*.value    =*/ 0.0f,
+        /*.seed     =*/ p.seed,
+        /*.protect  =*/ 0.0,
+    };
+    if (!routing.is_active(il)) {
+        return result;
+    }
+    switch (p.policy) {
+        case MC_ROUTING_ODP:       result.policy = GGML_MC_POLICY_THRESHOLD; result.protect = p.protect; break;
+        case MC_ROUTING_THRESHOLD: result.policy = GGML_MC_POLICY_THRESHOLD;                             break;
+        case MC_ROUTING_KEEP_MIN:  result.policy = GGML_MC_POLICY_KEEP_MIN;  result.value = p.ratio;     break;
+        case MC_ROUTING_TOP_P:     result.policy = GGML_MC_POLICY_TOP_P;     result.value = p.top_p;     break;
+        case MC_ROUTING_RANDOM:    result.policy = GGML_MC_POLICY_RANDOM;    result.value = p.rate;      break;
+    }
+    return result;
+}
+
+// Whether the device that holds `w` computes `op`. Otherwise skipping would move the weights at every step.
+bool is_supported_at(const ggml_tensor * w, const ggml_tensor * op) {
+    ggml_backend_dev_t dev = w->buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(w->buffer)) : nullptr;
+    return !dev || ggml_backend_dev_supports_op(dev, op);
+}
+
+} // namespace
+
+//
+// mc_routing
+//
+
+mc_routing::mc_routing(const llama_hparams & hparams) :
+        n_layer      ((int) hparams.n_layer()),
+        n_rank       ((int) hparams.n_expert_used_max()),
+        n_expert     ((int) hparams.n_expert),
+        n_layer_dense((int) hparams.n_layer_dense_lead),
+        params       (mc_routing_default_params()),
+        active       (n_layer, 1) {
+    ggml_init_params init = {
+        /*.mem_size   =*/ 2*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ctx.reset(ggml_init(init));
+    all_thresholds = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_rank, n_layer);
+    all_counters   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I64, 3*n_rank + 2*n_expert, n_layer);
+    buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_cpu_buffer_type()));
+    if (!buffer) {
+        fail("no memory for the counters");
+    }
+    ggml_backend_buffer_clear(buffer.get(), 0);
+}
+
+void mc_routing::set(const mc_routing_params & p) {
+    if (p.policy < MC_ROUTING_OFF || p.policy > MC_ROUTING_RANDOM) {
+        fail(format("there is no policy %d", p.policy));
+    }
+    if (p.importance < MC_IMPORTANCE_ATTENTION || p.importance > MC_IMPORTANCE_LAST) {
+        fail(format("there is no importance measure %d", p.importance));
+    }
+    check_share("protect", p.protect);
+    check_share("top_p",   p.top_p);
+    check_share("rate",    p.rate);
+    if (p.keep_min < 1) {
+        fail(format("keep_min must be at least 1, it is %d", p.keep_min));
+    }
+    if (!(p.ratio >= 0.0f)) {
+        fail(format("ratio must not be negative, it is %g", (double) p.ratio));
+    }
+    if (p.policy == MC_ROUTING_ODP || p.policy == MC_ROUTING_THRESHOLD) {
+        if (!p.thresholds) {
+            fail("this policy needs thresholds");
+        }
+        for (int i = 0; i < n_layer*n_rank; ++i) {
+            if (i % n_rank != 0 && !(p.thresholds[i] >= 0.0f)) {
+                fail(format("the threshold of layer %d, rank %d must not be negative, it is %g",
+                        i/n_rank, i % n_rank, (double) p.thresholds[i]));
+            }
+        }
+        memcpy(all_thresholds->data, p.thresholds, ggml_nbytes(all_thresholds));
+    }
+    if (p.active) {
+        active.assign(p.active, p.active + n_layer);
+    } else {
+        active.assign(n_layer, 1);
+    }
+    params = p;
+    params.thresholds = nullptr;
+    params.active     = nullptr;
+}
+
+bool mc_routing::is_active(int il) const {
+    return active[il] != 0;
+}
+
+bool mc_routing::needs_importance(int il) const {
+    return params.policy == MC_ROUTING_ODP && params.protect > 0.0 && params.protect < 1.0 && is_active(il);
+}
+
+bool mc_routing::needs_attention(int il) const {
+    return params.importance == MC_IMPORTANCE_ATTENTION && il >= n_layer_dense && needs_importance(il);
+}
+
+ggml_tensor * mc_routing::thresholds(ggml_context * ctx_graph, int il) const {
+    return ggml_view_1d(ctx_graph, all_thresholds, all_thresholds->ne[0], il*all_thresholds->nb[1]);
+}
+
+ggml_tensor * mc_routing::counters(ggml_context * ctx_graph, int il) const {
+    return ggml_view_1d(ctx_graph, all_counters, all_counters->ne[0], il*all_counters->nb[1]);
+}
+
+void mc_routing::get_counters(int64_t * slots, int64_t * experts) const {
+    const int64_t * layer = (const int64_t *) all_counters->data;
+    for (int il = 0; il < n_layer; ++il, layer += all_counters->ne[0]) {
+        if (slots) {
+            std::copy_n(layer, 3*n_rank, slots + il*3*n_rank);
+        }
+        if (experts) {
+            std::copy_n(layer + 3*n_rank, 2*n_expert, experts + il*2*n_expert);
+        }
+    }
+}
+
+void mc_routing::reset_counters() {
+    memset(all_counters->data, 0, ggml_nbytes(all_counters));
+}
+
+//
+// graph
+//
+
+static bool needs_attention(const llm_graph_context & graph, int il) {
+    const mc_routing * routing = graph.cparams.mc_routing_state;
+    return routing && !graph.cparams.warmup && il >= 0 && il < routing->n_layer && routing->needs_attention(il) &&
+        graph.ubatch.n_tokens > graph.ubatch.n_seqs_unq;
+}
+
+void mc_see_attention(const llm_graph_context & graph, ggml_tensor * probs, ggml_tensor * k, int il) {
+    if (!needs_attention(graph, il)) {
+        return;
+    }
+    ggml_tensor * cells = cells_of(graph, k);
+    if (!cells && (probs->ne[0] != graph.n_tokens || probs->ne[3] != 1)) {
+        return; // keys that are not the tokens' own, as in cross-attention
+    }
+    // k is permuted to [n_embd_head, n_kv, n_head_kv, n_stream]; in a cache, nb[3] spans all cells of a stream
+    const int64_t cells_per_stream = cells ? (int64_t) (k->nb[3]/k->nb[1]) : graph.n_tokens;
+
+    ggml_tensor * received = ggml_mc_attn_received(graph.ctx0, probs, cells, tokens_input(graph), cells_per_stream);
+    graph.cb(received, "attn_received", il);
+    ggml_build_forward_expand(graph.gf, received); // so that the scores are freed after the attention
+
+    graph.mc.attn_layer = il;
+    graph.mc.received   = received;
+}
+
+void mc_see_flash_attention(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask,
+        ggml_tensor * sinks, float kq_scale, int il) {
+    if (!needs_attention(graph, il)) {
+        return;
+    }
+    ggml_context * ctx0 = graph.ctx0;
+    ggml_tensor  * kq   = ggml_mul_mat(ctx0, k, q);
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+    if (graph.hparams.attn_soft_cap) {
+        const float cap = graph.hparams.f_attn_logit_softcapping;
+        // what the op does with logit_softcap: the scale comes first
+        kq       = ggml_scale(ctx0, ggml_tanh(ctx0, ggml_scale(ctx0, kq, kq_scale/cap)), cap);
+        kq_scale = 1.0f;
+    }
+    kq = ggml_soft_max_ext(ctx0, kq, kq_mask, kq_scale, graph.hparams.f_max_alibi_bias);
+    ggml_soft_max_add_sinks(kq, sinks);
+    mc_see_attention(graph, kq, k, il);
+}
+
+ggml_tensor * mc_route_experts(const llm_graph_context & graph, ggml_tensor * cur, ggml_tensor * weights, ggml_tensor * selected,
+        int64_t n_expert, bool normalized, int il) {
+    const mc_routing * routing = graph.cparams.mc_routing_state;
+    graph.mc.selected = nullptr;
+    if (!routing || graph.cparams.warmup || graph.cparams.training || il < 0 || il >= routing->n_layer ||
+            n_expert != routing->n_expert || selected->ne[0] > routing->n_rank) {
+        return weights;
+    }
+    ggml_context * ctx0 = graph.ctx0;
+    ggml_tensor  * rows = rows_of(graph, cur);
+
+    const ggml_mc_route_params params = route_params(*routing, n_expert, il);
+
+    ggml_tensor * routed = ggml_mc_route(ctx0, weights, selected, build_importance(graph, cur, rows, il), tokens_input(graph), rows,
+            routing->thresholds(ctx0, il), routing->counters(ctx0, il), &params);
+    graph.cb(routed, "ffn_moe_routed", il);
+    ggml_build_forward_expand(graph.gf, routed); // counts, even where nothing can be dropped
+
+    if (params.policy == GGML_MC_POLICY_COUNT_ONLY) {
+        return weights;
+    }
+    graph.mc.selected = selected;
+    graph.mc.routed   = routed;
+
+    weights = ggml_mc_mask_weights(ctx0, weights, routed, normalized);
+    graph.cb(weights, "ffn_moe_weights_routed", il);
+    return weights;
+}
+
+ggml_tensor * mc_mul_mat_routed(const llm_graph_context & graph, ggml_tensor * w, ggml_tensor * b, ggml_tensor * ids) {
+    const bool is_stack = w->op == GGML_OP_NONE && w->src[0] != nullptr; // of groups
+    if (!graph.mc.selected || ids != graph.mc.selected) {
+        return mc_mul_mat_id(graph.ctx0, w, b, ids);
+    }
+    if (is_stack) {
+        return mc_mul_mat_id(graph.ctx0, w, b, graph.mc.routed);
+    }
+    ggml_tensor * result = ggml_mul_mat_id_grouped(graph.ctx0, &w, 1, nullptr, b, graph.mc.routed);
+    return is_supported_at(w, result) ? result : ggml_mul_mat_id(graph.ctx0, w, b, ids);
+}
+
+//
+// API
+//
+
+mc_routing_params mc_routing_default_params(void) {
+    return {
+        /*.policy     =*/ MC_ROUTING_OFF,
+        /*.importance =*/ MC_IMPORTANCE_ATTENTION,
+        /*.keep_min   =*/ 1,
+        /*.seed       =*/ 0,
+        /*.ratio      =*/ 0.0f,
+        /*.top_p      =*/ 1.0f,
+        /*.rate       =*/ 0.0f,
+        /*.protect    =*/ 0.02,
+        /*.thresholds =*/ nullptr,
+        /*.active     =*/ nullptr,
+    };
+}
+
+int32_t mc_set_routing(llama_context * ctx, const mc_routing_params * params) {
+    try {
+        ctx->mc_set_routing(*params);
+        return 0;
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+        return -1;
+    }
+}
+
+static bool has_experts(const llama_context * ctx) {
+    return ctx->get_model().hparams.n_expert > 0;
+}
+
+int32_t mc_routing_n_layer(const llama_context * ctx) {
+    return has_experts(ctx) ? (int32_t) ctx->get_model().hparams.n_layer() : 0;
+}
+
+int32_t mc_routing_n_rank(const llama_context * ctx) {
+    return has_experts(ctx) ? (int32_t) ctx->get_model().hparams.n_expert_used_max() : 0;
+}
+
+int32_t mc_routing_n_expert(const llama_context * ctx) {
+    return has_experts(ctx) ? (int32_t) ctx->get_model().hparams.n_expert : 0;
+}
+
+void mc_routing_get_counters(llama_context * ctx, int64_t * slots, int64_t * experts) {
+    ctx->synchronize();
+    if (const mc_routing * routing = ctx->mc_get_routing()) {
+        routing->get_counters(slots, experts);
+        return;
+    }
+    if (slots) {
+        std::fill_n(slots, (size_t) mc_routing_n_layer(ctx)*3*mc_routing_n_rank(ctx), 0);
+    }
+    if (experts) {
+        std::fill_n(experts, (size_t) mc_routing_n_layer(ctx)*2*mc_routing_n_expert(ctx), 0);
+    }
+}
+
+void mc_routing_reset_counters(llama_context * ctx) {
+    ctx->synchronize();
+    if (mc_routing * routing = ctx->mc_get_routing()) {
+        routing->reset_counters();
+    }
+}
