@@ -16,6 +16,7 @@ from mc_gguf.container.layout import (
     total_bytes,
 )
 from mc_gguf.container.reader import MixedGguf, describe, validate
+from mc_gguf.container.routing import read_routing
 
 __all__ = [
     "MixedGguf",
@@ -26,6 +27,7 @@ __all__ = [
     "fixed_type",
     "header",
     "layout",
+    "read_routing",
     "total_bytes",
     "validate",
 ]
