@@ -25,7 +25,7 @@ from mc_gguf import __version__
 from mc_gguf.errors import ArtifactError
 
 PROJECTIONS: tuple[str, ...] = ("gate", "up", "down")
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 PLAN_VERSION = 1
 NO_CALIBRATION = hashlib.sha256(b"").hexdigest()  # fingerprint where nothing had to be measured: 16-bit files
 
@@ -131,6 +131,10 @@ class Calibration:
     imatrix_in [L, E, n_embd]   mean squared input of gate and up; zeros when no token came
     imatrix_mid [L, E, n_ff]    mean squared input of down
     ratio_quantiles [L, K-1, Q] quantiles 0..1 of w_j / w_0 for the ranks j = 1..K-1 (K = n_expert_used)
+    routing_sensitivity [L]     increase of the mean KL divergence (nats a token) of the model's output when
+                                only this layer drops the experts with w_j / w_0 below its medians
+    routing_curve [L, Q]        squared error of the MoE block's output when all below quantile q is dropped,
+                                relative to that at the median
     nominal_error [L, E, 3]     Frobenius norm at nominal 1, 2, 3 bits; published statistics have only this
 
     Published statistics have `model` None and empty arrays for what they do not carry.
@@ -147,6 +151,8 @@ class Calibration:
     imatrix_in: NDArray[np.float32]
     imatrix_mid: NDArray[np.float32]
     ratio_quantiles: Floats
+    routing_sensitivity: Floats
+    routing_curve: Floats
     nominal_error: Floats
     fingerprint: str = ""
     tool: str = field(default=f"mc_gguf {__version__}")
@@ -159,11 +165,12 @@ class Calibration:
     def blank(cls, model: ModelInfo) -> Calibration:
         """No statistics at all: enough to plan a 16-bit file of `model`."""
         layers = model.expert_layers
-        empty, empty32 = np.zeros((len(layers), model.n_expert)), np.zeros(0, dtype=np.float32)
+        empty, none = np.zeros((len(layers), model.n_expert)), np.zeros(0)
+        empty32 = np.zeros(0, dtype=np.float32)
         return cls(
             model=model, layers=layers, types=(), corpus={}, frequency=empty, routing_weight=empty,
-            sq_error=empty, output_sq=empty, imatrix_in=empty32, imatrix_mid=empty32, ratio_quantiles=empty,
-            nominal_error=empty, fingerprint=NO_CALIBRATION,
+            sq_error=empty, output_sq=empty, imatrix_in=empty32, imatrix_mid=empty32, ratio_quantiles=none,
+            routing_sensitivity=none, routing_curve=none, nominal_error=empty, fingerprint=NO_CALIBRATION,
         )  # fmt: skip
 
     def save(self, path: Path) -> Calibration:
@@ -208,7 +215,7 @@ class Calibration:
 
 _ARRAYS = (
     "frequency", "routing_weight", "sq_error", "output_sq", "imatrix_in", "imatrix_mid", "ratio_quantiles",
-    "nominal_error",
+    "routing_sensitivity", "routing_curve", "nominal_error",
 )  # fmt: skip
 
 
@@ -246,8 +253,8 @@ def _load_published(path: Path, fingerprint: str) -> Calibration:
     return Calibration(
         model=None, layers=tuple(range(n_layer)), types=(), corpus={"about": data.get("about", "")},
         frequency=frequency, routing_weight=weight, sq_error=none, output_sq=none, imatrix_in=none32,
-        imatrix_mid=none32, ratio_quantiles=none, nominal_error=loss, fingerprint=fingerprint,
-        tool="published",
+        imatrix_mid=none32, ratio_quantiles=none, routing_sensitivity=none, routing_curve=none,
+        nominal_error=loss, fingerprint=fingerprint, tool="published",
     )  # fmt: skip
 
 

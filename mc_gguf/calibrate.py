@@ -300,7 +300,7 @@ def _assemble(
         model=info, layers=info.expert_layers, types=types, corpus=corpus,
         frequency=stack("frequency"), routing_weight=stack("routing_weight"), sq_error=sq_error,
         output_sq=stack("output_sq"), imatrix_in=stack("imatrix_in").astype(np.float32),
-        imatrix_mid=stack("imatrix_mid").astype(np.float32), ratio_quantiles=stack("ratio_quantiles"),
+        imatrix_mid=stack("imatrix_mid").astype(np.float32), ratio_quantiles=stack("ratio_quantiles"), routing_sensitivity=np.zeros(0), routing_curve=np.zeros(0),
         nominal_error=nominal_errors(sq_error, types),
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from synthetic_calibration import synthetic_routing
 
 from mc_gguf import container
 from mc_gguf.artifacts import (
@@ -145,7 +146,7 @@ def make_calibration(info: ModelInfo, path: Path, unused: Sequence[tuple[int, in
     calibration = Calibration(
         model=info, layers=info.expert_layers, types=("Q2_K",), corpus={}, frequency=flat,
         routing_weight=flat, sq_error=np.ones((n_layer, n_expert, 3, 1)), output_sq=flat, imatrix_in=wide,
-        imatrix_mid=mid, ratio_quantiles=np.zeros((n_layer, 1, 3)), nominal_error=none,
+        imatrix_mid=mid, **synthetic_routing(n_layer), nominal_error=none,
     )  # fmt: skip
     return calibration.save(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,17 @@ def model_info(
     return ModelInfo("llama", n_layer, n_expert, 2, n_embd, n_ff, "5" * 64, kv_bytes, n_kv, tuple(tensors))
 
 
+def synthetic_routing(n_layer: int, n_rank: int = 2, n_quantile: int = 101) -> dict[str, Any]:
+    """The routing arrays of a Calibration, shaped like measured ones: the last layers are the sensitive."""
+    q = np.linspace(0, 1, n_quantile)
+    power, rank = np.linspace(1, 2, n_layer)[:, None, None], np.arange(1, n_rank)[:, None]
+    return {
+        "ratio_quantiles": q**power / rank,
+        "routing_sensitivity": 1e-3 * np.linspace(1, 2, n_layer) ** 3,
+        "routing_curve": (2 * q) ** np.linspace(2, 3, n_layer)[:, None],
+    }
+
+
 def calibration(
     n_layer: int = 6, n_expert: int = 8, n_embd: int = 256, n_ff: int = 256,
     types: Sequence[str] = CANDIDATES, seed: int = 0, type_name: str = "BF16",
@@ -59,7 +71,7 @@ def calibration(
         model=model, layers=tuple(range(n_layer)), types=tuple(types), corpus={"sha256": "0" * 64},
         frequency=rng.integers(1, 1000, shape).astype(np.float64), routing_weight=rng.uniform(1, 500, shape),
         sq_error=error, output_sq=output_sq, imatrix_in=np.ones((*shape, n_embd), dtype=np.float32),
-        imatrix_mid=np.ones((*shape, n_ff), dtype=np.float32), ratio_quantiles=np.zeros((n_layer, 1, 3)),
+        imatrix_mid=np.ones((*shape, n_ff), dtype=np.float32), **synthetic_routing(n_layer),
         nominal_error=np.sqrt(output_sq)[..., None] * np.array([0.5, 0.35, 0.2])
         * rng.uniform(0.9, 1.1, (*shape, 3)),
         fingerprint="c" * 64,

@@ -52,7 +52,7 @@ def make_calibration(info: ModelInfo, path: Path) -> Calibration:
         routing_weight=np.ones(shape), sq_error=none, output_sq=none,
         imatrix_in=rng.random((*shape, info.n_embd), dtype=np.float32) + np.float32(0.01),
         imatrix_mid=rng.random((*shape, info.n_ff), dtype=np.float32) + np.float32(0.01),
-        ratio_quantiles=none, nominal_error=none,
+        ratio_quantiles=none, routing_sensitivity=none, routing_curve=none, nominal_error=none,
     )  # fmt: skip
     return calibration.save(path)
 

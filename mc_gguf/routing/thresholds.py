@@ -1,0 +1,130 @@
+"""Thresholds of w_j / w_0 from a RoutingProfile: at quantiles, or for a wanted saving at the least damage.
+
+A quantile a layer says how much it drops: thresholds at quantile q drop the share q of the slots of every
+rank from 1 on, rank 0 never, so of all expert activations of K ranks it is (K-1)/K * mean of q. Layers where
+the quantile is 0 drop nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf.artifacts import Floats
+from mc_gguf.errors import McError
+from mc_gguf.routing.profile import RoutingProfile
+
+# for_target_drop chooses among quantiles i / STEPS.
+STEPS = 200
+# A layer is tolerant when its sensitivity is at most so many times that of the middle layer.
+TOLERANCE = 3.0
+
+
+def at_quantiles(profile: RoutingProfile, quantiles: Floats) -> NDArray[np.float32]:
+    """Thresholds [n_layer, K] at one quantile [L] for each layer with experts, linear between the profile's.
+
+    Rank 0 has threshold 0, as have layers without experts and those with quantile 0. Raises McError for
+    quantiles outside 0..1.
+    """
+    wanted = _checked(profile, quantiles)
+    grid = np.linspace(0, 1, profile.curve.shape[1])
+    thresholds = np.zeros((profile.n_layer, profile.n_rank), dtype=np.float32)
+    for i, layer in enumerate(profile.layers):
+        if wanted[i] > 0:
+            thresholds[layer, 1:] = [np.interp(wanted[i], grid, q) for q in profile.ratio_quantiles[i]]
+    return thresholds
+
+
+def tolerant_layers(profile: RoutingProfile) -> tuple[int, ...]:
+    """Numbers of the layers whose sensitivity is at most TOLERANCE times the median over layers."""
+    limit = TOLERANCE * float(np.median(profile.sensitivity))
+    return tuple(n for n, s in zip(profile.layers, profile.sensitivity, strict=True) if s <= limit)
+
+
+def predicted_drop(profile: RoutingProfile, quantiles: Floats) -> float:
+    """Share of all expert activations (all layers with experts, all ranks) that thresholds at `quantiles` [L]
+    drop on the calibration text, without protected tokens.
+    """
+    return float((profile.n_rank - 1) / profile.n_rank * _checked(profile, quantiles).mean())
+
+
+def predicted_damage(profile: RoutingProfile, quantiles: Floats) -> float:
+    """Increase of the mean KL divergence (nats a token) at `quantiles` [L]: the sum of the layers' own."""
+    return float(sum(_damages(profile, q)[i] for i, q in enumerate(_checked(profile, quantiles))))
+
+
+def for_target_drop(profile: RoutingProfile, drop: float, layers: Sequence[int] | None) -> Floats:
+    """Quantile of each layer [L] that drops the share `drop` of all expert activations at the least damage.
+
+    Only `layers` (numbers; None: all with experts) may drop. The predicted damage is least among quantiles in
+    steps of 1/STEPS whose sum is the wanted one, rounded up to a step: dynamic program over the layers.
+    Raises McError when `drop` is more than these layers can drop.
+    """
+    allowed = _places(profile, layers)
+    share = (profile.n_rank - 1) / profile.n_rank / len(profile.layers)  # of the activations, for quantile 1
+    most = share * len(allowed)
+    if not 0 <= drop <= most * (1 + 1e-9):
+        raise McError(
+            f"{100 * drop:g} % of the expert activations cannot be dropped; with "
+            f"{len(allowed)} of {len(profile.layers)} layers active it can be 0 to {100 * most:.1f} %"
+        )
+    n_step = min(int(np.ceil(drop / share * STEPS - 1e-6)), STEPS * len(allowed)) if drop else 0
+    steps = _least(np.stack([_damages(profile, np.linspace(0, 1, STEPS + 1))[i] for i in allowed]), n_step)
+    quantiles = np.zeros(len(profile.layers))
+    quantiles[allowed] = steps / STEPS
+    return quantiles
+
+
+def _least(cost: Floats, n_step: int) -> NDArray[np.int64]:
+    """The steps [n] of n layers that sum to `n_step` with the least sum of cost [n, STEPS + 1]."""
+    best = np.full(n_step + 1, np.inf)
+    best[0] = 0
+    chosen = np.zeros((len(cost), n_step + 1), dtype=np.int64)
+    for i, own in enumerate(cost):
+        # before[k, s]: least cost of the earlier layers when this one takes k of s steps
+        before = np.full((len(own), n_step + 1), np.inf)
+        for k in range(min(len(own), n_step + 1)):
+            before[k, k:] = best[: n_step + 1 - k]
+        total = before + own[:, None]
+        chosen[i] = total.argmin(axis=0)
+        best = total.min(axis=0)
+    steps = np.zeros(len(cost), dtype=np.int64)
+    left = n_step
+    for i in reversed(range(len(cost))):
+        steps[i] = chosen[i, left]
+        left -= steps[i]
+    return steps
+
+
+def _damages(profile: RoutingProfile, quantile: float | Floats) -> Floats:
+    """Damage of every layer [L] or [L, ...] at one or several quantiles, nats a token."""
+    grid = np.linspace(0, 1, profile.curve.shape[1])
+    curves = np.stack([np.interp(quantile, grid, curve) for curve in profile.curve])
+    return np.asarray((profile.sensitivity * curves.T).T)
+
+
+def _places(profile: RoutingProfile, layers: Sequence[int] | None) -> list[int]:
+    """Places in profile.layers of the layers named."""
+    if layers is None:
+        return list(range(len(profile.layers)))
+    if unknown := sorted(set(layers) - set(profile.layers)):
+        raise McError(
+            f"layer {unknown[0]} has no experts; layers with experts are "
+            f"{profile.layers[0]} to {profile.layers[-1]}"
+        )
+    if not layers:
+        raise McError("no layer is active, so nothing can be dropped; name some layers")
+    return [profile.layers.index(n) for n in sorted(set(layers))]
+
+
+def _checked(profile: RoutingProfile, quantiles: Floats) -> Floats:
+    values = np.asarray(quantiles, dtype=np.float64)
+    if values.shape != (len(profile.layers),):
+        raise McError(
+            f"{len(profile.layers)} quantiles are needed, one for each layer with experts; got {values.size}"
+        )
+    if not ((values >= 0) & (values <= 1)).all():
+        raise McError(f"quantiles must be between 0 and 1; got {values.min():g} to {values.max():g}")
+    return values
