@@ -18,7 +18,10 @@ from mc_gguf.errors import McError
 if TYPE_CHECKING:
     from mc_gguf.llama import Llama
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
+HELP = (
+    "/reset forgets the conversation, /stats shows what dynamic routing saved, /exit or Ctrl-D leaves, "
+    "Ctrl-C stops an answer."
+)
 DEFAULT_CONTEXT = 4096  # tokens; a model's own maximum may need gigabytes of cache
 
 
@@ -92,16 +95,29 @@ def chat(
     sampling: Sampling,
     n_ctx: int = DEFAULT_CONTEXT,
     n_threads: int | None = None,
+    routing: str = "auto",
 ) -> None:
-    """Loads the model and answers `prompt` on stdout, or talks until the user leaves when there is none."""
+    """Loads the model and answers `prompt` on stdout, or talks until the user leaves when there is none. At
+    the end what dynamic routing (`routing`, see Routing.parse) saved goes to stderr.
+    """
     from mc_gguf.llama import Llama
 
-    with contextlib.closing(Llama(model, n_ctx=n_ctx, n_threads=n_threads)) as llm:
+    with contextlib.closing(Llama(model, n_ctx=n_ctx, n_threads=n_threads, routing=routing)) as llm:
         conversation = Conversation(llm, sampling)
-        if prompt is not None:
-            say(conversation, prompt, sys.stdout)
-        else:
-            talk(conversation, sys.stdout)
+        try:
+            if prompt is not None:
+                say(conversation, prompt, sys.stdout)
+            else:
+                talk(conversation, sys.stdout)
+        finally:
+            if llm.routing.policy != "off":
+                sys.stderr.write(f"{saving(llm)}\n")
+
+
+def saving(llm: Llama) -> str:
+    """One line on what dynamic routing saved."""
+    policy = llm.routing.policy
+    return f"Routing {policy}" if policy == "off" else f"Routing {policy}: {llm.routing_stats()}"
 
 
 def say(conversation: Conversation, prompt: str, out: TextIO) -> None:
@@ -129,6 +145,8 @@ def talk(conversation: Conversation, out: TextIO) -> None:
                 return
             case "/reset":
                 conversation.reset()
+            case "/stats":
+                out.write(f"{saving(conversation.llm)}\n")
             case "/help":
                 out.write(f"{HELP}\n")
             case _:

@@ -1,8 +1,10 @@
-"""Llama: llama_cpp.Llama on the patched runtime. Every method of it works.
+"""Llama: llama_cpp.Llama on the patched runtime, with dynamic expert routing. Every method of it works.
 
     from mc_gguf import Llama
     llm = Llama("model.gguf", n_ctx=2048)
     print(llm("Once upon a time", max_tokens=32)["choices"][0]["text"])
+    llm.routing = "threshold:threshold=0.5"      # from the next token on
+    print(llm.routing_stats())
 
 Importing this module loads the runtime and checks its patch set; RuntimeBuildError says what to run when
 that fails.
@@ -12,14 +14,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mc_gguf import runtime
+from mc_gguf.container import MixedGguf, read_routing
 from mc_gguf.cores import usable_cores
-from mc_gguf.errors import FormatError, SourceError
+from mc_gguf.errors import FormatError, McError, SourceError
+from mc_gguf.routing import Routing, RoutingMetadata, RoutingStats, resolve
+from mc_gguf.runtime import routing_api
 
 runtime.use_in_llama_cpp()  # before llama_cpp is imported: that is when it picks its libraries
 
@@ -27,6 +37,8 @@ import llama_cpp  # noqa: E402  after the line above
 from llama_cpp._logger import logger  # noqa: E402
 
 GGUF_MAGIC = b"GGUF"
+SHARD_NAME = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
+FUSED_NAME = re.compile(r"blk\.(\d+)\.ffn_gate_up_exps\.weight")
 LOG_WARN, LOG_ERROR, LOG_CONTINUED = 3, 4, 5  # enum ggml_log_level
 KEPT_LINES = 8
 CONTEXT_STEP = 256  # tokens
@@ -37,16 +49,30 @@ _problems: list[str] = []  # the latest errors and warnings of llama.cpp, oldest
 class Llama(llama_cpp.Llama):
     """A llama_cpp.Llama that is quiet and uses all cores by default.
 
-    model_path: a GGUF file, plain or mixed-expert. All keyword arguments are llama_cpp.Llama's. Raises
-    SourceError when there is no such file and FormatError, with llama.cpp's reason, when it cannot be
-    loaded.
+    model_path: a GGUF file, plain or mixed-expert. `routing` is a Routing or its text (Routing.parse); "auto"
+    does what the file says. All other keyword arguments are llama_cpp.Llama's. Raises SourceError when there
+    is no such file, FormatError, with llama.cpp's reason, when it cannot be loaded, and McError when the
+    routing does not fit the model.
+
+    With policy odp the runtime measures how much attention each token of a prompt receives, within the part
+    of it that is computed at once (n_ubatch tokens). Without flash attention it reads the softmax that is
+    there; with flash_attn=True it computes the same softmax a second time beside it: the measure stays exact,
+    the prompt costs more. Generated tokens come one at a time and cost nothing extra either way.
     """
 
     _stack = contextlib.ExitStack()  # so that __del__ works on an object whose __init__ raised early
 
-    def __init__(self, model_path: str | Path, *, verbose: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        routing: Routing | str = "auto",
+        verbose: bool = False,
+        **options: Any,
+    ) -> None:
         path = Path(model_path)
         check_file(path)
+        wanted_routing = Routing.of(routing)
         if not options.get("n_threads"):
             options["n_threads"] = usable_cores()
         if not options.get("n_threads_batch"):
@@ -64,6 +90,75 @@ class Llama(llama_cpp.Llama):
             ):  # those are about the file, the others about an argument
                 raise
             raise FormatError(f"{path}: {_reason() or error}") from error
+        try:
+            self._routing_metadata = self._read_routing(path)
+            self._routing = Routing("off")
+            self.routing = wanted_routing
+        except McError:
+            self.close()
+            raise
+
+    @property
+    def routing(self) -> Routing:
+        """What was set last; "auto" has become odp or off. Setting it, also to a text, works from the next
+        token on and keeps the conversation; McError when it does not fit the model, and nothing changes.
+        """
+        return self._routing
+
+    @routing.setter
+    def routing(self, routing: Routing | str) -> None:
+        wanted = Routing.of(routing).settled(self._routing_metadata)
+        context = self._open_context()
+        params = resolve(wanted, self._routing_metadata, routing_api.routing_shape(context))
+        if wanted != self._routing or wanted.policy != "off":  # off it is from the start
+            routing_api.set_routing(context, params)
+        self._routing = wanted
+
+    def routing_stats(self) -> RoutingStats:
+        """What was routed and dropped since the model was loaded or reset_routing_stats was called."""
+        context = self._open_context()
+        slots, experts = routing_api.read_counters(context)
+        shape = routing_api.routing_shape(context)
+        return RoutingStats.of(slots, experts, _expert_bytes(Path(self.model_path), shape))
+
+    def reset_routing_stats(self) -> None:
+        """Counts from zero again; the routing stays."""
+        routing_api.reset_counters(self._open_context())
+
+    def _open_context(self) -> Any:
+        context = self._ctx.ctx
+        if context is None:
+            raise McError("this Llama is closed; load the model again")
+        return context
+
+    def _read_routing(self, path: Path) -> RoutingMetadata | None:
+        """What the file says. Its header is read a second time only if mc_gguf has written to it: for others
+        that would be slow, and stricter than llama.cpp is.
+        """
+        return read_routing(path) if any(key.startswith("mc_gguf.") for key in self.metadata) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return state | {"routing": self.routing}
+
+
+def _expert_bytes(path: Path, shape: routing_api.RoutingShape) -> NDArray[np.int64]:
+    """Bytes of every expert's matrices [n_layer, n_expert]; zeros where they cannot be told."""
+    found = np.zeros((shape.n_layer, shape.n_expert), dtype=np.int64)
+    name = SHARD_NAME.fullmatch(path.name)
+    shards = sorted(path.parent.glob(f"{glob.escape(name[1])}-?????-of-{name[2]}.gguf")) if name else [path]
+    for shard in shards if shape.n_expert else ():
+        try:
+            model = MixedGguf.open(shard)
+        except FormatError:  # llama.cpp reads more than we do, such as GGUF version 2
+            return np.zeros_like(found)
+        for (layer, _), experts in model.slices.items():
+            if layer < shape.n_layer:
+                found[layer] += [expert.n_bytes for expert in experts]
+        for entry in model.header.tensors.values():
+            if match := FUSED_NAME.fullmatch(entry.name):
+                found[int(match[1])] += entry.n_bytes // shape.n_expert
+    return found
 
 
 def check_file(path: Path) -> None:
