@@ -24,7 +24,7 @@ DEFAULT_ALIGNMENT = 32
 MAX_NAME_BYTES = 63
 MAX_DIMS = 4
 
-STRING, ARRAY, UINT32, FLOAT32 = 8, 9, 4, 6
+STRING, ARRAY, UINT32, FLOAT32, FLOAT64 = 8, 9, 4, 6, 12
 _SCALARS = {
     0: "<B",
     1: "<b",
@@ -72,7 +72,11 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Everything in a GGUF before the weights."""
+    """Everything in a GGUF before the weights.
+
+    `kv_spans` says where in the file each metadata entry stands (key, type and value), `infos_span` where all
+    tensor infos do: (start, end) in bytes, for who copies them as they are.
+    """
 
     path: Path
     kv: Mapping[str, Value]
@@ -80,6 +84,8 @@ class GgufHeader:
     alignment: int
     data_offset: int
     file_bytes: int
+    kv_spans: Mapping[str, tuple[int, int]]
+    infos_span: tuple[int, int]
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a metadata key, or `default`."""
@@ -105,12 +111,33 @@ def read_header(path: Path) -> GgufHeader:
         raise FormatError(f"cannot read {path}: {error.strerror}") from error
 
 
+def encode_kv(key: str, value: Value) -> bytes:
+    """One metadata entry as it stands in a file: key, type, value."""
+    head = _encode_string(key) + struct.pack("<I", value.type)
+    if value.type == STRING:
+        return head + _encode_string(value.value)
+    if value.type != ARRAY:
+        return head + struct.pack(_SCALARS[value.type], value.value)
+    item_type = value.item_type
+    assert item_type is not None
+    head += struct.pack("<IQ", item_type, len(value.value))
+    if item_type == STRING:
+        return head + b"".join(map(_encode_string, value.value))
+    return head + struct.pack(f"<{len(value.value)}{_SCALARS[item_type][1]}", *value.value)
+
+
+def _encode_string(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(data)) + data
+
+
 class _Parser:
     """A cursor over the mapped file; `where` says what is being read, for messages."""
 
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
         self.path, self.data, self.size = path, data, size
         self.position, self.where = 0, "the header"
+        self.kv_spans: dict[str, tuple[int, int]] = {}
 
     def fail(self, what: str) -> FormatError:
         return FormatError(f"{self.path}: {self.where}: {what}")
@@ -141,11 +168,13 @@ class _Parser:
             raise self.fail(f"GGUF version {version:#x}; only version {VERSION}, little-endian, is supported")
         n_tensor, n_kv = self.scalar("<Q"), self.scalar("<Q")
         kv = self.metadata(n_kv)
+        infos_start = self.position
         stored = kv.get("general.alignment", Value(UINT32, DEFAULT_ALIGNMENT))
         alignment = stored.value
         if stored.type != UINT32 or alignment <= 0 or alignment & (alignment - 1):
             raise FormatError(f"{self.path}: key general.alignment: {alignment!r} is not a power of two")
         infos = self.infos(n_tensor, alignment)
+        infos_span = infos_start, self.position
         data_offset = pad(self.position, alignment)
         tensors = {
             t.name: TensorEntry(t.name, t.shape, t.type, data_offset + t.offset, t.n_bytes) for t in infos
@@ -155,17 +184,21 @@ class _Parser:
                 self.where = f"tensor {tensor.name}"
                 end = tensor.offset + tensor.n_bytes
                 raise self.fail(f"ends at byte {end}, the file has {self.size}; it is truncated")
-        return GgufHeader(self.path, kv, tensors, alignment, data_offset, self.size)
+        return GgufHeader(
+            self.path, kv, tensors, alignment, data_offset, self.size, self.kv_spans, infos_span
+        )
 
     def metadata(self, n_kv: int) -> dict[str, Value]:
         kv: dict[str, Value] = {}
         for index in range(n_kv):
             self.where = f"key number {index}"
+            start = self.position
             key = self.string()
             self.where = f"key {key}"
             if key in kv:
                 raise self.fail("appears twice")
             kv[key] = self.value(self.scalar("<I"))
+            self.kv_spans[key] = start, self.position
         return kv
 
     def value(self, type_id: int) -> Value:

@@ -1,11 +1,11 @@
-"""Sizes in bytes, read from and written for people: "15.5GiB", "13 GB", "750MB", 123456."""
+"""What people write: sizes ("15.5GiB", "750MB", 123456), shares ("15%", 0.15), layers ("auto", "0,2,5")."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-from mc_gguf.errors import BudgetError
+from mc_gguf.errors import BudgetError, McError
 
 _FACTORS = {
     "": 1, "b": 1,
@@ -40,3 +40,24 @@ def format_size(size: int) -> str:
             break
         value, unit = value / 1024, larger
     return f"{size} B" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def parse_share(text: str) -> float:
+    """A share from 0 to 1, written as "0.15" or "15%". Raises McError for anything else."""
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        share = float(Fraction(number) / 100) if percent else float(number)
+    except (ValueError, ZeroDivisionError):
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise McError(f"{text!r} is not a share; write a number from 0 to 1, or 0% to 100%")
+    return share
+
+
+def parse_layers(text: str) -> str | tuple[int, ...]:
+    """The numbers of layers in "0,2,5"; "auto" and "all" as they are. Raises McError for anything else."""
+    if text in ("auto", "all"):
+        return text
+    if not re.fullmatch(r"\d+(\s*,\s*\d+)*", text.strip(), re.ASCII):
+        raise McError(f"{text!r} names no layers; write auto, all, or numbers such as 0,2,5")
+    return tuple(int(number) for number in text.split(","))

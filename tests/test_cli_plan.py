@@ -17,6 +17,7 @@ from mc_gguf.cli.options import _collect
 from mc_gguf.cli.plan import command
 from mc_gguf.container import file_bytes
 from mc_gguf.errors import ArtifactError, BudgetError, McError
+from mc_gguf.routing.metadata import of_calibration
 
 PUBLISHED = Path(__file__).parent / "data" / "mixtral-8x7b" / "calibration.json"
 
@@ -42,7 +43,9 @@ def test_a_plan_is_written_after_its_summary(source: Path, tmp_path: Path) -> No
     assert plan.experts == make_plan(loaded, Budget(bpw=2.5)).experts
     assert plan.calibration_fingerprint == loaded.fingerprint
     assert loaded.model is not None
-    assert plan.file_bytes == file_bytes(loaded.model, plan.experts, plan.fixed)
+    routing = of_calibration(loaded)
+    assert routing is not None
+    assert plan.file_bytes == file_bytes(loaded.model, plan.experts, plan.fixed, routing)
 
 
 def test_the_same_plan_is_the_same_file(source: Path, tmp_path: Path) -> None:
@@ -94,10 +97,11 @@ def test_every_option_arrives(source: Path, tmp_path: Path) -> None:
 def test_sixteen_bits_measures_the_plain_file(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "plan.json"
     run(source, "-o", output, "--bpw", 16)
-    plan, model = Plan.load(output), Calibration.load(source).model
-    assert model is not None
-    assert plan.fixed == fixed_types(model, Budget(bpw=16), FixedTypes())
-    assert plan.file_bytes == file_bytes(model, plan.experts, plan.fixed)
+    plan, loaded = Plan.load(output), Calibration.load(source)
+    assert loaded.model is not None
+    assert plan.fixed == fixed_types(loaded.model, Budget(bpw=16), FixedTypes())
+    routing = of_calibration(loaded)
+    assert plan.file_bytes == file_bytes(loaded.model, plan.experts, plan.fixed, routing)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ from mc_gguf.errors import ArtifactError, McError, SourceError
 from mc_gguf.ggml_types import CANDIDATES, TYPES
 from mc_gguf.quantize import dequantize_rows, find_calibration, quantize, quantize_rows
 from mc_gguf.quantize.journal import PartialFile
+from mc_gguf.routing import default_metadata
+from mc_gguf.routing.metadata import of_calibration
+from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.upstream import load_gguf
 
 FAST = ("Q2_K", "Q3_K", "Q4_K", "IQ4_XS")
@@ -145,7 +148,8 @@ def test_every_expert_is_its_own_quantization(wide: RandomCheckpoint, tmp_path: 
     experts = mixed(wide, CANDIDATES)
     plan = make_plan(wide.info, experts, tmp_path / "plan.json", calibration.fingerprint)
     model = quantize(wide, calibration, plan, tmp_path / "m.gguf", threads=2)
-    assert (tmp_path / "m.gguf").stat().st_size == container.file_bytes(wide.info, experts, FixedTypes())
+    size = container.file_bytes(wide.info, experts, FixedTypes(), of_calibration(calibration))
+    assert (tmp_path / "m.gguf").stat().st_size == size
     assert (model.plan_fingerprint, model.calibration_fingerprint) == (
         plan.fingerprint,
         calibration.fingerprint,
@@ -162,6 +166,21 @@ def test_every_expert_is_its_own_quantization(wide: RandomCheckpoint, tmp_path: 
     norm = model.tensor_data("output_norm.weight").view(np.float32)
     np.testing.assert_array_equal(norm, wide.tensor("output_norm.weight"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.safetensors", "m.gguf", "plan.json"]
+
+
+def test_the_file_carries_the_calibration_s_routing(wide: RandomCheckpoint, tmp_path: Path) -> None:
+    calibration = make_calibration(wide.info, tmp_path / "c.safetensors")
+    plan = make_plan(wide.info, mixed(wide, FAST), tmp_path / "plan.json", calibration.fingerprint)
+    found = quantize(wide, calibration, plan, tmp_path / "m.gguf", threads=2).routing
+    expected = default_metadata(RoutingProfile.of(calibration))
+    assert found is not None
+    assert found.profile is not None
+    assert (found.active, found.protect) == (expected.active, 0.02)
+    np.testing.assert_array_equal(found.thresholds, expected.thresholds)
+    np.testing.assert_array_equal(found.profile.ratio_quantiles, calibration.ratio_quantiles)
+    np.testing.assert_array_equal(found.profile.sensitivity, calibration.routing_sensitivity)
+    np.testing.assert_array_equal(found.profile.curve, calibration.routing_curve)
+    assert (found.calibration, found.model) == (calibration.fingerprint, wide.info.fingerprint)
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F16"])
@@ -213,6 +232,7 @@ def test_a_plan_that_needs_no_calibration(tmp_path: Path) -> None:
     empty = replace(make_calibration(checkpoint.info, tmp_path / "c.safetensors"), fingerprint=NO_CALIBRATION)
     model = quantize(checkpoint, empty, plan, tmp_path / "m.gguf", threads=1)
     assert model.calibration_fingerprint == NO_CALIBRATION
+    assert not [key for key in model.header.kv if key.startswith("mc_gguf.routing.")]
 
 
 def test_files_that_do_not_belong_together(wide: RandomCheckpoint, tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ import click
 from mc_gguf import __version__
 from mc_gguf.errors import McError
 
-COMMANDS: tuple[str, ...] = ("calibrate", "plan", "quantize", "convert", "inspect", "chat", "runtime")
+COMMANDS: tuple[str, ...] = (
+    "calibrate", "plan", "quantize", "convert", "inspect", "routing", "chat", "runtime",
+)  # fmt: skip
 # What the system refuses for reasons that the user can change; other OSErrors are bugs with a traceback.
 USER_ERRNOS = frozenset(
     getattr(errno, name)

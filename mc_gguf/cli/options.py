@@ -71,9 +71,11 @@ class PlanOptions:
         file_bytes = None
         if calibration.model is not None:
             from mc_gguf.container import file_bytes as of_file
+            from mc_gguf.routing.metadata import of_calibration
 
             fixed = fixed_types(calibration.model, self.budget, self.fixed)
-            file_bytes = partial(of_file, calibration.model, fixed=fixed)
+            routing = of_calibration(calibration)
+            file_bytes = partial(of_file, calibration.model, fixed=fixed, routing=routing)
         return plan(calibration, self.budget, self.strategy, self.types, self.fixed, self.seed, file_bytes)
 
 

@@ -16,11 +16,12 @@ from mc_gguf.container.layout import (
     total_bytes,
 )
 from mc_gguf.container.reader import MixedGguf, describe, validate
-from mc_gguf.container.routing import read_routing
+from mc_gguf.container.routing import base_metadata, read_routing, write_routing
 
 __all__ = [
     "MixedGguf",
     "OutputTensor",
+    "base_metadata",
     "describe",
     "expert_bpw",
     "file_bytes",
@@ -30,4 +31,5 @@ __all__ = [
     "read_routing",
     "total_bytes",
     "validate",
+    "write_routing",
 ]

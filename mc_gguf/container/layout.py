@@ -12,6 +12,7 @@ import numpy as np
 
 from mc_gguf.artifacts import PROJECTIONS, FixedTypes, ModelInfo, TensorSpec, expert_tensor_name
 from mc_gguf.checkpoint import Checkpoint
+from mc_gguf.checkpoint.base import add_values
 from mc_gguf.container.keys import (
     FINGERPRINT,
     FORMAT_VERSION,
@@ -20,9 +21,11 @@ from mc_gguf.container.keys import (
     KEY_PLAN,
     KEY_VERSION,
 )
+from mc_gguf.container.routing import routing_bytes, routing_kv
 from mc_gguf.errors import FormatError, McError
 from mc_gguf.ggml_types import MAX_GROUPS, SIXTEEN_BIT, TYPES, GgmlType, ggml_type
 from mc_gguf.gguf_file import BY_ID, DEFAULT_ALIGNMENT, pad
+from mc_gguf.routing.metadata import RoutingMetadata
 
 _FINGERPRINT_BYTES = 64
 # Every key we add, with the bytes of its value.
@@ -64,8 +67,12 @@ class OutputTensor:
         return self.type.row_bytes(self.shape[0]) * math.prod(self.shape[1:])
 
 
-def layout(info: ModelInfo, experts: ExpertTypes, fixed: FixedTypes) -> tuple[OutputTensor, ...]:
+def layout(
+    info: ModelInfo, experts: ExpertTypes, fixed: FixedTypes, routing: RoutingMetadata | None = None
+) -> tuple[OutputTensor, ...]:
     """All tensors of the output in file order, with their offsets. `experts` is indexed like Plan.experts.
+
+    `routing` is the routing metadata that the header will carry; here its size counts.
 
     Raises McError when a type is unknown or does not fit the rows, or a row of `experts` is missing.
     """
@@ -82,7 +89,7 @@ def layout(info: ModelInfo, experts: ExpertTypes, fixed: FixedTypes) -> tuple[Ou
         else:
             kind = fixed_type(spec, fixed, keep_f32)
             entries.append(OutputTensor(spec.name, spec.shape, kind, 0, spec))
-    offset = header_bytes(info, entries)
+    offset = header_bytes(info, entries, routing)
     placed = []
     for entry in entries:
         placed.append(replace(entry, offset=offset))
@@ -139,9 +146,11 @@ def fixed_type(spec: TensorSpec, fixed: FixedTypes, keep_f32: bool = True) -> Gg
     return TYPES["F16"]
 
 
-def header_bytes(info: ModelInfo, tensors: Sequence[OutputTensor]) -> int:
+def header_bytes(
+    info: ModelInfo, tensors: Sequence[OutputTensor], routing: RoutingMetadata | None = None
+) -> int:
     """Size of the header with its padding: the offset of the first tensor."""
-    own = sum(8 + len(key) + 4 + size for key, size in _OWN_KEYS.items())
+    own = sum(8 + len(key) + 4 + size for key, size in _OWN_KEYS.items()) + routing_bytes(routing)
     infos = sum(8 + len(t.name.encode()) + 4 + 8 * len(t.shape) + 4 + 8 for t in tensors)
     return pad(24 + info.kv_bytes + own + infos, DEFAULT_ALIGNMENT)
 
@@ -151,9 +160,13 @@ def total_bytes(tensors: Sequence[OutputTensor]) -> int:
     return tensors[-1].offset + pad(tensors[-1].n_bytes, DEFAULT_ALIGNMENT)
 
 
-def file_bytes(info: ModelInfo, experts: ExpertTypes, fixed: FixedTypes) -> int:
-    """Exact size of the file that quantize writes for these types. Raises McError like `layout`."""
-    return total_bytes(layout(info, experts, fixed))
+def file_bytes(
+    info: ModelInfo, experts: ExpertTypes, fixed: FixedTypes, routing: RoutingMetadata | None = None
+) -> int:
+    """Exact size of the file that quantize writes for these types and a calibration that gives `routing`
+    (mc_gguf.routing.of_calibration). Raises McError like `layout`.
+    """
+    return total_bytes(layout(info, experts, fixed, routing))
 
 
 def expert_bpw(tensors: Sequence[OutputTensor]) -> float:
@@ -162,7 +175,13 @@ def expert_bpw(tensors: Sequence[OutputTensor]) -> float:
     return 8 * sum(t.n_bytes for t in groups) / sum(math.prod(t.shape) for t in groups)
 
 
-def header(checkpoint: Checkpoint, tensors: Sequence[OutputTensor], plan: str, calibration: str) -> bytes:
+def header(
+    checkpoint: Checkpoint,
+    tensors: Sequence[OutputTensor],
+    plan: str,
+    calibration: str,
+    routing: RoutingMetadata | None = None,
+) -> bytes:
     """The header's bytes, padded to the first tensor. `plan` and `calibration` are SHA-256 fingerprints."""
     for key, value in ((KEY_PLAN, plan), (KEY_CALIBRATION, calibration)):
         if not FINGERPRINT.fullmatch(value):
@@ -178,6 +197,8 @@ def header(checkpoint: Checkpoint, tensors: Sequence[OutputTensor], plan: str, c
     writer.add_float32(KEY_EXPERT_BPW, expert_bpw(tensors))
     writer.add_string(KEY_PLAN, plan)
     writer.add_string(KEY_CALIBRATION, calibration)
+    if routing is not None:
+        add_values(writer, routing_kv(routing))
     for t in tensors:
         kind = gguf.GGMLQuantizationType(t.type.id)
         writer.add_tensor_info(

@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 
 from mc_gguf.artifacts import PROJECTIONS
 from mc_gguf.container.keys import KEY_CALIBRATION, KEY_PLAN, KEY_VERSION
+from mc_gguf.container.routing import parse_routing
 from mc_gguf.container.validate import Slices, Validator, average_bits
 from mc_gguf.errors import FormatError
 from mc_gguf.ggml_types import GgmlType
 from mc_gguf.gguf_file import GgufHeader, read_header
+from mc_gguf.routing.metadata import RoutingMetadata
+from mc_gguf.routing.report import describe as describe_routing
 
 
 class MixedGguf:
@@ -54,6 +57,11 @@ class MixedGguf:
         value: str | None = self.header.get(KEY_CALIBRATION)
         return value
 
+    @cached_property
+    def routing(self) -> RoutingMetadata | None:
+        """The routing metadata, validated; None when the file carries none. Raises FormatError."""
+        return parse_routing(self.header)
+
     @property
     def expert_bpw(self) -> float | None:
         """Average storage bits of the routed experts' weights; None without experts."""
@@ -88,6 +96,7 @@ def validate(path: Path) -> MixedGguf:
     model = MixedGguf.open(path)
     if not model.is_ours:
         raise FormatError(f"{path}: key {KEY_VERSION} is missing; mc_gguf did not write this file")
+    _ = model.routing  # raises when it breaks a rule
     return model
 
 
@@ -103,11 +112,13 @@ def describe(model: MixedGguf) -> dict[str, Any]:
         }
         for layer in model.layers
     ]
+    routing = None if model.routing is None else describe_routing(model.routing)
     return {
         "path": str(model.header.path), "file_bytes": model.header.file_bytes, "architecture":
         model.architecture, "format_version": model.header.get(KEY_VERSION), "mixed": model.is_mixed,
         "expert_bpw": model.expert_bpw, "plan_fingerprint": model.plan_fingerprint, "calibration_fingerprint":
-        model.calibration_fingerprint, "tensors": _type_totals(model), "layers": rows,
+        model.calibration_fingerprint, "routing": routing,
+        "tensors": _type_totals(model), "layers": rows,
     }  # fmt: skip
 
 

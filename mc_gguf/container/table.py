@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mc_gguf.artifacts import PROJECTIONS
+from mc_gguf.routing.report import summary
 from mc_gguf.units import format_size
 
 MAX_COLUMNS = 16
@@ -26,6 +27,8 @@ def render(description: Mapping[str, Any]) -> str:
         for name in ("plan", "calibration")
         if description[f"{name}_fingerprint"]
     ]
+    if description["routing"]:
+        lines.append(f"routing: {summary(description['routing'])}")
     return "\n".join([*lines, "", *_layers(description["layers"]), *_totals(description)])
 
 

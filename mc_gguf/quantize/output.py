@@ -27,6 +27,7 @@ from mc_gguf.ggml_types import ggml_type
 from mc_gguf.progress import Progress
 from mc_gguf.quantize.journal import PartialFile
 from mc_gguf.quantize.kernels import init, quantize_rows
+from mc_gguf.routing.metadata import of_calibration
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +53,19 @@ def quantize(
 ) -> container.MixedGguf:
     """Write `output` (see docs/format.md) and return it, opened and validated.
 
-    `calibration` gives the importance matrices; without one (published statistics) only types that need none
-    are possible. A run that was killed is continued when `resume` and everything is as before. Raises
-    ArtifactError when source, plan and calibration do not belong together, McError when a type does not fit
-    or the disk is full.
+    `calibration` gives the importance matrices and the routing metadata; without one (published statistics)
+    only types that need no importance matrix are possible, and the file carries no routing. A run that was
+    killed is continued when `resume` and everything is as before. Raises ArtifactError when source, plan and
+    calibration do not belong together, McError when a type does not fit or the disk is full.
     """
     if calibration is not None and calibration.fingerprint == NO_CALIBRATION:
         calibration = None
     _check(checkpoint, calibration, plan)
-    tensors = container.layout(checkpoint.info, plan.experts, plan.fixed)
+    routing = None if calibration is None else of_calibration(calibration)
+    tensors = container.layout(checkpoint.info, plan.experts, plan.fixed, routing)
     _check_imatrix(calibration, plan, tensors)
     made_from = calibration.fingerprint if calibration else plan.calibration_fingerprint
-    header = container.header(checkpoint, tensors, plan.fingerprint, made_from)
+    header = container.header(checkpoint, tensors, plan.fingerprint, made_from, routing)
     pieces = list(_pieces(tensors))
     key = hashlib.sha256(header + f"{checkpoint.info.fingerprint} {__version__}".encode()).hexdigest()
     places = [(piece.offset, piece.n_bytes) for piece in pieces]

@@ -4,14 +4,16 @@ computed from. The keys are docs/format.md's; mc_gguf.container reads and writes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from mc_gguf.routing.profile import RoutingProfile
+from mc_gguf.artifacts import Calibration
+from mc_gguf.errors import McError
+from mc_gguf.routing.profile import RoutingProfile
+from mc_gguf.routing.thresholds import at_quantiles, for_target_drop, tolerant_layers
 
 DEFAULT_QUANTILE = 0.5
 DEFAULT_PROTECT = 0.02
@@ -40,13 +42,61 @@ class RoutingMetadata:
 
 def default_metadata(profile: RoutingProfile, calibration: str = "", model: str = "") -> RoutingMetadata:
     """What quantize writes: median thresholds in every layer, the tolerant layers active, 2 % protected."""
-    from mc_gguf.routing.thresholds import at_quantiles, tolerant_layers
-
-    quantiles = np.full(len(profile.layers), DEFAULT_QUANTILE)
+    thresholds = at_quantiles(profile, np.full(len(profile.layers), DEFAULT_QUANTILE))
     return RoutingMetadata(
-        at_quantiles(profile, quantiles),
-        tolerant_layers(profile),
-        profile=profile,
-        calibration=calibration,
-        model=model,
+        thresholds, tolerant_layers(profile), profile=profile, calibration=calibration, model=model
     )
+
+
+def of_calibration(calibration: Calibration) -> RoutingMetadata | None:
+    """default_metadata of what a calibration knows.
+
+    None when it measured nothing of routing (published statistics, none at all), or when every token uses one
+    expert.
+    """
+    model = calibration.model
+    if model is None or model.n_expert_used < 2 or not calibration.routing_curve.size:
+        return None
+    return default_metadata(RoutingProfile.of(calibration), calibration.fingerprint, model.fingerprint)
+
+
+def choose(
+    base: RoutingMetadata,
+    quantile: float = DEFAULT_QUANTILE,
+    target_drop: float | None = None,
+    layers: str | Sequence[int] = "auto",
+    protect: float = DEFAULT_PROTECT,
+) -> RoutingMetadata:
+    """`base` with thresholds anew from its profile: at one `quantile`, or those that drop `target_drop`.
+
+    `layers` that may drop: "auto" (the tolerant ones), "all", or numbers. With a quantile the other layers
+    have thresholds too, so that a user can make them active. Raises McError when `base` has no profile, a
+    layer no experts, a share is outside 0..1, or more is wanted than the layers can drop.
+    """
+    profile = base.profile
+    if profile is None:
+        raise McError("without a routing profile no thresholds can be computed; give a calibration")
+    for name, share in (("quantile", quantile), ("protect", protect), ("target drop", target_drop)):
+        if share is not None and not 0 <= share <= 1:
+            raise McError(f"the {name} must be a share from 0 to 1, or 0 % to 100 %, not {share:g}")
+    active = _active(profile, layers)
+    if target_drop is None:
+        quantiles = np.full(len(profile.layers), quantile)
+    else:
+        quantiles = for_target_drop(profile, target_drop, active)
+    return replace(base, thresholds=at_quantiles(profile, quantiles), active=active, protect=protect)
+
+
+def _active(profile: RoutingProfile, layers: str | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(layers, str):
+        if layers not in ("auto", "all"):
+            raise McError(f"layers must be auto, all or numbers, not {layers!r}")
+        return tolerant_layers(profile) if layers == "auto" else profile.layers
+    if not layers:
+        raise McError("no layer is active, so nothing can be dropped; name some layers")
+    if unknown := sorted(set(layers) - set(profile.layers)):
+        raise McError(
+            f"layer {unknown[0]} has no experts; layers with experts are "
+            f"{profile.layers[0]} to {profile.layers[-1]}"
+        )
+    return tuple(sorted(set(layers)))
