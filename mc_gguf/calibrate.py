@@ -2,8 +2,8 @@
 
 Per layer: attention over all rows, router, then every expert once: read its weights, push its tokens through,
 collect (frequency, routing weight, importance matrices, output norm), measure the error of every candidate
-type (losses.py), free it. Memory is the hidden states (16 KB a token at n_embd 4096, twice), one expert in
-float32 and its activations.
+type (losses.py), push the branches through it (sensitivity.py), free it. Memory is the hidden states (16 KB a
+token at n_embd 4096, twice), the branches, one expert in float32 and its activations.
 
 After each layer the results so far and the hidden states go to a directory beside the output; a killed run
 continues from there and gives the same arrays bit for bit. The directory belongs to one model, text and set
@@ -41,6 +41,7 @@ from mc_gguf.ggml_types import CANDIDATES, FALLBACKS, TYPES, ggml_type
 from mc_gguf.losses import MAX_ROWS, MAX_TOKENS, Sample, draw, expert_errors, fits
 from mc_gguf.progress import Progress, progress
 from mc_gguf.quantize import init
+from mc_gguf.sensitivity import SENSITIVITY_TOKENS, Branches, branch_rows
 
 if TYPE_CHECKING:
     from mc_gguf.checkpoint import Checkpoint
@@ -58,12 +59,13 @@ class Options:
     """What is measured, how exactly, and with how many threads (0: all cores).
 
     `max_rows` rows of a matrix and `max_tokens` tokens of an expert are used for the errors; the rest is
-    scaled.
+    scaled. About `sensitivity_tokens` tokens show how sensitive each layer is to dropped experts.
     """
 
     types: tuple[str, ...] | None = None
     max_rows: int = MAX_ROWS
     max_tokens: int = MAX_TOKENS
+    sensitivity_tokens: int = SENSITIVITY_TOKENS
     seed: int = 0
     threads: int = 0
 
@@ -107,23 +109,38 @@ def calibrate(
     Raises SourceError for a model that is not supported or gives values that are not finite, McError for
     types that do not fit the model.
     """
-    decoder, types = Decoder(checkpoint), measured_types(checkpoint.info, options.types)
-    if checkpoint.info.expert_layers != tuple(range(checkpoint.info.n_layer)):
+    info = checkpoint.info
+    decoder, types = Decoder(checkpoint), measured_types(info, options.types)
+    if info.expert_layers != tuple(range(info.n_layer)):
         raise SourceError("calibration supports models with experts in every layer only")
-    state = State.resume(partial, _identity(checkpoint.info, text, types, options))
+    state = State.resume(partial, _identity(info, text, types, options))
     _return_large_blocks()
     with _threads(options.threads) as threads, torch.inference_mode():
         init(types)
-        hidden = decoder.embed(text.rows) if state.hidden is None else state.hidden
-        todo = range(len(state.layers), checkpoint.info.n_layer)
-        with progress("calibrate", len(todo) * checkpoint.info.n_expert, "experts", quiet) as bar:
+        hidden, branches = _hidden_states(decoder, text, options, state)
+        todo = range(len(state.layers), info.n_layer)
+        with progress("calibrate", len(todo) * info.n_expert, "experts", quiet) as bar:
             for layer in todo:
                 work = _Layer(decoder, layer, types, options, threads)
-                state.add(work.run(hidden, bar), hidden)
-    corpus = text.to_json() | {"measured": _identity(checkpoint.info, text, types, options)}
-    calibration = _assemble(checkpoint.info, corpus, types, state.layers)
+                state.add(work.run(hidden, branches, bar), hidden, branches.hidden)
+            del hidden
+            bar.advance(0, "sensitivity of the layers")
+            sensitivity = branches.sensitivity()
+    corpus = text.to_json() | {"measured": _identity(info, text, types, options)}
+    calibration = _assemble(info, corpus, types, state.layers, sensitivity)
     _warn(calibration)
     return calibration
+
+
+def _hidden_states(decoder: Decoder, text: Corpus, options: Options, state: State) -> tuple[Tensor, Branches]:
+    """Where `state` stopped, or the embeddings."""
+    if state.hidden is not None and state.branches is not None:
+        hidden, branches = state.hidden, state.branches
+        state.hidden = state.branches = None  # so that they can be freed
+        return hidden, Branches(decoder, branches)
+    info = decoder.checkpoint.info
+    few = branch_rows(text.rows, info.n_layer, info.n_embd, options.sensitivity_tokens)
+    return decoder.embed(text.rows), Branches(decoder, decoder.embed(few)[None])
 
 
 def measured_types(info: ModelInfo, wanted: Sequence[str] | None) -> tuple[str, ...]:
@@ -151,6 +168,7 @@ def _identity(info: ModelInfo, text: Corpus, types: Sequence[str], options: Opti
     return {
         "model": info.fingerprint, "corpus": text.to_json(), "types": list(types),
         "max_rows": options.max_rows, "max_tokens": options.max_tokens, "seed": options.seed,
+        "sensitivity_tokens": options.sensitivity_tokens,
     }  # fmt: skip
 
 
@@ -200,21 +218,27 @@ class _Layer:
     options: Options
     threads: int
 
-    def run(self, hidden: Tensor, bar: Progress) -> LayerStats:
-        """Advance `hidden` [n_rows, ctx, n_embd] by this layer, in place, and collect."""
+    def run(self, hidden: Tensor, branches: Branches, bar: Progress) -> LayerStats:
+        """Advance `hidden` [n_rows, ctx, n_embd] and `branches` by this layer, in place, and collect."""
         bar.advance(0, f"layer {self.layer}: attention")
         self.decoder.attention(self.layer, hidden)
         flat = hidden.view(-1, hidden.shape[-1])
         self._check(flat)
         routing, norm = self.decoder.route(self.layer, flat), self.decoder.ffn_norm(self.layer)
+        branches.enter(self.layer)
         stats, added = LayerStats.empty(self.decoder.checkpoint.info, len(self.types)), torch.zeros_like(flat)
         for number in range(self.decoder.shape.n_expert):
-            self._expert(number, flat, norm, routing, added, stats)
+            expert = self.decoder.expert(self.layer, number)
+            self._expert(number, expert, flat, norm, routing, added, stats)
+            branches.push(number, expert)
+            del expert  # before the next one is read
             bar.advance(1, f"layer {self.layer}")
         flat += added
+        del added
         self._check(flat)
         ratios = (routing.probs[:, 1:] / routing.probs[:, :1]).double().numpy()
         stats.ratio_quantiles[:] = np.quantile(ratios, np.linspace(0, 1, N_QUANTILES), axis=0).T
+        stats.routing_curve[:] = branches.leave(stats.ratio_quantiles)
         return stats
 
     def _check(self, hidden: Tensor) -> None:
@@ -222,9 +246,16 @@ class _Layer:
             raise SourceError(f"layer {self.layer} gives values that are not finite; is the source damaged?")
 
     def _expert(
-        self, number: int, flat: Tensor, norm: Tensor, routing: Routing, added: Tensor, stats: LayerStats
+        self,
+        number: int,
+        expert: Expert,
+        flat: Tensor,
+        norm: Tensor,
+        routing: Routing,
+        added: Tensor,
+        stats: LayerStats,
     ) -> None:
-        expert, tokens = self.decoder.expert(self.layer, number), _routed(routing, number)
+        tokens = _routed(routing, number)
         norms_sq = torch.zeros(len(tokens.index), dtype=torch.float64)
         for part in torch.split(torch.arange(len(tokens.index)), CHUNK):
             x = self.decoder.norm(flat[tokens.index[part]], norm)
@@ -290,7 +321,11 @@ def _nearest(routing: Routing, number: int, limit: int) -> _Tokens:
 
 
 def _assemble(
-    info: ModelInfo, corpus: dict[str, Any], types: tuple[str, ...], layers: Sequence[LayerStats]
+    info: ModelInfo,
+    corpus: dict[str, Any],
+    types: tuple[str, ...],
+    layers: Sequence[LayerStats],
+    sensitivity: Floats,
 ) -> Calibration:
     def stack(name: str) -> Floats:
         return np.stack([getattr(layer, name) for layer in layers])
@@ -300,7 +335,8 @@ def _assemble(
         model=info, layers=info.expert_layers, types=types, corpus=corpus,
         frequency=stack("frequency"), routing_weight=stack("routing_weight"), sq_error=sq_error,
         output_sq=stack("output_sq"), imatrix_in=stack("imatrix_in").astype(np.float32),
-        imatrix_mid=stack("imatrix_mid").astype(np.float32), ratio_quantiles=stack("ratio_quantiles"), routing_sensitivity=np.zeros(0), routing_curve=np.zeros(0),
+        imatrix_mid=stack("imatrix_mid").astype(np.float32), ratio_quantiles=stack("ratio_quantiles"),
+        routing_sensitivity=sensitivity, routing_curve=stack("routing_curve"),
         nominal_error=nominal_errors(sq_error, types),
     )  # fmt: skip
 

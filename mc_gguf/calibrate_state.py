@@ -2,8 +2,9 @@
 
     .calib.safetensors.partial/stats.safetensors   statistics of the layers done; header: identity of the run
     .calib.safetensors.partial/hidden-7.npy        hidden states [n_rows, ctx, n_embd] after 7 layers
+    .calib.safetensors.partial/branches-7.npy      those of sensitivity.Branches
 
-The hidden states are written first, the statistics second, both to a temporary name and renamed; then the
+The hidden states are written first, the statistics second, all to a temporary name and renamed; then the
 hidden states of the layer before are deleted. So whatever is killed when, statistics of n layers find the
 states after n.
 """
@@ -25,8 +26,8 @@ from torch import Tensor
 from mc_gguf import __version__
 from mc_gguf.artifacts import PROJECTIONS, Floats, ModelInfo, atomic_write
 
-N_QUANTILES = 1001
-STATE_VERSION = 1
+N_QUANTILES = 1001  # odd: the median is one of them
+STATE_VERSION = 2
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class LayerStats:
     imatrix_in: Floats
     imatrix_mid: Floats
     ratio_quantiles: Floats
+    routing_curve: Floats
 
     @classmethod
     def empty(cls, info: ModelInfo, n_types: int) -> LayerStats:
@@ -50,19 +52,24 @@ class LayerStats:
             frequency=np.zeros(e), routing_weight=np.zeros(e), sq_error=np.zeros((e, len(PROJECTIONS),
             n_types)), output_sq=np.zeros(e), imatrix_in=np.zeros((e, info.n_embd)), imatrix_mid=np.zeros((e,
             info.n_ff)), ratio_quantiles=np.zeros((info.n_expert_used - 1, N_QUANTILES)),
+            routing_curve=np.zeros(N_QUANTILES),
         )  # fmt: skip
 
 
+_HIDDEN = ("hidden", "branches")
 _NAMES = tuple(f.name for f in fields(LayerStats))
 
 
 class State:
-    """Statistics of the layers done and, after a resume, the hidden states that the next one needs."""
+    """Statistics of the layers done and, after a resume, the hidden states and branches that the next one
+    needs.
+    """
 
     def __init__(self, directory: Path | None, fingerprint: str) -> None:
         self.directory, self.fingerprint = directory, fingerprint
         self.layers: list[LayerStats] = []
         self.hidden: Tensor | None = None
+        self.branches: Tensor | None = None
 
     @classmethod
     def resume(cls, directory: Path | None, identity: Mapping[str, object]) -> State:
@@ -82,11 +89,7 @@ class State:
                     raise ValueError("of another model, text or set of options")
                 arrays = {name: file.get_tensor(name) for name in _NAMES}
             done = len(arrays["frequency"])
-            # Copied into torch's own memory: the alignment of a buffer can change the last bit of a matrix
-            # product.
-            self.hidden = torch.from_numpy(
-                np.load(directory / f"hidden-{done}.npy", allow_pickle=False)
-            ).clone()
+            self.hidden, self.branches = (_load(directory / f"{name}-{done}.npy") for name in _HIDDEN)
         except (OSError, ValueError, SafetensorError) as error:
             log.warning("not continuing from %s (%s); starting anew", directory, error)
             shutil.rmtree(directory, ignore_errors=True)
@@ -94,17 +97,24 @@ class State:
         self.layers = [LayerStats(**{name: arrays[name][i] for name in _NAMES}) for i in range(done)]
         log.info("continuing after %d layers", done)
 
-    def add(self, stats: LayerStats, hidden: Tensor) -> None:
-        """One more layer is done; `hidden` is what comes out of it."""
+    def add(self, stats: LayerStats, hidden: Tensor, branches: Tensor) -> None:
+        """One more layer is done; `hidden` and `branches` are what comes out of it."""
         from safetensors.numpy import save
 
         self.layers.append(stats)
         if self.directory is None:
             return
         done = len(self.layers)
-        with atomic_write(self.directory / f"hidden-{done}.npy") as file:
-            np.save(file, hidden.numpy(), allow_pickle=False)
+        for name, tensor in zip(_HIDDEN, (hidden, branches), strict=True):
+            with atomic_write(self.directory / f"{name}-{done}.npy") as file:
+                np.save(file, tensor.numpy(), allow_pickle=False)
         arrays = {name: np.stack([getattr(layer, name) for layer in self.layers]) for name in _NAMES}
         with atomic_write(self.directory / "stats.safetensors") as file:
             file.write(save(arrays, metadata={"fingerprint": self.fingerprint}))
-        (self.directory / f"hidden-{done - 1}.npy").unlink(missing_ok=True)
+        for name in _HIDDEN:
+            (self.directory / f"{name}-{done - 1}.npy").unlink(missing_ok=True)
+
+
+def _load(path: Path) -> Tensor:
+    # Copied into torch's own memory: the alignment of a buffer can change the last bit of a matrix product.
+    return torch.from_numpy(np.load(path, allow_pickle=False)).clone()

@@ -9,7 +9,7 @@ implementation is transformers' Mixtral (tests).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -160,8 +160,11 @@ class Decoder:
         logits = torch.cat([self.norm(part, norm) @ router.T for part in torch.split(hidden, CHUNK)])
         all_probs = torch.softmax(logits, dim=-1)
         probs, experts = torch.topk(all_probs, self.shape.n_used, dim=-1)
-        weights = probs / probs.sum(-1, keepdim=True).clamp_(min=MIN_WEIGHT_SUM) * self.shape.weight_scale
-        return Routing(experts, probs, weights, all_probs)
+        return Routing(experts, probs, self.weights(probs), all_probs)
+
+    def weights(self, probs: Tensor) -> Tensor:
+        """Routing weights [N, K] of the chosen experts' probabilities (0: a dropped one)."""
+        return probs / probs.sum(-1, keepdim=True).clamp_(min=MIN_WEIGHT_SUM) * self.shape.weight_scale
 
     def ffn_norm(self, layer: int) -> Tensor:
         return self._tensor(f"blk.{layer}.ffn_norm.weight")
@@ -190,9 +193,14 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and output matrix: [..., n_vocab]. The output matrix may be tied to the embeddings."""
+        """Final norm and output matrix: [..., n_vocab]."""
+        return self.output()(hidden)
+
+    def output(self) -> Callable[[Tensor], Tensor]:
+        """logits() with its weights, read now. The output matrix may be tied to the embeddings."""
         name = "output.weight" if "output.weight" in self._names else "token_embd.weight"
-        return self.norm(hidden, self._tensor("output_norm.weight")) @ self._tensor(name).T
+        norm, matrix = self._tensor("output_norm.weight"), self._tensor(name)
+        return lambda hidden: self.norm(hidden, norm) @ matrix.T
 
     def _tensor(self, name: str) -> Tensor:
         return _aligned(self.checkpoint.tensor(name))
