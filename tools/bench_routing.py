@@ -1,0 +1,362 @@
+"""Speed of dynamic expert routing, as ratios in one run.
+
+    python tools/make_model.py /tmp/m2 --layers 2
+    python tools/bench_routing.py make /tmp/m2 /tmp/b              # /tmp/b/Q2_K.gguf and a mixed file
+    python tools/bench_routing.py run /tmp/b/*.gguf                # what dropping experts gains
+    python tools/bench_routing.py off /tmp/b/Q2_K.gguf --baseline LIB_DIR   # what it costs when it is off
+
+`run` alternates the policies on one loaded model, round after round:
+
+- MoE blocks at decode, between the router and the sum of the experts (scheduler callback), with the second
+  expert of every token dropped;
+- whole decode steps with about 30 % of second slots dropped by their thresholds, against what the number of
+  bytes read predicts;
+- prefill of 512 tokens with 5 to 30 % of the expert activations dropped, importance by attention included,
+  flash attention off and on.
+
+`off` starts a process a side and round: the patched runtime with routing off, and the llama.cpp libraries in
+--baseline. A ratio is of times, in the order that its line names; median, lowest, highest of the rounds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+MIX = ("IQ2_XXS", "Q2_K", "Q3_K")
+SEED_TOKENS = 7
+N_PREFILL = 512
+
+
+def tokens(n: int, n_vocab: int) -> list[int]:
+    return np.random.default_rng(SEED_TOKENS).integers(3, n_vocab, n).tolist()
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Ratios of the rounds of one setting."""
+
+    what: str
+    values: list[float]
+    note: str = ""
+
+    def __str__(self) -> str:
+        v = self.values
+        return f"{self.what:<58}{statistics.median(v):8.3f}{min(v):8.3f}{max(v):8.3f}  {self.note}"
+
+
+@dataclass
+class Model:
+    """A loaded model whose routing can be switched; times single decodes."""
+
+    path: Path
+    flash_attn: bool
+    threads: int
+    cb_eval: Any = None
+    llm: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        from mc_gguf.llama import Llama
+        from mc_gguf.runtime.routing_api import routing_shape
+
+        options: dict[str, Any] = {
+            "n_ctx": 1024,
+            "n_batch": N_PREFILL,
+            "n_ubatch": N_PREFILL,
+            "routing": "off",
+        }
+        with context_defaults(self.cb_eval):
+            self.llm = Llama(self.path, n_threads=self.threads, flash_attn=self.flash_attn, **options)
+        self.shape = routing_shape(self.llm._ctx.ctx)
+        self.tokens = tokens(N_PREFILL + 64, self.llm.n_vocab())
+
+    def set(self, policy: str, threshold: float = 0.0, protect: float = 0.02) -> None:
+        from mc_gguf.runtime.routing_api import RoutingParams, reset_counters, set_routing
+
+        thresholds = np.full((self.shape.n_layer, self.shape.n_rank), threshold, dtype=np.float32)
+        set_routing(self.llm._ctx.ctx, RoutingParams(policy, protect=protect, thresholds=thresholds))
+        reset_counters(self.llm._ctx.ctx)
+
+    def prefill(self) -> float:
+        """Seconds for the prompt, from an empty cache."""
+        self.llm.reset()
+        self.llm._ctx.kv_cache_clear()
+        start = time.perf_counter()
+        self.llm.eval(self.tokens[:N_PREFILL])
+        return time.perf_counter() - start
+
+    def decode(self, n: int) -> float:
+        """Seconds for n steps after the prompt's first 32 tokens."""
+        self.llm.reset()
+        self.llm._ctx.kv_cache_clear()
+        self.llm.eval(self.tokens[:32])
+        start = time.perf_counter()
+        for token in self.tokens[32 : 32 + n]:
+            self.llm.eval([token])
+        return time.perf_counter() - start
+
+    def dropped(self) -> float:
+        """Share of the slots of ranks after the first that was dropped since the last set()."""
+        from mc_gguf.runtime.routing_api import read_counters
+
+        slots, _ = read_counters(self.llm._ctx.ctx)
+        return float(slots[:, 1].sum() / max(1, slots[:, :2, 1:].sum()))
+
+    def threshold_for(self, share: float, measure: Callable[[], object]) -> float:
+        """The threshold that drops about this share of the later slots, by bisection."""
+        low, high = 0.0, 1.0
+        for _ in range(9):
+            middle = (low + high) / 2
+            self.set("threshold", middle)
+            measure()
+            low, high = (middle, high) if self.dropped() < share else (low, middle)
+        return (low + high) / 2
+
+
+@contextmanager
+def context_defaults(cb_eval: Any) -> Iterator[None]:
+    """llama_cpp has no argument for the scheduler's callback: set it in the defaults that it starts from."""
+    from mc_gguf.runtime import use_in_llama_cpp
+
+    llama_cpp = use_in_llama_cpp()
+    original = llama_cpp.llama_cpp.llama_context_default_params
+
+    def defaults() -> Any:
+        params = original()
+        if cb_eval is not None:
+            params.cb_eval = cb_eval
+        return params
+
+    modules = (llama_cpp, llama_cpp.llama_cpp)
+    for module in modules:
+        module.llama_context_default_params = defaults
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.llama_context_default_params = original
+
+
+class MoeTimer:
+    """Seconds between the first and the last node of each MoE block."""
+
+    FIRST, LAST = b"ffn_norm-", b"ffn_moe_out-"  # the router comes right after the norm
+
+    def __init__(self) -> None:
+        from mc_gguf.runtime import use_in_llama_cpp
+
+        llama_cpp = use_in_llama_cpp().llama_cpp
+        base = ctypes.CDLL(str(Path(llama_cpp._lib._name).parent / "libggml-base.so"))
+        self.name = base.ggml_get_name
+        self.name.argtypes, self.name.restype = [ctypes.c_void_p], ctypes.c_char_p
+        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._seen)
+        self.seconds = 0.0
+        self.start = 0.0
+
+    def _seen(self, tensor: int, ask: bool, _data: object) -> bool:
+        name = self.name(tensor)
+        if ask:
+            return bool(name.startswith((self.FIRST, self.LAST)))
+        if name.startswith(self.FIRST):
+            self.start = time.perf_counter()
+        else:
+            self.seconds += time.perf_counter() - self.start
+        return True
+
+
+def bytes_per_step(path: Path, expert_share: float) -> float:
+    """Bytes of weights that a decode step reads: everything but the embeddings, of the experts this share."""
+    from mc_gguf import upstream
+
+    total = 0.0
+    for tensor in upstream.load_gguf().GGUFReader(path).tensors:
+        if tensor.name == "token_embd.weight":
+            continue
+        total += tensor.n_bytes * (expert_share if "_exps" in tensor.name else 1.0)
+    return total
+
+
+def moe_decode(path: Path, threads: int, rounds: int) -> Ratios:
+    timer = MoeTimer()
+    model = Model(path, False, threads, timer.callback)
+
+    def one(threshold: float) -> float:
+        model.set("threshold", threshold)
+        timer.seconds = 0.0
+        model.decode(16)
+        return timer.seconds
+
+    one(0.0)
+    ratios = [one(0.0) / one(2.0) for _ in range(rounds)]
+    model.llm.close()
+    return Ratios("MoE blocks at decode: both experts / only the first", ratios, "goal 1.6")
+
+
+def decode(path: Path, threads: int, rounds: int) -> Ratios:
+    model = Model(path, False, threads)
+    threshold = model.threshold_for(0.3, lambda: model.decode(32))
+
+    def one(policy: str) -> float:
+        model.set(policy, threshold)
+        model.decode(1)
+        model.set(policy, threshold)
+        return model.decode(32)
+
+    one("off")
+    ratios = [one("off") / one("odp") for _ in range(rounds)]
+    dropped = model.dropped()
+    n_used, n_expert = model.shape.n_rank, model.shape.n_expert
+    kept = 1 + (n_used - 1) * (1 - dropped)
+    predicted = bytes_per_step(path, n_used / n_expert) / bytes_per_step(path, kept / n_expert)
+    model.llm.close()
+    gain = (statistics.median(ratios) - 1) / (predicted - 1)
+    note = (
+        f"{dropped:.1%} of second slots dropped, bytes predict {predicted:.3f}: {gain:.0%} of it, goal 90 %"
+    )
+    return Ratios("decode: off / odp", ratios, note)
+
+
+def prefill(path: Path, threads: int, rounds: int, flash_attn: bool) -> Iterator[Ratios]:
+    model = Model(path, flash_attn, threads)
+    for share in (0.1, 0.2, 0.6):  # of second slots
+        threshold = model.threshold_for(share, model.prefill)
+
+        def one(policy: str, threshold: float = threshold) -> float:
+            model.set(policy, threshold)
+            model.prefill()  # the first after a switch allocates
+            model.set(policy, threshold)
+            return model.prefill()
+
+        ratios = [one("off") / one("odp") for _ in range(rounds)]
+        name = f"prefill {N_PREFILL}: off / odp, flash attention {'on' if flash_attn else 'off'}"
+        yield Ratios(name, ratios, f"{model.dropped() / 2:.1%} of expert activations dropped")
+    model.llm.close()
+
+
+def flash_attention(path: Path, threads: int, rounds: int) -> Iterator[Ratios]:
+    """What the importance costs with and without flash attention: nothing is dropped, all is computed."""
+    for policy in ("off", "odp"):
+        times: dict[bool, list[float]] = {False: [], True: []}
+        models = {fa: Model(path, fa, threads) for fa in times}
+        for _ in range(rounds + 1):
+            for fa, model in models.items():
+                model.set(policy, 0.0)
+                model.prefill()
+                times[fa].append(model.prefill())
+        for model in models.values():
+            model.llm.close()
+        ratios = [a / b for a, b in zip(times[False][1:], times[True][1:], strict=True)]
+        yield Ratios(f"prefill {N_PREFILL}, {policy}: flash attention off / on", ratios)
+
+
+@click.group(help=__doc__)
+def main() -> None: ...
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--threads", default=2, show_default=True)
+def make(source: Path, folder: Path, threads: int) -> None:
+    """Quantize SOURCE twice into FOLDER: every matrix Q2_K, and experts of three types in turn."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from bench_quantize import make_calibration, make_plan
+
+    from mc_gguf.artifacts import FixedTypes
+    from mc_gguf.checkpoint import open_checkpoint
+    from mc_gguf.quantize import quantize
+
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = open_checkpoint(source)
+    calibration = make_calibration(checkpoint.info, folder / "calibration")
+    fixed = FixedTypes("Q2_K", "Q2_K", "Q2_K", "Q2_K")
+    for name, types in (("Q2_K", ("Q2_K",)), ("mixed", MIX)):
+        plan = make_plan(checkpoint.info, types, fixed, folder / f"{name}.plan")
+        quantize(checkpoint, calibration, plan, folder / f"{name}.gguf", threads, resume=False)
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--threads", default=2, show_default=True)
+@click.option("--rounds", default=7, show_default=True)
+def run(files: tuple[Path, ...], threads: int, rounds: int) -> None:
+    """What dropping experts gains."""
+    for path in files:
+        click.echo(f"{path.name:<58}{'median':>8}{'lowest':>8}{'highest':>8}")
+        click.echo(moe_decode(path, threads, rounds))
+        click.echo(decode(path, threads, rounds))
+        for fa in (False, True):
+            for ratios in prefill(path, threads, rounds, fa):
+                click.echo(ratios)
+        for ratios in flash_attention(path, threads, rounds):
+            click.echo(ratios)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--baseline", required=True, type=click.Path(path_type=Path), help="Directory with the other libllama."
+)
+@click.option("--threads", default=2, show_default=True)
+@click.option("--rounds", default=15, show_default=True)
+def off(file: Path, baseline: Path, threads: int, rounds: int) -> None:
+    """What the patch costs when routing is off."""
+    from mc_gguf import runtime
+
+    sides = {"baseline": baseline, "patched": runtime.require().lib_dir}
+    times: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, folder in sides.items():
+            command = [sys.executable, __file__, "worker", str(file), "--threads", str(threads)]
+            env = os.environ | {"LLAMA_CPP_LIB_PATH": str(folder)}
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+            times[side].append(json.loads(done.stdout))
+    click.echo(f"{'':<58}{'median':>8}{'lowest':>8}{'highest':>8}")
+    for what in ("decode", "prefill"):
+        ratios = [a[what] / b[what] for a, b in zip(times["baseline"], times["patched"], strict=True)]
+        best = min(t[what] for t in times["baseline"]) / min(t[what] for t in times["patched"])
+        click.echo(Ratios(f"{what}: baseline / patched with routing off", ratios, f"lowest times {best:.3f}"))
+
+
+@main.command(hidden=True)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--threads", default=2)
+def worker(file: Path, threads: int) -> None:
+    """One process of `off`: the median step of a decode, and the better of two prefills, in seconds."""
+    import llama_cpp
+
+    llm = llama_cpp.Llama(
+        str(file), n_ctx=1024, n_batch=N_PREFILL, n_ubatch=N_PREFILL, n_threads=threads,
+        n_threads_batch=threads, verbose=False,
+    )  # fmt: skip
+    rows = tokens(N_PREFILL + 64, llm.n_vocab())
+    prefills = []
+    for _ in range(2):
+        llm.reset()
+        llm._ctx.kv_cache_clear()
+        start = time.perf_counter()
+        llm.eval(rows[:N_PREFILL])
+        prefills.append(time.perf_counter() - start)
+    steps = []
+    for token in rows[N_PREFILL : N_PREFILL + 32]:
+        start = time.perf_counter()
+        llm.eval([token])
+        steps.append(time.perf_counter() - start)
+    click.echo(json.dumps({"decode": statistics.median(steps), "prefill": min(prefills)}))
+
+
+if __name__ == "__main__":
+    main()
