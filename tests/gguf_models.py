@@ -24,6 +24,7 @@ from mc_gguf.artifacts import (
 )
 from mc_gguf.checkpoint.base import add_values, fingerprint, kv_size
 from mc_gguf.gguf_file import ARRAY, FLOAT32, STRING, UINT32, TensorEntry, Value, read_header
+from mc_gguf.routing import RoutingMetadata
 from mc_gguf.upstream import load_gguf
 
 TINY = Path(__file__).parent.parent / "models" / "tiny-mixtral"
@@ -162,13 +163,16 @@ class Part:
 
 
 def write_random(
-    path: Path, checkpoint: RandomCheckpoint, experts: Mapping[str, Sequence[Sequence[str]]]
+    path: Path,
+    checkpoint: RandomCheckpoint,
+    experts: Mapping[str, Sequence[Sequence[str]]],
+    routing: RoutingMetadata | None = None,
 ) -> None:
     """A file of ours with true header and maps and random bytes for weights; needs no ggml."""
-    tensors = container.layout(checkpoint.info, experts, FixedTypes())
+    tensors = container.layout(checkpoint.info, experts, FixedTypes(), routing)
     rng = np.random.default_rng(7)
     data = bytearray(container.total_bytes(tensors))
-    header = container.header(checkpoint, tensors, ONES, TWOS)
+    header = container.header(checkpoint, tensors, ONES, TWOS, routing)
     data[: len(header)] = header
     for t in tensors:
         body = rng.bytes(t.n_bytes) if t.map is None else np.asarray(t.map, dtype="<i4").tobytes()

@@ -1,7 +1,7 @@
 import pytest
 
-from mc_gguf.errors import BudgetError
-from mc_gguf.units import format_size, parse_size
+from mc_gguf.errors import BudgetError, McError
+from mc_gguf.units import format_size, parse_layers, parse_share, parse_size
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,28 @@ def test_sizes_are_written_in_binary_units() -> None:
     assert format_size(1 << 10) == "1.00 KiB"
     assert format_size(31 << 29) == "15.50 GiB"
     assert format_size(5 << 40) == "5.00 TiB"
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("0.15", 0.15), ("15%", 0.15), ("0", 0.0), ("100 %", 1.0), (" 2.5% ", 0.025), ("1", 1.0)],
+)
+def test_shares(text: str, share: float) -> None:
+    assert parse_share(text) == share
+
+
+@pytest.mark.parametrize("text", ["", "%", "15", "101%", "-0.1", "nan", "inf", "nan%", "a third", "1/0%"])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(McError, match="is not a share; write a number from 0 to 1, or 0% to 100%"):
+        parse_share(text)
+
+
+def test_layers() -> None:
+    assert (parse_layers("auto"), parse_layers("all"), parse_layers(" 3, 0,12")) == (
+        "auto",
+        "all",
+        (3, 0, 12),
+    )
+    for text in ("", "none", "1,", "0-3", "-1", "1.5"):
+        with pytest.raises(McError, match="names no layers; write auto, all, or numbers such as 0,2,5"):
+            parse_layers(text)

@@ -76,7 +76,7 @@ def choose(
     profile = base.profile
     if profile is None:
         raise McError("without a routing profile no thresholds can be computed; give a calibration")
-    for name, share in (("quantile", quantile), ("protect", protect), ("target drop", target_drop)):
+    for name, share in (("quantile", quantile), ("protected share", protect), ("target drop", target_drop)):
         if share is not None and not 0 <= share <= 1:
             raise McError(f"the {name} must be a share from 0 to 1, or 0 % to 100 %, not {share:g}")
     active = _active(profile, layers)

@@ -81,7 +81,7 @@ def summary(description: dict[str, Any]) -> str:
         return text
     return (
         f"{text}; predicted: {100 * description['predicted_drop']:.1f} % of the expert activations dropped, "
-        f"{description['predicted_damage']:.4f} nats a token lost"
+        f"KL divergence {description['predicted_damage']:.4f} nats a token"
     )
 
 
