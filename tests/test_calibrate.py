@@ -37,7 +37,7 @@ pytestmark = pytest.mark.native
 TYPES = ("IQ4_NL", "Q5_0", "Q8_0")
 ARRAYS = (
     "frequency", "routing_weight", "sq_error", "output_sq", "imatrix_in", "imatrix_mid", "ratio_quantiles",
-    "nominal_error",
+    "routing_sensitivity", "routing_curve", "nominal_error",
 )  # fmt: skip
 
 
@@ -173,7 +173,11 @@ def test_interrupt_leaves_only_what_resume_needs(tmp_path: Path) -> None:
         calibrate_to_file(Interrupted(model), corpus(), output, options, quiet=True)
     partial = tmp_path / ".calib.safetensors.partial"
     assert list(tmp_path.iterdir()) == [partial]
-    assert sorted(path.name for path in partial.iterdir()) == ["hidden-1.npy", "stats.safetensors"]
+    assert sorted(path.name for path in partial.iterdir()) == [
+        "branches-1.npy",
+        "hidden-1.npy",
+        "stats.safetensors",
+    ]
     checkpoint = MemoryCheckpoint(model)
     assert_equal(calibrate_to_file(checkpoint, corpus(), output, options, quiet=True), expected)
     assert checkpoint.n_reads == 5 * 3  # the second layer only
@@ -210,7 +214,7 @@ def test_killed_run_continues_bit_for_bit(tmp_path: Path) -> None:
     assert_equal(resumed, expected)
 
 
-@pytest.mark.parametrize("change", ["seed", "text", "damage", "no resume"])
+@pytest.mark.parametrize("change", ["seed", "sensitivity", "text", "damage", "no branches", "no resume"])
 def test_a_state_of_something_else_is_not_continued(
     tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -221,6 +225,10 @@ def test_a_state_of_something_else_is_not_continued(
     text = replace(corpus(), sha256="1" * 64) if change == "text" else corpus()
     if change == "seed":
         options = replace(options, seed=1)
+    if change == "sensitivity":
+        options = replace(options, sensitivity_tokens=64)
+    if change == "no branches":
+        (tmp_path / ".calib.safetensors.partial" / "branches-1.npy").unlink()
     if change == "damage":
         path = tmp_path / ".calib.safetensors.partial" / "hidden-1.npy"
         path.write_bytes(path.read_bytes()[:500])

@@ -1,0 +1,138 @@
+"""Sensitivity and curve against transformers' Mixtral with the experts dropped inside its own blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from small_models import TINY, MemoryCheckpoint, random_mixtral, tiny_mixtral
+
+from mc_gguf.artifacts import Calibration
+from mc_gguf.calibrate import Options, calibrate
+from mc_gguf.calibrate_state import N_QUANTILES
+from mc_gguf.corpus import Corpus, load_corpus
+from mc_gguf.routing.profile import RoutingProfile
+from mc_gguf.sensitivity import BRANCH_BYTES, MIN_TOKENS, SENSITIVITY_TOKENS, branch_rows
+
+pytestmark = pytest.mark.native
+MIDDLE = N_QUANTILES // 2
+
+
+@cache
+def case(name: str) -> tuple[Any, NDArray[np.int32], Calibration]:
+    """The bundled model on its text (top-2), or a random one with top-3; model, rows and calibration."""
+    if name == "bundled":
+        from mc_gguf.checkpoint import open_checkpoint
+
+        model = tiny_mixtral()
+        text = load_corpus(open_checkpoint(TINY), tokens=1024, ctx=128)
+    else:
+        model = random_mixtral()
+        rows = np.random.default_rng(7).integers(0, 96, (6, 32)).astype(np.int32)
+        text = Corpus(rows, ("random",), "0" * 64, rows.size, 0)
+    options = Options(types=("Q8_0",), max_rows=8, max_tokens=8, threads=2)
+    return model, text.rows, calibrate(MemoryCheckpoint(model), text, options, quiet=True)
+
+
+def block(mlp: Any, x: torch.Tensor, thresholds: NDArray[np.float64]) -> torch.Tensor:
+    """Output [n, n_embd] of a Mixtral block for x, without the experts of rank j >= 1 where
+    w_j / w_0 < thresholds[j - 1].
+    """
+    probs, chosen = torch.softmax(x @ mlp.gate.weight.T, dim=-1).topk(len(thresholds) + 1)
+    limits = torch.from_numpy(np.concatenate([[0.0], thresholds]))
+    weights = probs * (probs / probs[:, :1] >= limits)
+    weights = weights / weights.sum(1, keepdim=True)
+    out = torch.zeros_like(x)
+    for e in range(len(mlp.experts.gate_up_proj)):
+        gate, up = mlp.experts.gate_up_proj[e].chunk(2)
+        y = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ mlp.experts.down_proj[e].T
+        out += y * (weights * (chosen == e)).sum(1, keepdim=True)
+    return out
+
+
+@contextmanager
+def dropping(model: Any, layer: int, thresholds: NDArray[np.float64]) -> Iterator[None]:
+    """`model` with one layer that drops its experts."""
+
+    def instead(mlp: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> torch.Tensor:
+        return block(mlp, inputs[0].flatten(0, 1), thresholds).view_as(inputs[0])
+
+    handle = model.model.layers[layer].mlp.register_forward_hook(instead)
+    yield
+    handle.remove()
+
+
+def log_probs(model: Any, rows: NDArray[np.int32]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits = torch.as_tensor(model(torch.from_numpy(rows).long()).logits)
+    return torch.log_softmax(logits.double(), dim=-1)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("bundled", 0), ("bundled", 4), ("random", 0), ("random", 1)])
+def test_sensitivity_is_that_of_the_whole_model(name: str, layer: int) -> None:
+    model, rows, calibration = case(name)
+    base = log_probs(model, rows)
+    with dropping(model, layer, calibration.ratio_quantiles[layer, :, MIDDLE]):
+        changed = log_probs(model, rows)
+    expected = float((base.exp() * (base - changed)).sum(-1).mean())
+    assert calibration.routing_sensitivity[layer] == pytest.approx(expected, rel=1e-3)
+    assert expected > 1e-5
+
+
+@pytest.mark.parametrize(("name", "layer"), [("bundled", 1), ("bundled", 5), ("random", 0), ("random", 1)])
+def test_the_curve_is_the_error_of_the_block(name: str, layer: int) -> None:
+    model, rows, calibration = case(name)
+    seen: list[torch.Tensor] = []
+    mlp = model.model.layers[layer].mlp
+    handle = mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    log_probs(model, rows)
+    handle.remove()
+    quantiles = calibration.ratio_quantiles[layer]
+    with torch.inference_mode():
+        whole = block(mlp, seen[0], np.zeros(len(quantiles)))
+        errors = [
+            float((block(mlp, seen[0], quantiles[:, i]) - whole).double().square().sum())
+            for i in (MIDDLE, 100, 300, 800, 990)  # at 1000 one token is on the edge
+        ]
+    found = calibration.routing_curve[layer, [100, 300, 800, 990]]
+    np.testing.assert_allclose(found, np.array(errors[1:]) / errors[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bundled", "random"])
+def test_curves_rise_from_0_and_are_1_at_the_median(name: str) -> None:
+    calibration = case(name)[2]
+    assert (calibration.routing_curve[:, 0] == 0).all()
+    assert (calibration.routing_curve[:, MIDDLE] == 1).all()
+    assert (np.diff(calibration.routing_curve) >= 0).all()
+    assert RoutingProfile.of(calibration).n_rank == (2 if name == "bundled" else 3)
+
+
+def test_one_expert_a_token_has_nothing_to_drop() -> None:
+    rows = np.random.default_rng(7).integers(0, 96, (2, 32)).astype(np.int32)
+    text = Corpus(rows, ("random",), "0" * 64, rows.size, 0)
+    checkpoint = MemoryCheckpoint(random_mixtral(num_experts_per_tok=1))
+    calibration = calibrate(checkpoint, text, Options(types=("Q8_0",), threads=2), quiet=True)
+    assert (calibration.routing_sensitivity == 0).all()
+    assert RoutingProfile.of(calibration).n_rank == 1
+
+
+def test_the_rows_are_spread_over_the_text() -> None:
+    rows = np.arange(100 * 512, dtype=np.int32).reshape(100, 512)
+    found = branch_rows(rows, n_layer=6, n_embd=256, tokens=SENSITIVITY_TOKENS)
+    assert (found == rows[[0, 33, 66, 99]]).all()
+    assert (branch_rows(rows[:3], n_layer=6, n_embd=256, tokens=SENSITIVITY_TOKENS) == rows[:3]).all()
+
+
+def test_large_models_get_fewer_tokens() -> None:
+    rows = np.zeros((100, 512), dtype=np.int32)
+    assert branch_rows(rows, 32, 4096, SENSITIVITY_TOKENS).size == SENSITIVITY_TOKENS  # Mixtral-8x7B
+    found = branch_rows(rows, 56, 6144, SENSITIVITY_TOKENS)  # Mixtral-8x22B
+    assert found.shape == (1, 512)
+    assert found.size * 57 * 6144 * 4 < BRANCH_BYTES
+    assert branch_rows(rows, 500, 20000, SENSITIVITY_TOKENS).shape == (1, MIN_TOKENS)
