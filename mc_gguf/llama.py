@@ -135,7 +135,9 @@ class Llama(llama_cpp.Llama):
         """What the file says. Its header is read a second time only if mc_gguf has written to it: for others
         that would be slow, and stricter than llama.cpp is.
         """
-        return read_routing(path) if any(key.startswith("mc_gguf.") for key in self.metadata) else None
+        has_experts = routing_api.routing_shape(self._open_context()).n_expert > 0  # not with vocab_only
+        is_ours = any(key.startswith("mc_gguf.") for key in self.metadata)
+        return read_routing(path) if has_experts and is_ours else None
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

@@ -27,9 +27,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.errors import McError
+from mc_gguf.artifacts import Calibration
+from mc_gguf.errors import ArtifactError, McError
 from mc_gguf.routing.metadata import DEFAULT_PROTECT, RoutingMetadata, default_metadata
+from mc_gguf.routing.profile import RoutingProfile
+from mc_gguf.routing.thresholds import at_quantiles, for_target_drop, tolerant_layers
 from mc_gguf.runtime.routing_api import IMPORTANCES, RoutingParams, RoutingShape
+from mc_gguf.units import parse_layers, parse_share
 
 _THRESHOLDS = ("quantile", "threshold", "target_drop")  # where thresholds come from; at most one of them
 _WITH_THRESHOLDS = (*_THRESHOLDS, "calibration", "layers")
@@ -155,9 +159,7 @@ def resolve(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingSh
             f"this model has no experts to drop, so routing {routing.policy!r} is impossible; use 'off'"
         )
     if routing.calibration is not None:
-        metadata = _of_calibration(Path(routing.calibration))
-    if metadata is not None:
-        _check_layers(metadata, shape)
+        metadata = _of_calibration(Path(routing.calibration), metadata, shape)
     protect = routing.protect
     if protect is None:
         protect = DEFAULT_PROTECT if metadata is None else metadata.protect
@@ -170,31 +172,33 @@ def resolve(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingSh
     )  # fmt: skip
 
 
-def _of_calibration(path: Path) -> RoutingMetadata:
-    from mc_gguf.artifacts import Calibration
-    from mc_gguf.routing.profile import RoutingProfile
-
-    return default_metadata(RoutingProfile.of(Calibration.load(path)))
-
-
-def _check_layers(metadata: RoutingMetadata, shape: RoutingShape) -> None:
-    n_layer = len(metadata.thresholds)
-    if n_layer != shape.n_layer:
-        raise McError(
-            f"the thresholds are of a model with {n_layer} layers, this one has {shape.n_layer}; calibrate "
-            "this model, or use routing 'off'"
+def _of_calibration(path: Path, file: RoutingMetadata | None, shape: RoutingShape) -> RoutingMetadata:
+    """What quantize would have written from this calibration. It must be of this model."""
+    calibration = Calibration.load(path)
+    metadata = default_metadata(RoutingProfile.of(calibration))
+    model = calibration.model
+    assert model is not None  # RoutingProfile.of has looked
+    if file is not None and file.model not in ("", model.fingerprint):
+        raise ArtifactError(f"{path} is of another model than this file; calibrate this one")
+    if (model.n_layer, model.n_expert) != (shape.n_layer, shape.n_expert):
+        raise ArtifactError(
+            f"{path} is of a model with {model.n_layer} layers of {model.n_expert} experts, this one has "
+            f"{shape.n_layer} of {shape.n_expert}; calibrate this one"
         )
+    return metadata
 
 
-def _ranks(thresholds: NDArray[np.float32], shape: RoutingShape) -> NDArray[np.float32]:
-    """Of the first ranks: a model may be run with fewer experts a token than it was calibrated with."""
-    n_rank = thresholds.shape[1]
-    if n_rank < shape.n_rank:
+def _fitted(thresholds: NDArray[np.float32], shape: RoutingShape) -> NDArray[np.float32]:
+    """[n_layer, n_rank]: a file may have layers that only speculative decoding uses, and a model may be run
+    with fewer experts a token than it has thresholds for.
+    """
+    n_layer, n_rank = thresholds.shape
+    if n_layer < shape.n_layer or n_rank < shape.n_rank:
         raise McError(
-            f"the thresholds are of a model with {n_rank} experts a token, this one uses {shape.n_rank}; "
-            "calibrate this model, give threshold=NUMBER, or use routing 'off'"
+            f"there are thresholds for {n_layer} layers and {n_rank} experts a token, but the model runs "
+            f"with {shape.n_layer} and {shape.n_rank}; give threshold=NUMBER, or use routing 'off'"
         )
-    return thresholds[:, : shape.n_rank]
+    return thresholds[: shape.n_layer, : shape.n_rank]
 
 
 def _layers(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingShape) -> Sequence[int] | None:
@@ -202,15 +206,13 @@ def _layers(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingSh
     if routing.layers == "all":
         return None
     if routing.layers == "auto":
-        from mc_gguf.routing.thresholds import tolerant_layers
-
         return tolerant_layers(_profile(metadata, "layers='auto'"))
     if routing.layers is None:
         return None if metadata is None else metadata.active
-    wrong = [layer for layer in routing.layers if int(layer) >= shape.n_layer]
-    if wrong:
-        raise McError(f"there is no layer {wrong[0]}; this model has the layers 0 to {shape.n_layer - 1}")
-    return [int(layer) for layer in routing.layers]
+    layers = [int(layer) for layer in routing.layers]
+    if layers[-1] >= shape.n_layer:
+        raise McError(f"there is no layer {layers[-1]}; this model has the layers 0 to {shape.n_layer - 1}")
+    return layers
 
 
 def _thresholds(
@@ -225,9 +227,7 @@ def _thresholds(
                 f"the file carries no thresholds for routing {routing.policy!r}; give threshold=NUMBER or "
                 "calibration=FILE, or write them into the file: mc-gguf routing set FILE --calibration CALIB"
             )
-        return _ranks(metadata.thresholds, shape), layers
-    from mc_gguf.routing.thresholds import at_quantiles, for_target_drop
-
+        return _fitted(metadata.thresholds, shape), layers
     if routing.quantile is not None:
         profile = _profile(metadata, "quantile")
         quantiles = np.full(len(profile.layers), routing.quantile)
@@ -236,10 +236,10 @@ def _thresholds(
         profile = _profile(metadata, "target_drop")
         quantiles = for_target_drop(profile, routing.target_drop, None if routing.layers is None else layers)
         layers = [layer for layer, q in zip(profile.layers, quantiles, strict=True) if q > 0]
-    return _ranks(at_quantiles(profile, quantiles), shape), layers
+    return _fitted(at_quantiles(profile, quantiles), shape), layers
 
 
-def _profile(metadata: RoutingMetadata | None, wanted_by: str) -> Any:
+def _profile(metadata: RoutingMetadata | None, wanted_by: str) -> RoutingProfile:
     if metadata is None or metadata.profile is None:
         raise McError(
             f"routing {wanted_by} needs what a calibration measured, and the file does not carry it; give "
@@ -323,21 +323,18 @@ def _checked_layers(given: Any) -> tuple[int, ...] | str | None:
 
 def _value(name: str, text: str) -> Any:
     """The value of an option that was given as text."""
-    if name in ("importance", "calibration") or (name == "layers" and text in _LAYER_WORDS):
+    if name in ("importance", "calibration"):
         return text
+    if name == "layers":
+        return parse_layers(text)
+    if name in _SHARES:
+        return parse_share(text)
     try:
-        if name == "layers":
-            return [int(part) for part in text.split(",")]
         if name in _INTEGERS:
             return int(text)
-        numbers = [_number(part) for part in text.split(",")]
-        if name != "threshold" and len(numbers) > 1:
-            raise ValueError(text)
+        if name != "threshold":
+            return float(text)
+        numbers = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise McError(f"routing {name}={text!r} is not a number") from error
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
-def _number(text: str) -> float:
-    text = text.strip()
-    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        raise McError(f"routing {name}={text} is not a number") from error
+    return numbers if len(numbers) > 1 else numbers[0]
