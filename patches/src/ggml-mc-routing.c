@@ -20,6 +20,8 @@ struct ggml_tensor * ggml_mc_attn_received(
         struct ggml_tensor  * probs,
         struct ggml_tensor  * cells,
         struct ggml_tensor  * tokens,
+        struct ggml_tensor  * acc,
+        int64_t               n_head_all,
         int64_t               cells_per_stream) {
     const int64_t n_tokens = tokens->ne[1];
 
@@ -29,16 +31,20 @@ struct ggml_tensor * ggml_mc_attn_received(
     GGML_ASSERT(cells == NULL || cells->type == GGML_TYPE_I64 || cells->type == GGML_TYPE_I32);
     GGML_ASSERT(cells == NULL || (ggml_is_vector(cells) && cells->ne[0] == n_tokens && ggml_is_contiguous(cells)));
     GGML_ASSERT(cells_per_stream > 0 && cells_per_stream <= INT32_MAX);
+    GGML_ASSERT(acc == NULL || (acc->type == GGML_TYPE_F32 && acc->ne[0] == n_tokens && ggml_is_contiguous(acc)));
+    GGML_ASSERT(n_head_all >= probs->ne[2]);
     check_tokens(tokens, NULL, n_tokens);
 
     struct ggml_tensor * result = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_tokens);
 
     ggml_set_op_params_i32(result, 0, (int32_t) cells_per_stream);
+    ggml_set_op_params_i32(result, 1, (int32_t) n_head_all);
 
     result->op     = GGML_OP_MC_ATTN_RECEIVED;
     result->src[0] = probs;
     result->src[1] = tokens;
     result->src[2] = cells;
+    result->src[3] = acc;
 
     return result;
 }

@@ -159,6 +159,8 @@ void ggml_compute_forward_mc_attn_received(const ggml_compute_params * params, g
     const int64_t n_queries        = probs->ne[1]; // in a stream
     const int64_t n_head           = probs->ne[2];
     const int64_t cells_per_stream = ggml_get_op_params_i32(dst, 0);
+    const int64_t n_head_all       = ggml_get_op_params_i32(dst, 1);
+    const float * acc              = dst->src[3] ? (const float *) dst->src[3]->data : nullptr;
 
     float * out = (float *) dst->data;
     const auto [begin, end] = share_of(params, n_tokens);
@@ -184,7 +186,7 @@ void ggml_compute_forward_mc_attn_received(const ggml_compute_params * params, g
         t += n;
     }
     for (int64_t t = begin; t < end; ++t) {
-        out[t] /= (float) (n_head*std::max(1, token_field(tokens, t, GGML_MC_TOKEN_QUERIES)));
+        out[t] = (acc ? acc[t] : 0.0f) + out[t]/(float) (n_head_all*std::max(1, token_field(tokens, t, GGML_MC_TOKEN_QUERIES)));
     }
 }
 

@@ -35,12 +35,14 @@ enum ggml_mc_token_field {
 };
 
 /*
-    Mean attention that each token's key receives from the queries of this ubatch that can see it, over heads.
+    Mean attention that each token's key receives from the queries of this ubatch that can see it, over heads. The heads
+    may come in parts: `acc` is the result for the parts before, and n_head_all their number in all parts.
 
     probs  -> [n_kv, n_tokens/n_stream, n_head, n_stream]  softmax of the attention scores, masked entries 0
     cells  -> [n_tokens] (i64, i32)                        cell of each token's key; NULL: token i is in cell i.
                                                            In stream s of a cache of cells_per_stream cells, modulo that
     tokens -> [GGML_MC_TOKEN_N_FIELDS, n_tokens] (i32)
+    acc    -> [n_tokens]                                   NULL: zeros
     result -> [n_tokens]
 */
 GGML_API struct ggml_tensor * ggml_mc_attn_received(
@@ -48,6 +50,8 @@ GGML_API struct ggml_tensor * ggml_mc_attn_received(
         struct ggml_tensor  * probs,
         struct ggml_tensor  * cells,
         struct ggml_tensor  * tokens,
+        struct ggml_tensor  * acc,
+        int64_t               n_head_all,
         int64_t               cells_per_stream);
 
 /*

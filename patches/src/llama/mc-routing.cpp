@@ -15,6 +15,9 @@
 
 namespace {
 
+// parts in which mc_see_flash_attention computes the scores of the heads
+const int64_t MAX_PARTS = 8;
+
 [[noreturn]] void fail(const std::string & what) {
     throw std::runtime_error("expert routing: " + what);
 }
@@ -120,19 +123,22 @@ ggml_tensor * build_importance(const llm_graph_context & graph, ggml_tensor * cu
     return result;
 }
 
-// The tokens of a MoE block's rows: in the last layer only those whose output is wanted are left.
-ggml_tensor * rows_of(const llm_graph_context & graph, const ggml_tensor * cur) {
+// The tokens of a MoE block's rows: in the last layer only those whose output is wanted are left. False when the rows are
+// neither all tokens nor the outputs; `rows` is null for all tokens (out_ids are in order).
+bool find_rows(const llm_graph_context & graph, const ggml_tensor * cur, ggml_tensor * & rows) {
+    rows = nullptr;
     if (cur->ne[1] == graph.n_tokens) {
-        return nullptr; // all of them, and out_ids are in order
+        return true;
     }
     for (const auto & input : graph.res->inputs) {
         if (const auto * out = dynamic_cast<const llm_graph_input_out_ids *>(input.get())) {
             if (out->out_ids && out->out_ids->ne[0] == cur->ne[1]) {
-                return out->out_ids;
+                rows = out->out_ids;
+                return true;
             }
         }
     }
-    fail("rows of a MoE block are neither the tokens of the batch nor its outputs");
+    return false;
 }
 
 ggml_mc_route_params route_params(const mc_routing & routing, int64_t n_expert, int il) {
@@ -235,6 +241,15 @@ bool mc_routing::is_active(int il) const {
     return active[il] != 0;
 }
 
+bool mc_routing::needs_attention() const {
+    for (int il = 0; il < n_layer; ++il) {
+        if (needs_attention(il)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 bool mc_routing::needs_importance(int il) const {
     return params.policy == MC_ROUTING_ODP && params.protect > 0.0 && params.protect < 1.0 && is_active(il);
 }
@@ -277,23 +292,32 @@ static bool needs_attention(const llm_graph_context & graph, int il) {
         graph.ubatch.n_tokens > graph.ubatch.n_seqs_unq;
 }
 
-void mc_see_attention(const llm_graph_context & graph, ggml_tensor * probs, ggml_tensor * k, int il) {
-    if (!needs_attention(graph, il)) {
-        return;
-    }
+// adds the attention of some heads to that of `acc` (null: these are the first); null when the keys are not the tokens' own
+static ggml_tensor * build_received(const llm_graph_context & graph, ggml_tensor * probs, ggml_tensor * k, ggml_tensor * acc, int64_t n_head_all) {
     ggml_tensor * cells = cells_of(graph, k);
     if (!cells && (probs->ne[0] != graph.n_tokens || probs->ne[3] != 1)) {
-        return; // keys that are not the tokens' own, as in cross-attention
+        return nullptr; // as in cross-attention
     }
     // k is permuted to [n_embd_head, n_kv, n_head_kv, n_stream]; in a cache, nb[3] spans all cells of a stream
     const int64_t cells_per_stream = cells ? (int64_t) (k->nb[3]/k->nb[1]) : graph.n_tokens;
 
-    ggml_tensor * received = ggml_mc_attn_received(graph.ctx0, probs, cells, tokens_input(graph), cells_per_stream);
-    graph.cb(received, "attn_received", il);
-    ggml_build_forward_expand(graph.gf, received); // so that the scores are freed after the attention
+    ggml_tensor * received = ggml_mc_attn_received(graph.ctx0, probs, cells, tokens_input(graph), acc, n_head_all, cells_per_stream);
+    ggml_build_forward_expand(graph.gf, received); // now, so that the scores are freed
+    return received;
+}
 
-    graph.mc.attn_layer = il;
-    graph.mc.received   = received;
+static void set_received(const llm_graph_context & graph, ggml_tensor * received, int il) {
+    if (received) {
+        graph.cb(received, "attn_received", il);
+        graph.mc.attn_layer = il;
+        graph.mc.received   = received;
+    }
+}
+
+void mc_see_attention(const llm_graph_context & graph, ggml_tensor * probs, ggml_tensor * k, int il) {
+    if (needs_attention(graph, il)) {
+        set_received(graph, build_received(graph, probs, k, nullptr, probs->ne[2]), il);
+    }
 }
 
 void mc_see_flash_attention(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask,
@@ -302,17 +326,40 @@ void mc_see_flash_attention(const llm_graph_context & graph, ggml_tensor * q, gg
         return;
     }
     ggml_context * ctx0 = graph.ctx0;
-    ggml_tensor  * kq   = ggml_mul_mat(ctx0, k, q);
-    ggml_prec_set_acc(kq, GGML_PREC_F32);
-    if (graph.hparams.attn_soft_cap) {
-        const float cap = graph.hparams.f_attn_logit_softcapping;
-        // what the op does with logit_softcap: the scale comes first
-        kq       = ggml_scale(ctx0, ggml_tanh(ctx0, ggml_scale(ctx0, kq, kq_scale/cap)), cap);
-        kq_scale = 1.0f;
+
+    // Some heads at a time: flash attention is there so that the scores of all heads need no memory. ALiBi's slopes depend
+    // on the number of the head, so there all heads are one part.
+    const int64_t n_head    = q->ne[2];
+    const int64_t n_head_kv = k->ne[2];
+    const int64_t n_gqa     = n_head/n_head_kv;
+    const int64_t n_part    = graph.hparams.f_max_alibi_bias > 0.0f ? n_head :
+        n_head_kv == 1 ? (n_head + MAX_PARTS - 1)/MAX_PARTS : (n_head_kv + MAX_PARTS - 1)/MAX_PARTS*n_gqa;
+
+    ggml_tensor * received = nullptr;
+    for (int64_t first = 0; first < n_head; first += n_part) {
+        const int64_t n  = std::min(n_part, n_head - first);
+        ggml_tensor * qp = ggml_view_4d(ctx0, q, q->ne[0], q->ne[1], n, q->ne[3], q->nb[1], q->nb[2], q->nb[3], first*q->nb[2]);
+        ggml_tensor * kp = ggml_view_4d(ctx0, k, k->ne[0], k->ne[1], n_head_kv == 1 ? 1 : n/n_gqa, k->ne[3],
+                k->nb[1], k->nb[2], k->nb[3], first/n_gqa*k->nb[2]);
+
+        ggml_tensor * kq    = ggml_mul_mat(ctx0, kp, qp);
+        float         scale = kq_scale;
+        ggml_prec_set_acc(kq, GGML_PREC_F32);
+        if (graph.hparams.attn_soft_cap) {
+            const float cap = graph.hparams.f_attn_logit_softcapping;
+            // as the op does with logit_softcap: the scale comes first
+            kq    = ggml_scale(ctx0, ggml_tanh(ctx0, ggml_scale(ctx0, kq, kq_scale/cap)), cap);
+            scale = 1.0f;
+        }
+        kq = ggml_soft_max_ext(ctx0, kq, kq_mask, scale, graph.hparams.f_max_alibi_bias);
+        ggml_soft_max_add_sinks(kq, sinks ? ggml_view_1d(ctx0, sinks, n, first*sinks->nb[0]) : nullptr);
+
+        received = build_received(graph, kq, k, received, n_head);
+        if (!received) {
+            return;
+        }
     }
-    kq = ggml_soft_max_ext(ctx0, kq, kq_mask, kq_scale, graph.hparams.f_max_alibi_bias);
-    ggml_soft_max_add_sinks(kq, sinks);
-    mc_see_attention(graph, kq, k, il);
+    set_received(graph, received, il);
 }
 
 ggml_tensor * mc_route_experts(const llm_graph_context & graph, ggml_tensor * cur, ggml_tensor * weights, ggml_tensor * selected,
@@ -323,8 +370,11 @@ ggml_tensor * mc_route_experts(const llm_graph_context & graph, ggml_tensor * cu
             n_expert != routing->n_expert || selected->ne[0] > routing->n_rank) {
         return weights;
     }
+    ggml_tensor * rows = nullptr;
+    if (!find_rows(graph, cur, rows)) {
+        return weights;
+    }
     ggml_context * ctx0 = graph.ctx0;
-    ggml_tensor  * rows = rows_of(graph, cur);
 
     const ggml_mc_route_params params = route_params(*routing, n_expert, il);
 
