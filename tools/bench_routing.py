@@ -131,7 +131,7 @@ def context_defaults(cb_eval: Any) -> Iterator[None]:
     """llama_cpp has no argument for the scheduler's callback: set it in the defaults that it starts from."""
     from mc_gguf.runtime import use_in_llama_cpp
 
-    llama_cpp = use_in_llama_cpp()
+    llama_cpp: Any = use_in_llama_cpp()
     original = llama_cpp.llama_cpp.llama_context_default_params
 
     def defaults() -> Any:
@@ -338,7 +338,7 @@ def worker(file: Path, threads: int) -> None:
     """One process of `off`: the median step of a decode, and the better of two prefills, in seconds."""
     import llama_cpp
 
-    llm = llama_cpp.Llama(
+    llm: Any = llama_cpp.Llama(
         str(file), n_ctx=1024, n_batch=N_PREFILL, n_ubatch=N_PREFILL, n_threads=threads,
         n_threads_batch=threads, verbose=False,
     )  # fmt: skip

@@ -5,8 +5,8 @@
 Converts the bundled model to 16 bits and to about 2 bits an expert weight (calibrated on the bundled text),
 then measures on WikiText-2 test and on C++ (src/llama-vocab.cpp of the pinned llama.cpp: not in the
 calibration text) perplexity and the mean KL divergence from the same file with routing off, against the share
-of expert activations that were dropped, by the runtime's counters. The second half of each window of --ctx tokens is
-scored; a window is one prompt, so importance is ranked within it.
+of expert activations that were dropped, by the runtime's counters. The second half of each window of --ctx
+tokens is scored; a window is one prompt, so importance is ranked within it.
 
 Writes results.json, table.md (interpolated between the measured points at 5, 10, 15, 20, 30 %) and curves.svg
 (with matplotlib: pip install 'mc_gguf[plot]'). A measured point is not measured again: delete results.json to
