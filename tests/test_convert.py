@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -44,6 +45,10 @@ def test_leaves_model_plan_and_calibration(converted: Path) -> None:
     assert model.plan_fingerprint == plan.fingerprint
     assert model.calibration_fingerprint == plan.calibration_fingerprint == calibration.fingerprint
     assert converted.stat().st_size == plan.file_bytes
+    assert model.routing is not None
+    assert model.routing.profile is not None
+    assert model.routing.model == plan.model_fingerprint
+    np.testing.assert_array_equal(model.routing.profile.sensitivity, calibration.routing_sensitivity)
     assert model.expert_bpw is not None
     assert 2.1 < model.expert_bpw <= 2.2
     for layer in plan.layers:
