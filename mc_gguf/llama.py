@@ -25,9 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf import runtime
+from mc_gguf.artifacts import expert_tensor_name
 from mc_gguf.container import MixedGguf, read_routing
 from mc_gguf.cores import usable_cores
 from mc_gguf.errors import FormatError, McError, SourceError
+from mc_gguf.gguf_file import read_header
 from mc_gguf.routing import Routing, RoutingMetadata, RoutingStats, resolve
 from mc_gguf.runtime import routing_api
 
@@ -38,7 +40,7 @@ from llama_cpp._logger import logger  # noqa: E402
 
 GGUF_MAGIC = b"GGUF"
 SHARD_NAME = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
-FUSED_NAME = re.compile(r"blk\.(\d+)\.ffn_gate_up_exps\.weight")
+STACK_NAME = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|gate_up|down)_exps\.weight")
 LOG_WARN, LOG_ERROR, LOG_CONTINUED = 3, 4, 5  # enum ggml_log_level
 KEPT_LINES = 8
 CONTEXT_STEP = 256  # tokens
@@ -101,7 +103,8 @@ class Llama(llama_cpp.Llama):
     @property
     def routing(self) -> Routing:
         """What was set last; "auto" has become odp or off. Setting it, also to a text, works from the next
-        token on and keeps the conversation; McError when it does not fit the model, and nothing changes.
+        token on and keeps the conversation, what was computed of it included; McError when it does not fit
+        the model, and nothing changes.
         """
         return self._routing
 
@@ -119,7 +122,7 @@ class Llama(llama_cpp.Llama):
         context = self._open_context()
         slots, experts = routing_api.read_counters(context)
         shape = routing_api.routing_shape(context)
-        return RoutingStats.of(slots, experts, _expert_bytes(Path(self.model_path), shape))
+        return RoutingStats.of(slots, experts, expert_bytes(Path(self.model_path), shape))
 
     def reset_routing_stats(self) -> None:
         """Counts from zero again; the routing stays."""
@@ -144,22 +147,22 @@ class Llama(llama_cpp.Llama):
         return state | {"routing": self.routing}
 
 
-def _expert_bytes(path: Path, shape: routing_api.RoutingShape) -> NDArray[np.int64]:
-    """Bytes of every expert's matrices [n_layer, n_expert]; zeros where they cannot be told."""
+def expert_bytes(path: Path, shape: routing_api.RoutingShape) -> NDArray[np.int64]:
+    """Bytes of every expert's matrices [n_layer, n_expert], of all shards; zeros where unknown."""
     found = np.zeros((shape.n_layer, shape.n_expert), dtype=np.int64)
     name = SHARD_NAME.fullmatch(path.name)
-    shards = sorted(path.parent.glob(f"{glob.escape(name[1])}-?????-of-{name[2]}.gguf")) if name else [path]
-    for shard in shards if shape.n_expert else ():
-        try:
-            model = MixedGguf.open(shard)
-        except FormatError:  # llama.cpp reads more than we do, such as GGUF version 2
-            return np.zeros_like(found)
-        for (layer, _), experts in model.slices.items():
-            if layer < shape.n_layer:
-                found[layer] += [expert.n_bytes for expert in experts]
-        for entry in model.header.tensors.values():
-            if match := FUSED_NAME.fullmatch(entry.name):
-                found[int(match[1])] += entry.n_bytes // shape.n_expert
+    pattern = f"{glob.escape(name[1])}-?????-of-{name[2]}.gguf" if name else glob.escape(path.name)
+    try:
+        for shard in path.parent.glob(pattern) if shape.n_expert else ():
+            for entry in read_header(shard).tensors.values():
+                if (match := STACK_NAME.fullmatch(entry.name)) and int(match[1]) < shape.n_layer:
+                    found[int(match[1])] += entry.n_bytes // shape.n_expert
+        mixed = MixedGguf.open(path)
+    except FormatError:  # llama.cpp reads more than we do, such as GGUF version 2
+        return np.zeros_like(found)
+    for (layer, projection), experts in mixed.slices.items():
+        if expert_tensor_name(layer, projection) not in mixed.header.tensors and layer < shape.n_layer:
+            found[layer] += [expert.n_bytes for expert in experts]
     return found
 
 

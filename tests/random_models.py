@@ -4,6 +4,7 @@ qwen3moe   softmax over all experts, weights normalised over the selected ones
 olmoe      softmax over all experts, weights left alone
 gpt-oss    softmax over the selected experts; biases, attention sinks, sliding window
 dots1      sigmoid, normalised or not (norm=); a dense first layer, a shared expert
+llama      here without experts
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ HEAD = N_EMBD // N_HEAD
 SIGMOID = 2  # enum llama_expert_gating_func_type
 
 
-def write_random_model(path: Path, architecture: str, norm: bool = True) -> Path:
-    """A model of 3 layers, 8 experts, 4 of them used by a token. `norm` is for dots1."""
-    writer = load_gguf().GGUFWriter(path, architecture)
+def write_random_model(path: Path, architecture: str, norm: bool = True, shard_tensors: int = 0) -> Path:
+    """A model of 3 layers, 8 experts, 4 of them used by a token. `norm` is for dots1. With `shard_tensors` in
+    files of so many tensors, named like llama.cpp's.
+    """
+    writer = load_gguf().GGUFWriter(path, architecture, split_max_tensors=shard_tensors)
     _metadata(writer, architecture, norm)
     rng = np.random.default_rng(3)
     for name, shape in _shapes(architecture).items():  # numpy order
@@ -46,6 +49,8 @@ def _metadata(writer: Any, architecture: str, norm: bool) -> None:
         N_HEAD, "attention.key_length": HEAD, "attention.value_length": HEAD, "rope.dimension_count": HEAD,
         "expert_count": N_EXPERT, "expert_used_count": N_USED, "attention.sliding_window": 32,
     }  # fmt: skip
+    if architecture == "llama":
+        del numbers["expert_count"], numbers["expert_used_count"]
     if architecture == "dots1":
         numbers |= {"leading_dense_block_count": 1, "expert_shared_count": 1, "expert_gating_func": SIGMOID}
         writer.add_bool("dots1.expert_weights_norm", norm)
@@ -65,7 +70,7 @@ def _shapes(architecture: str) -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
     for layer in range(N_LAYER):
         own = _attention(architecture)
-        if architecture == "dots1" and layer == 0:
+        if architecture == "llama" or (architecture == "dots1" and layer == 0):
             own |= _feed_forward("")
         else:
             own |= {"ffn_gate_inp.weight": (N_EXPERT, N_EMBD), **_feed_forward("_exps", (N_EXPERT,))}
@@ -86,6 +91,8 @@ def _attention(architecture: str) -> dict[str, tuple[int, ...]]:
     if architecture == "gpt-oss":
         shapes |= {f"attn_{name}.bias": (N_EMBD,) for name in ("q", "k", "v", "output")}
         return shapes | {"attn_sinks.weight": (N_HEAD,), "post_attention_norm.weight": (N_EMBD,)}
+    if architecture == "llama":
+        return shapes | {"ffn_norm.weight": (N_EMBD,)}
     size = N_EMBD if architecture == "olmoe" else HEAD
     return shapes | {
         "ffn_norm.weight": (N_EMBD,),

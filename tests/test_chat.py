@@ -154,6 +154,44 @@ def test_the_command_talks_until_the_end_of_input(tiny_gguf: Path, monkeypatch: 
     assert len(answers) >= 2
 
 
+def test_what_routing_saved_is_said_at_the_end(tiny_gguf: Path) -> None:
+    prompt = ("-p", "Once upon a time", "-n", "8", "--temp", "0", "--threads", "1")
+    code, out, err = run(tiny_gguf, *prompt, "--routing", "threshold:threshold=1.5")
+    assert code == 0
+    assert err == (
+        "Routing threshold: 50.0% of expert activations dropped, 0.0% protected, "
+        f"{err.split(', ')[-1].split('%')[0]}% of expert bytes not read\n"
+    )
+    assert 40 < float(err.split(", ")[-1].split("%")[0]) <= 60
+    assert out != run(tiny_gguf, *prompt)[1]
+    assert run(tiny_gguf, *prompt, "--routing", "off")[2] == ""
+
+
+def test_stats_on_the_way(tiny_gguf: Path) -> None:
+    typed = "The king\n/stats\n/exit\n"
+    options = ("-n", "4", "--temp", "0", "--threads", "1")
+    _, out, err = run(tiny_gguf, *options, "--routing", "odp:threshold=0.5", typed=typed)
+    assert f"> {err}" in out
+    assert err.startswith("Routing odp: ")
+    _, out, err = run(tiny_gguf, *options, typed=typed)
+    assert "> Routing off\n" in out
+    assert err == ""
+
+
+def test_the_saving_is_said_after_an_error_too(tiny_gguf: Path) -> None:
+    code, _, err = run(tiny_gguf, "-p", "king " * 400, "--ctx", "256", "--routing", "top_p:top_p=0.5")
+    assert code == 1
+    assert err.splitlines()[0] == "Routing top_p: nothing was routed"
+    assert err.splitlines()[1].startswith("Error: Requested tokens (")
+
+
+def test_wrong_routing_is_one_line(tiny_gguf: Path) -> None:
+    code, _, err = run(tiny_gguf, "-p", "x", "--routing", "odp")
+    assert code == 1
+    assert err.startswith("Error: the file carries no thresholds for routing 'odp'")
+    assert err.count("\n") == 1
+
+
 def test_a_prompt_longer_than_the_context_is_one_line(tiny_gguf: Path) -> None:
     code, _, err = run(tiny_gguf, "-p", "king " * 400, "--ctx", "256")
     assert code == 1
