@@ -95,7 +95,7 @@ def chat(
     sampling: Sampling,
     n_ctx: int = DEFAULT_CONTEXT,
     n_threads: int | None = None,
-    routing: str = "auto",
+    routing: str = "off",
 ) -> None:
     """Loads the model and answers `prompt` on stdout, or talks until the user leaves when there is none. At
     the end what dynamic routing (`routing`, see Routing.parse) saved goes to stderr.

@@ -18,6 +18,7 @@ import glob
 import logging
 import re
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,10 @@ _problems: list[str] = []  # the latest errors and warnings of llama.cpp, oldest
 class Llama(llama_cpp.Llama):
     """A llama_cpp.Llama that is quiet and uses all cores by default.
 
-    model_path: a GGUF file, plain or mixed-expert. `routing` is a Routing or its text (Routing.parse); "auto"
-    does what the file says. All other keyword arguments are llama_cpp.Llama's. Raises SourceError when there
-    is no such file, FormatError, with llama.cpp's reason, when it cannot be loaded, and McError when the
-    routing does not fit the model.
+    model_path: a GGUF file, plain or mixed-expert. `routing` is a Routing or its text (Routing.parse): "off"
+    by default, "auto" does what the file says. All other keyword arguments are llama_cpp.Llama's. Raises
+    SourceError when there is no such file, FormatError, with llama.cpp's reason, when it cannot be loaded,
+    and McError when the routing does not fit the model.
 
     With policy odp the runtime measures how much attention each token of a prompt receives, within the part
     of it that is computed at once (n_ubatch tokens). Without flash attention it reads the softmax that is
@@ -68,7 +69,7 @@ class Llama(llama_cpp.Llama):
         self,
         model_path: str | Path,
         *,
-        routing: Routing | str = "auto",
+        routing: Routing | str = "off",
         verbose: bool = False,
         **options: Any,
     ) -> None:
@@ -93,7 +94,6 @@ class Llama(llama_cpp.Llama):
                 raise
             raise FormatError(f"{path}: {_reason() or error}") from error
         try:
-            self._routing_metadata = self._read_routing(path)
             self._routing = Routing("off")
             self.routing = wanted_routing
         except McError:
@@ -110,9 +110,11 @@ class Llama(llama_cpp.Llama):
 
     @routing.setter
     def routing(self, routing: Routing | str) -> None:
-        wanted = Routing.of(routing).settled(self._routing_metadata)
+        wanted = Routing.of(routing)
         context = self._open_context()
-        params = resolve(wanted, self._routing_metadata, routing_api.routing_shape(context))
+        metadata = None if wanted.policy == "off" else self._routing_metadata
+        wanted = wanted.settled(metadata)
+        params = resolve(wanted, metadata, routing_api.routing_shape(context))
         if wanted != self._routing or wanted.policy != "off":  # off it is from the start
             routing_api.set_routing(context, params)
         self._routing = wanted
@@ -134,13 +136,14 @@ class Llama(llama_cpp.Llama):
             raise McError("this Llama is closed; load the model again")
         return context
 
-    def _read_routing(self, path: Path) -> RoutingMetadata | None:
+    @cached_property
+    def _routing_metadata(self) -> RoutingMetadata | None:
         """What the file says. Its header is read a second time only if mc_gguf has written to it: for others
         that would be slow, and stricter than llama.cpp is.
         """
         has_experts = routing_api.routing_shape(self._open_context()).n_expert > 0  # not with vocab_only
         is_ours = any(key.startswith("mc_gguf.") for key in self.metadata)
-        return read_routing(path) if has_experts and is_ours else None
+        return read_routing(Path(self.model_path)) if has_experts and is_ours else None
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

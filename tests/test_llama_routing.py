@@ -70,7 +70,7 @@ def answer(llm: Llama, n_token: int = 12) -> str:
 def test_auto_does_what_the_file_says(
     with_thresholds: Path, carried: RoutingMetadata, tiny_gguf: Path
 ) -> None:
-    auto = Llama(with_thresholds, n_ctx=256, n_threads=1)
+    auto = Llama(with_thresholds, n_ctx=256, n_threads=1, routing="auto")
     assert auto.routing == Routing("odp")
     text, stats = answer(auto), auto.routing_stats()
     assert stats.dropped_share > 0.05
@@ -88,7 +88,7 @@ def test_auto_does_what_the_file_says(
 
 
 def test_auto_is_off_for_a_file_that_says_nothing(tiny_gguf: Path) -> None:
-    plain = Llama(tiny_gguf, n_ctx=256, n_threads=1)
+    plain = Llama(tiny_gguf, n_ctx=256, n_threads=1, routing="auto")
     assert plain.routing == Routing("off")
     answer(plain)
     assert plain.routing_stats().n_slots == 0
@@ -100,8 +100,9 @@ def test_auto_is_off_for_a_file_that_says_nothing(tiny_gguf: Path) -> None:
     plain.close()
 
 
-def test_off_is_off(with_thresholds: Path, tiny_gguf: Path) -> None:
-    off, plain = Llama(with_thresholds, n_ctx=256, routing="off"), Llama(tiny_gguf, n_ctx=256)
+def test_off_is_the_default_and_off(with_thresholds: Path, tiny_gguf: Path) -> None:
+    off, plain = Llama(with_thresholds, n_ctx=256), Llama(tiny_gguf, n_ctx=256)
+    assert off.routing == Routing("off")
     assert answer(off) == answer(plain)
     assert off.routing_stats().n_slots == 0
     off.routing = "auto"

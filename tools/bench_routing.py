@@ -42,7 +42,7 @@ N_PREFILL = 512
 
 
 def tokens(n: int, n_vocab: int) -> list[int]:
-    return np.random.default_rng(SEED_TOKENS).integers(3, n_vocab, n).tolist()
+    return [int(t) for t in np.random.default_rng(SEED_TOKENS).integers(3, n_vocab, n)]
 
 
 @dataclass(frozen=True)

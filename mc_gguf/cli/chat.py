@@ -32,10 +32,10 @@ import click
 @click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all cores]")
 @click.option(
     "--routing",
-    default="auto",
+    default="off",
     show_default=True,
     metavar="R",
-    help="Which experts a token may do without: auto (what the file says), off, or a policy with options: "
+    help="Which experts a token may do without: off, auto (what the file says), or a policy with options: "
     "odp:target_drop=15%, odp:quantile=0.3,protect=0.05, threshold:threshold=0.5, keep_min:ratio=0.4, "
     "top_p:top_p=0.9, random:rate=0.2,seed=1.",
 )
