@@ -26,12 +26,16 @@ _WANTED = re.compile(rb"(ffn_moe_(?:topk|weights|routed|importance)|attn_receive
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What one llama_decode gets: int64 arrays [n], and of which tokens the logits are wanted (bool [n])."""
+    """What one llama_decode gets: int64 arrays [n], and of which tokens the logits are wanted (bool [n]).
+
+    `shared`: for tokens, by index, that belong to several sequences, those after the first.
+    """
 
     tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
     sequences: NDArray[np.int64]
     wanted: NDArray[np.bool_]
+    shared: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,11 +123,15 @@ class Context:
     def decode(self, batch: Batch) -> tuple[NDArray[np.float32], list[list[Decision]]]:
         """Logits of the wanted tokens [n_wanted, n_vocab], and the decisions of each ubatch, by layer."""
         llama, n = self._llama, len(batch.tokens)
-        raw = llama.llama_batch_init(n, 0, 1)
+        most = 1 + max((len(more) for more in batch.shared.values()), default=0)
+        raw = llama.llama_batch_init(n, 0, most)
         raw.n_tokens = n
         for i in range(n):
             raw.token[i], raw.pos[i] = int(batch.tokens[i]), int(batch.positions[i])
-            raw.n_seq_id[i], raw.seq_id[i][0] = 1, int(batch.sequences[i])
+            sequences = (int(batch.sequences[i]), *batch.shared.get(i, ()))
+            raw.n_seq_id[i] = len(sequences)
+            for j, sequence in enumerate(sequences):
+                raw.seq_id[i][j] = sequence
             raw.logits[i] = bool(batch.wanted[i])
         self._captured.clear()
         status = llama.llama_decode(self.handle, raw)

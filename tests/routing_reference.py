@@ -244,14 +244,21 @@ def measure(x: Tensor, tokens: Tokens, name: str) -> Tensor:
     }[name]
 
 
-def uniform(seed: int, layer: int, position: int, rank: int) -> float:
-    """Number in [0, 1) of a slot: the top 53 bits of splitmix64 of what names it."""
+def splitmix64(state: int) -> int:
+    """The next number of the generator in this state."""
     mask = (1 << 64) - 1
-    z = (seed << 32) ^ (layer << 48) ^ (rank << 40) ^ position
-    z = (z + 0x9E3779B97F4A7C15) & mask
+    z = (state + 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return float((z ^ (z >> 31)) >> 11) * 2.0**-53
+    return z ^ (z >> 31)
+
+
+def uniform(seed: int, layer: int, position: int, rank: int) -> float:
+    """Number in [0, 1) of a slot: the top 53 bits of splitmix64 over the parts of its name, one by one."""
+    z = 0
+    for part in (seed, layer, position, rank):
+        z = splitmix64(z ^ part)
+    return float(z >> 11) * 2.0**-53
 
 
 def float32(value: float) -> float:

@@ -26,7 +26,7 @@ from mc_gguf.checkpoint import open_checkpoint
 from mc_gguf.cli import main
 from mc_gguf.container import read_routing
 from mc_gguf.quantize import quantize
-from mc_gguf.routing.metadata import of_calibration
+from mc_gguf.routing.metadata import choose, of_calibration
 
 TYPES = {p: [["Q8_0", "Q4_0", "Q8_0"], *[["Q4_0"] * 3] * 3] for p in PROJECTIONS}
 
@@ -55,7 +55,8 @@ def calibration(tmp_path: Path) -> Path:
 def ours(tmp_path: Path) -> Path:
     checkpoint = RandomCheckpoint(4, 3)
     routing = of_calibration(make_calibration(checkpoint.info, tmp_path / "own.safetensors"))
-    write_random(tmp_path / "ours.gguf", checkpoint, TYPES, routing)
+    assert routing is not None
+    write_random(tmp_path / "ours.gguf", checkpoint, TYPES, choose(routing, quantile=0.5, layers="all"))
     return tmp_path / "ours.gguf"
 
 
@@ -98,7 +99,7 @@ def test_set_in_place_and_elsewhere(ours: Path, tmp_path: Path) -> None:
     assert "copy: 100 %" in result.stderr
     assert ours.read_bytes() == (tmp_path / "new" / "copy.gguf").read_bytes()
     assert result.stdout == run("show", ours).stdout
-    run("set", ours)  # the defaults are what quantize writes
+    run("set", ours, "--quantile", 0.5, "--layers", "all")
     assert ours.read_bytes() == before
 
 

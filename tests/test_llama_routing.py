@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from mc_gguf.gguf_file import read_header
 from mc_gguf.llama import expert_bytes
 from mc_gguf.quantize import quantize
 from mc_gguf.routing import RoutingMetadata, default_metadata
+from mc_gguf.routing.metadata import choose
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.routing.thresholds import at_quantiles
 from mc_gguf.runtime.routing_api import RoutingShape
@@ -43,7 +43,8 @@ def made_up() -> Calibration:
 
 @pytest.fixture(scope="module")
 def carried(made_up: Calibration) -> RoutingMetadata:
-    return replace(default_metadata(RoutingProfile.of(made_up)), active=(0, 1, 3, 4), protect=0.1)
+    known = default_metadata(RoutingProfile.of(made_up))
+    return choose(known, quantile=0.5, layers=(0, 1, 3, 4), protect=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def test_a_plain_file_with_a_calibration(
     made_up.save(tmp_path / "a.calib")
     routing = Routing(calibration=tmp_path / "a.calib")
     plain, carrying = Llama(tiny_gguf, n_ctx=256, routing=routing), Llama(with_thresholds, n_ctx=256)
-    carrying.routing = Routing(layers="auto", protect=0.02)
+    carrying.routing = Routing(target_drop=0.15, protect=0.02)
     assert answer(plain) == answer(carrying)
     assert plain.routing_stats().to_json() == carrying.routing_stats().to_json()
     plain.close()
@@ -284,7 +285,8 @@ def test_damaged_thresholds_are_a_format_error(with_thresholds: Path, tmp_path: 
     path = tmp_path / "damaged.gguf"
     path.write_bytes(data.replace(b"mc_gguf.routing.protect", b"mc_gguf.routing.protekt", 1))
     with pytest.raises(FormatError, match=r"mc_gguf\.routing\.prote"):
-        Llama(path, n_ctx=256)
+        Llama(path, n_ctx=256, routing="auto")
+    Llama(path, n_ctx=256, routing="off").close()  # which asks the file nothing
 
 
 def test_routing_is_pickled(llm: Llama) -> None:

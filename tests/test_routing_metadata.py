@@ -137,7 +137,7 @@ def test_gguf_py_reads_the_same(ours: Path) -> None:
 def test_layers_without_experts_and_more_ranks(tmp_path: Path) -> None:
     """Layers 0 and 2 of 4 have experts, a token uses three; the last index of an array runs fastest."""
     some = profile((0, 2), 4, 3)
-    kv = routing_kv(default_metadata(some))
+    kv = routing_kv(choose(default_metadata(some), quantile=0.5))
     q = some.ratio_quantiles
     assert kv["mc_gguf.routing.ratio_quantiles"].value == [
         q[i, r, k] for i in (0, 1) for r in (0, 1) for k in range(11)
@@ -162,7 +162,7 @@ def test_golden_bytes() -> None:
     """The example of docs/format.md, to the byte: a change here is a change of the format."""
     layers = np.array([[[0, 0.25, 1]]])
     small = RoutingProfile((0,), 1, layers, np.array([0.5]), np.array([[0, 1.0, 4]]))
-    kv = routing_kv(replace(default_metadata(small), protect=0.5))
+    kv = routing_kv(choose(default_metadata(small), quantile=0.5, protect=0.5))
     data = b"".join(encode_kv(key, value) for key, value in kv.items())
     assert len(data) == 447
     assert hashlib.sha256(data).hexdigest() == GOLDEN_SHA256

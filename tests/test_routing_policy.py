@@ -12,7 +12,7 @@ from synthetic_calibration import calibration as make_calibration
 from synthetic_calibration import synthetic_routing
 
 from mc_gguf.errors import ArtifactError, McError
-from mc_gguf.routing import Routing, RoutingMetadata, resolve
+from mc_gguf.routing import Routing, RoutingMetadata, default_metadata, resolve
 from mc_gguf.routing.policy import OPTIONS
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.routing.thresholds import at_quantiles, for_target_drop, predicted_drop, tolerant_layers
@@ -198,8 +198,8 @@ def test_a_calibration_stands_in_for_the_file(tmp_path: Path) -> None:
     measured.save(tmp_path / "a.calib")
     known = RoutingProfile.of(measured)
     found = resolve(Routing(calibration=tmp_path / "a.calib"), None, PLAIN_SHAPE)
-    np.testing.assert_array_equal(found.thresholds, at_quantiles(known, np.full(6, 0.5)))
-    assert active(found) == list(tolerant_layers(known))
+    np.testing.assert_array_equal(found.thresholds, default_metadata(known).thresholds)
+    assert active(found) == list(default_metadata(known).active)
     found = resolve(Routing(calibration=tmp_path / "a.calib", quantile=0.2), None, PLAIN_SHAPE)
     np.testing.assert_array_equal(found.thresholds, at_quantiles(known, np.full(6, 0.2)))
     of_other = metadata(model="0" * 64)

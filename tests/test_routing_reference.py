@@ -14,7 +14,7 @@ import pytest
 import torch
 from eval_capture import Batch, Context, Decision
 from numpy.typing import NDArray
-from routing_reference import Reference, Routed, load, ubatches, uniform
+from routing_reference import Reference, Routed, load, splitmix64, ubatches, uniform
 from tokenizers import Tokenizer
 
 from mc_gguf import upstream
@@ -66,6 +66,7 @@ def thresholds(*by_rank: float) -> NDArray[np.float32]:
 
 
 ODP = RoutingParams("odp", thresholds=thresholds(0.6), protect=0.1)
+EVERYTHING_BELOW = RoutingParams("odp", thresholds=thresholds(2.0), protect=0.5)
 
 
 def batch_of(text: NDArray[np.int64], *parts: tuple[int, int, int], last_only: bool = False) -> Batch:
@@ -289,6 +290,41 @@ def test_cache_with_holes(
         compare(context, Reference(*weights, ODP, near(flash_attention)), steps)
 
 
+@pytest.mark.parametrize("n_sequences", [7, 8])
+def test_tokens_of_several_sequences_are_ranked(
+    tiny_f32: Path, text: NDArray[np.int64], n_sequences: int
+) -> None:
+    """Eight tokens that belong to as many sequences are protected as in one sequence."""
+    alone = batch_of(text, (0, 0, 8))
+    shared = replace(alone, shared={i: tuple(range(1, n_sequences)) for i in range(8)})
+    counted = []
+    for batch in (alone, shared):
+        with Context(tiny_f32, n_seq_max=8) as context:
+            context.set_routing(EVERYTHING_BELOW)
+            context.decode(batch)
+            counted.append(context.counters()[0])
+    np.testing.assert_array_equal(counted[0], counted[1])
+    assert (counted[0][:, 2, 1] == 4).all()
+
+
+@pytest.mark.parametrize("flash_attention", [False, True])
+def test_attention_received_by_a_shared_prompt(
+    tiny_f32: Path, text: NDArray[np.int64], flash_attention: bool
+) -> None:
+    """Each query's attention sums to 1, so the means times the number of queries sum to their number."""
+    whole = batch_of(text, (0, 0, 30), (1, 0, 30), (2, 0, 30))
+    batch = pick(whole, np.r_[0:30, 40:60, 70:90])  # of the others only what comes after 10 tokens
+    batch = replace(batch, shared={i: (1, 2) for i in range(10)})
+    queries = 30.0 - batch.positions
+    queries[:10] += 40
+    with Context(tiny_f32, n_seq_max=3, flash_attention=flash_attention) as context:
+        context.set_routing(EVERYTHING_BELOW)
+        for decision in context.decode(batch)[1][0]:
+            assert decision.received is not None
+            assert (decision.received * queries).sum() == pytest.approx(70, rel=1e-3)
+
+
 def test_random_numbers_are_splitmix64() -> None:
     first = 0xE220A8397B1DCDAF  # of the generator's reference implementation, seed 0
-    assert uniform(seed=0, layer=0, position=0, rank=0) == (first >> 11) / 2**53
+    assert splitmix64(0) == first
+    assert uniform(seed=0, layer=0, position=0, rank=0) != uniform(seed=0, layer=0, position=0, rank=1)

@@ -6,8 +6,8 @@ layers.
 
 Every model is calibrated in a process of its own; its peak resident set is what the kernel reports for it.
 Prints one line a model, then the checks: at most one decoder layer in float32 plus 3 GB, and peaks within 5 %
-of each other without the branches of sensitivity.py, whose number is that of the layers. Exits with 1 when a
-check fails. Limits: pages of a memory-mapped source count as resident while they are mapped.
+of each other. Exits with 1 when a check fails. Limits: pages of a memory-mapped source count as resident
+while they are mapped.
 """
 
 from __future__ import annotations
@@ -21,12 +21,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-if TYPE_CHECKING:
-    from mc_gguf.artifacts import ModelInfo
 
 ALLOWANCE_BYTES = 3_000_000_000
 SPREAD = 0.05
@@ -39,17 +33,15 @@ class Measured:
     model: Path
     n_layer: int
     peak_bytes: int
-    branch_bytes: int
     layer_bytes: int
     seconds: float
 
     def line(self) -> str:
-        peak, branch, layer = (n / 1e9 for n in (self.peak_bytes, self.branch_bytes, self.layer_bytes))
-        gb = f"{peak:.2f} GB peak ({branch:.2f} GB branches), one layer {layer:.2f} GB"
+        gb = f"{self.peak_bytes / 1e9:.2f} GB peak, one layer {self.layer_bytes / 1e9:.2f} GB"
         return f"{self.model.name}: {self.n_layer} layers, {gb}, {self.seconds:.0f} s"
 
 
-def measure(model: Path, tokens: int, options: list[str]) -> Measured:
+def measure(model: Path, options: list[str]) -> Measured:
     """Run `mc-gguf calibrate` on `model` in a child process."""
     from mc_gguf.checkpoint import open_checkpoint
 
@@ -75,17 +67,7 @@ def measure(model: Path, tokens: int, options: list[str]) -> Measured:
     if status:
         raise SystemExit(f"calibrate failed on {model}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Measured(model, info.n_layer, usage.ru_maxrss * unit, branches(info, tokens), 4 * weights, seconds)
-
-
-def branches(info: ModelInfo, tokens: int) -> int:
-    """Bytes of the branches and of what a layer adds to them."""
-    from mc_gguf.corpus import DEFAULT_CTX
-    from mc_gguf.sensitivity import SENSITIVITY_TOKENS, branch_rows
-
-    rows = np.zeros((tokens // DEFAULT_CTX, DEFAULT_CTX), dtype=np.int32)
-    n_tokens = branch_rows(rows, info.n_layer, info.n_embd, SENSITIVITY_TOKENS).size
-    return 2 * (info.n_layer + 1) * n_tokens * info.n_embd * 4
+    return Measured(model, info.n_layer, usage.ru_maxrss * unit, 4 * weights, seconds)
 
 
 def failures(results: list[Measured]) -> list[str]:
@@ -95,9 +77,9 @@ def failures(results: list[Measured]) -> list[str]:
         for r in results
         if r.peak_bytes > r.layer_bytes + ALLOWANCE_BYTES
     ]
-    peaks = [r.peak_bytes - r.branch_bytes for r in results]
+    peaks = [r.peak_bytes for r in results]
     if max(peaks) > (1 + SPREAD) * min(peaks):
-        found.append(f"peaks without branches differ by {100 * (max(peaks) / min(peaks) - 1):.1f} %")
+        found.append(f"peaks differ by {100 * (max(peaks) / min(peaks) - 1):.1f} %")
     return found
 
 
@@ -105,14 +87,14 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("models", type=Path, nargs="+")
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", default="2048")
     parser.add_argument("--rows", default="256", help="rows a matrix for the errors: time, hardly memory")
     parser.add_argument("--threads", default=str(os.cpu_count()))
     arguments = parser.parse_args()
-    options = ["--tokens", str(arguments.tokens), "--rows", arguments.rows, "--threads", arguments.threads]
+    options = ["--tokens", arguments.tokens, "--rows", arguments.rows, "--threads", arguments.threads]
     results = []
     for model in arguments.models:
-        results.append(measure(model, arguments.tokens, options))
+        results.append(measure(model, options))
         print(results[-1].line(), flush=True)  # noqa: T201 (what this script is for)
     problems = failures(results)
     print("\n".join(problems) or "memory as it should be")  # noqa: T201

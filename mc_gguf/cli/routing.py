@@ -49,13 +49,14 @@ def show(model: Path, as_json: bool) -> None:
 @click.option(
     "--quantile",
     metavar="Q",
-    help="Share of the slots below the first that every layer drops.  [default: 0.5]",
+    help="Share of the slots below the first that every layer drops, instead of --target-drop; 0.5 is the "
+    "published rule.",
 )
 @click.option(
     "--target-drop",
     metavar="SHARE",
     help="Share of all expert activations to drop, 15% or 0.15, spread over the layers so that the predicted "
-    "damage is least. Instead of --quantile.",
+    "damage is least.  [default: 15%]",
 )
 @click.option(
     "--protect",
@@ -67,14 +68,12 @@ def show(model: Path, as_json: bool) -> None:
 @click.option(
     "--layers",
     metavar="auto|all|0,1,...",
-    default="auto",
-    show_default=True,
-    help="Layers that may drop experts; auto: those that tolerate it.",
+    help="Layers that may drop experts; auto: those that tolerate it.  [default: all, with --quantile auto]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def set_(
     model: Path, output: Path | None, calibration: Path | None, quantile: str | None, target_drop: str | None,
-    protect: str, layers: str, as_json: bool,
+    protect: str, layers: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compute thresholds anew and write them into MODEL; every tensor stays as it is, byte for byte.
 
@@ -84,7 +83,7 @@ def set_(
     from mc_gguf.artifacts import Calibration
     from mc_gguf.container import MixedGguf, base_metadata, write_routing
     from mc_gguf.progress import progress
-    from mc_gguf.routing.metadata import DEFAULT_QUANTILE, choose
+    from mc_gguf.routing.metadata import choose
     from mc_gguf.units import parse_layers, parse_share
 
     if quantile is not None and target_drop is not None:
@@ -93,9 +92,9 @@ def set_(
     base = base_metadata(header, Calibration.load(calibration) if calibration else None)
     metadata = choose(
         base,
-        parse_share(quantile) if quantile is not None else DEFAULT_QUANTILE,
+        parse_share(quantile) if quantile is not None else None,
         parse_share(target_drop) if target_drop is not None else None,
-        parse_layers(layers),
+        parse_layers(layers) if layers is not None else None,
         parse_share(protect),
     )
     with progress("copy", unit="MB") as bar:

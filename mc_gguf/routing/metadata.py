@@ -15,7 +15,7 @@ from mc_gguf.errors import McError
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.routing.thresholds import at_quantiles, for_target_drop, tolerant_layers
 
-DEFAULT_QUANTILE = 0.5
+DEFAULT_TARGET_DROP = 0.15
 DEFAULT_PROTECT = 0.02
 
 
@@ -41,11 +41,12 @@ class RoutingMetadata:
 
 
 def default_metadata(profile: RoutingProfile, calibration: str = "", model: str = "") -> RoutingMetadata:
-    """What quantize writes: median thresholds in every layer, the tolerant layers active, 2 % protected."""
-    thresholds = at_quantiles(profile, np.full(len(profile.layers), DEFAULT_QUANTILE))
-    return RoutingMetadata(
-        thresholds, tolerant_layers(profile), profile=profile, calibration=calibration, model=model
-    )
+    """What quantize writes: the thresholds that drop 15 % of the expert activations at the least predicted
+    damage, 2 % of the tokens protected.
+    """
+    none = np.zeros((profile.n_layer, profile.n_rank), dtype=np.float32)
+    empty = RoutingMetadata(none, profile.layers, profile=profile, calibration=calibration, model=model)
+    return choose(empty)
 
 
 def of_calibration(calibration: Calibration) -> RoutingMetadata | None:
@@ -62,14 +63,16 @@ def of_calibration(calibration: Calibration) -> RoutingMetadata | None:
 
 def choose(
     base: RoutingMetadata,
-    quantile: float = DEFAULT_QUANTILE,
+    quantile: float | None = None,
     target_drop: float | None = None,
-    layers: str | Sequence[int] = "auto",
+    layers: str | Sequence[int] | None = None,
     protect: float = DEFAULT_PROTECT,
 ) -> RoutingMetadata:
-    """`base` with thresholds anew from its profile: at one `quantile`, or those that drop `target_drop`.
+    """`base` with thresholds anew from its profile: those that drop `target_drop` of all expert activations
+    (by default 15 %) at the least predicted damage, or those at one `quantile` of every layer.
 
-    `layers` that may drop: "auto" (the tolerant ones), "all", or numbers. With a quantile the other layers
+    `layers` that may drop: "all" (the default with a target), "auto" (the tolerant ones, the default with a
+    quantile), or numbers. With a target, layers that need not drop are not active; with a quantile the others
     have thresholds too, so that a user can make them active. Raises McError when `base` has no profile, a
     layer no experts, a share is outside 0..1, or more is wanted than the layers can drop.
     """
@@ -79,11 +82,14 @@ def choose(
     for name, share in (("quantile", quantile), ("protected share", protect), ("target drop", target_drop)):
         if share is not None and not 0 <= share <= 1:
             raise McError(f"the {name} must be a share from 0 to 1, or 0 % to 100 %, not {share:g}")
-    active = _active(profile, layers)
-    if target_drop is None:
+    if quantile is not None:
+        active = _active(profile, "auto" if layers is None else layers)
         quantiles = np.full(len(profile.layers), quantile)
     else:
+        active = _active(profile, "all" if layers is None else layers)
+        target_drop = DEFAULT_TARGET_DROP if target_drop is None else target_drop
         quantiles = for_target_drop(profile, target_drop, active)
+        active = tuple(n for n, q in zip(profile.layers, quantiles, strict=True) if q > 0) or active
     return replace(base, thresholds=at_quantiles(profile, quantiles), active=active, protect=protect)
 
 

@@ -65,13 +65,20 @@ float measure_row(const float * x, int64_t n, ggml_mc_measure measure) {
     return m2 > 0.0 ? (float) (m4/(m2*m2)) : 0.0f;
 }
 
-// uniform in [0, 1): splitmix64 of what identifies a slot
-double random_of(uint32_t seed, int32_t layer, int32_t pos, int32_t rank) {
-    uint64_t z = ((uint64_t) seed << 32) ^ ((uint64_t) (uint32_t) layer << 48) ^ ((uint64_t) (uint32_t) rank << 40) ^ (uint32_t) pos;
+// the output function of splitmix64
+uint64_t mix(uint64_t z) {
     z += 0x9e3779b97f4a7c15ull;
     z = (z ^ (z >> 30))*0xbf58476d1ce4e5b9ull;
     z = (z ^ (z >> 27))*0x94d049bb133111ebull;
-    z ^= z >> 31;
+    return z ^ (z >> 31);
+}
+
+// uniform in [0, 1), from what identifies a slot
+double random_of(uint32_t seed, int32_t layer, int32_t pos, int32_t rank) {
+    uint64_t z = 0;
+    for (uint64_t part : { (uint64_t) seed, (uint64_t) layer, (uint64_t) pos, (uint64_t) rank }) {
+        z = mix(z ^ part);
+    }
     return (double) (z >> 11)*0x1.0p-53;
 }
 

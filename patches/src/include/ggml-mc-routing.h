@@ -14,7 +14,8 @@ enum ggml_mc_policy {
     GGML_MC_POLICY_THRESHOLD  = 1, // drop rank r when w_r < thresholds[r]*w_0; protected tokens keep all
     GGML_MC_POLICY_KEEP_MIN   = 2, // keep the first keep_min ranks and those with w_r >= value*w_0
     GGML_MC_POLICY_TOP_P      = 3, // keep the fewest ranks whose weights sum up to value times the sum of all
-    GGML_MC_POLICY_RANDOM     = 4, // drop every rank but the first with probability value
+    GGML_MC_POLICY_RANDOM     = 4, // drop every rank but the first with probability value: splitmix64 of seed, layer,
+                                   // position and rank, so two sequences have the same draws
 };
 
 enum ggml_mc_measure {
@@ -28,8 +29,8 @@ enum ggml_mc_measure {
 
 // columns of `tokens`, which describes the tokens of a ubatch
 enum ggml_mc_token_field {
-    GGML_MC_TOKEN_SEQ     = 0, // sequence, any numbering
-    GGML_MC_TOKEN_QUERIES = 1, // number of this ubatch's queries of that sequence that can see the token
+    GGML_MC_TOKEN_SEQ     = 0, // sequence, any numbering; of a token in several, the first
+    GGML_MC_TOKEN_QUERIES = 1, // number of this ubatch's queries that can see the token, by sequence and position
     GGML_MC_TOKEN_POS     = 2, // position in the sequence
     GGML_MC_TOKEN_N_FIELDS,
 };
@@ -95,8 +96,8 @@ struct ggml_mc_route_params {
                                        the threshold); per expert the number of calls that would use it with nothing
                                        dropped, and that do. n_rank >= n_used
 
-    Protected are, of a sequence's n rows, the ceil(protect*n) most important ones; a sequence's only row only if protect
-    is 1.
+    Protected are, of a sequence's n rows, the ceil(protect*n) most important ones (of equals the first); a sequence's only
+    row only if protect is 1.
 */
 GGML_API struct ggml_tensor * ggml_mc_route(
         struct ggml_context * ctx,

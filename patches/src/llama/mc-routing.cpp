@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
+#include <set>
 #include <stdexcept>
 
 namespace {
@@ -28,54 +30,64 @@ void check_share(const char * name, double value) {
     }
 }
 
+// Whether some sequence has several tokens in the ubatch: only then is there one to compare a token with.
+bool has_company(const llama_ubatch & ubatch) {
+    if (!ubatch.seq_id) {
+        return ubatch.n_tokens > ubatch.n_seqs_unq;
+    }
+    std::set<llama_seq_id> seen;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        if (!seen.insert(ubatch.seq_id[i][0]).second) {
+            return true;
+        }
+    }
+    return false;
+}
+
 // describes the tokens of the ubatch to the routing ops
 class llm_graph_input_mc_tokens : public llm_graph_input_i {
 public:
-    llm_graph_input_mc_tokens(ggml_tensor * tokens, bool causal) : tokens(tokens), causal(causal) {}
+    llm_graph_input_mc_tokens(ggml_tensor * tokens, const llama_ubatch & ubatch, bool causal) :
+        tokens(tokens), company(has_company(ubatch)), causal(causal) {}
 
     void set_input(const llama_ubatch * ubatch) override {
-        const int n_tokens = (int) ubatch->n_tokens;
-        if (!tokens->buffer || n_tokens == 0) {
+        if (!tokens->buffer) {
             return; // no layer uses it
         }
-        // tokens by sequence and position, to count those at or after each
-        std::vector<int> order(n_tokens), seq(n_tokens);
-        for (int i = 0; i < n_tokens; ++i) {
-            order[i] = i;
-            seq[i]   = ubatch->seq_id[i][0];
+        // A token is a query of its first sequence, and seen by the queries of all its sequences (llama_kv_cache's mask).
+        std::map<llama_seq_id, std::vector<llama_pos>> queries;
+        for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+            queries[ubatch->seq_id[i][0]].push_back(ubatch->pos[i]);
         }
-        const auto less = [&](int a, int b) {
-            return seq[a] != seq[b] ? seq[a] < seq[b] : ubatch->pos[a] < ubatch->pos[b];
-        };
-        std::sort(order.begin(), order.end(), less);
-
-        std::vector<int32_t> data(n_tokens*GGML_MC_TOKEN_N_FIELDS);
-        for (int begin = 0; begin < n_tokens; ) {
-            int end = begin;
-            while (end < n_tokens && seq[order[end]] == seq[order[begin]]) {
-                ++end;
-            }
-            int first = begin; // of the tokens at the same position
-            for (int i = begin; i < end; ++i) {
-                if (less(order[first], order[i])) {
-                    first = i;
+        for (auto & [seq, pos] : queries) {
+            std::sort(pos.begin(), pos.end());
+        }
+        std::vector<int32_t> data(ubatch->n_tokens*GGML_MC_TOKEN_N_FIELDS);
+        for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+            int64_t n_queries = 0;
+            for (int32_t s = 0; s < ubatch->n_seq_id[i]; ++s) {
+                const auto it = queries.find(ubatch->seq_id[i][s]);
+                if (it != queries.end()) {
+                    const auto & pos = it->second;
+                    n_queries += pos.end() - (causal ? std::lower_bound(pos.begin(), pos.end(), ubatch->pos[i]) : pos.begin());
                 }
-                int32_t * token = data.data() + order[i]*GGML_MC_TOKEN_N_FIELDS;
-                token[GGML_MC_TOKEN_SEQ]     = seq[order[i]];
-                token[GGML_MC_TOKEN_QUERIES] = causal ? end - first : end - begin;
-                token[GGML_MC_TOKEN_POS]     = ubatch->pos[order[i]];
             }
-            begin = end;
+            int32_t * token = data.data() + i*GGML_MC_TOKEN_N_FIELDS;
+            token[GGML_MC_TOKEN_SEQ]     = ubatch->seq_id[i][0];
+            token[GGML_MC_TOKEN_QUERIES] = (int32_t) n_queries;
+            token[GGML_MC_TOKEN_POS]     = ubatch->pos[i];
         }
         ggml_backend_tensor_set(tokens, data.data(), 0, data.size()*sizeof(int32_t));
     }
 
     bool can_reuse(const llm_graph_params & params) override {
-        return tokens->ne[1] == params.ubatch.n_tokens && causal == params.cparams.causal_attn;
+        return tokens->ne[1] == params.ubatch.n_tokens && causal == params.cparams.causal_attn &&
+            company == has_company(params.ubatch);
     }
 
 private:
     ggml_tensor * tokens; // I32 [GGML_MC_TOKEN_N_FIELDS, n_tokens]
+    const bool    company;
     const bool    causal;
 };
 
@@ -85,7 +97,7 @@ ggml_tensor * tokens_input(const llm_graph_context & graph) {
         tokens = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I32, GGML_MC_TOKEN_N_FIELDS, graph.n_tokens);
         ggml_set_input(tokens);
         ggml_set_name(tokens, "mc_tokens");
-        graph.res->add_input(std::make_unique<llm_graph_input_mc_tokens>(tokens, graph.cparams.causal_attn));
+        graph.res->add_input(std::make_unique<llm_graph_input_mc_tokens>(tokens, graph.ubatch, graph.cparams.causal_attn));
     }
     return tokens;
 }
@@ -112,8 +124,7 @@ ggml_tensor * cells_of(const llm_graph_context & graph, const ggml_tensor * k) {
 // The importance of the rows of `cur`, null when it is not needed.
 ggml_tensor * build_importance(const llm_graph_context & graph, ggml_tensor * cur, ggml_tensor * rows, int il) {
     const mc_routing & routing = *graph.cparams.mc_routing_state;
-    // a sequence's only token is not compared with any
-    if (!routing.needs_importance(il) || graph.ubatch.n_tokens <= graph.ubatch.n_seqs_unq) {
+    if (!routing.needs_importance(il) || !has_company(graph.ubatch)) {
         return nullptr;
     }
     ggml_tensor * received = graph.mc.attn_layer == il ? graph.mc.received : nullptr;
@@ -289,7 +300,7 @@ void mc_routing::reset_counters() {
 static bool needs_attention(const llm_graph_context & graph, int il) {
     const mc_routing * routing = graph.cparams.mc_routing_state;
     return routing && !graph.cparams.warmup && il >= 0 && il < routing->n_layer && routing->needs_attention(il) &&
-        graph.ubatch.n_tokens > graph.ubatch.n_seqs_unq;
+        has_company(graph.ubatch);
 }
 
 // adds the attention of some heads to that of `acc` (null: these are the first); null when the keys are not the tokens' own
