@@ -3,7 +3,8 @@
 Per layer: attention over all rows, router, then every expert once: read its weights, push its tokens through,
 collect (frequency, routing weight, importance matrices, output norm), measure the error of every candidate
 type (losses.py), push the branches through it (sensitivity.py), free it. Memory is the hidden states (16 KB a
-token at n_embd 4096, twice), the branches, one expert in float32 and its activations.
+token at n_embd 4096, twice), one branch, one expert in float32 and its activations: the same for any number
+of layers. Disk: see calibrate_state.py and sensitivity.py.
 
 After each layer the results so far and the hidden states go to a directory beside the output; a killed run
 continues from there and gives the same arrays bit for bit. The directory belongs to one model, text and set
@@ -59,7 +60,7 @@ class Options:
     """What is measured, how exactly, and with how many threads (0: all cores).
 
     `max_rows` rows of a matrix and `max_tokens` tokens of an expert are used for the errors; the rest is
-    scaled. About `sensitivity_tokens` tokens show how sensitive each layer is to dropped experts.
+    scaled. Up to `sensitivity_tokens` tokens show how sensitive each layer is to dropped experts.
     """
 
     types: tuple[str, ...] | None = None
@@ -103,8 +104,8 @@ def calibrate(
     partial: Path | None = None,
     quiet: bool = False,
 ) -> Calibration:
-    """Statistics of every expert of `checkpoint` on `text`. `partial` is where the state after each layer is
-    kept.
+    """Statistics of every expert of `checkpoint` on `text`. `partial`, a directory for nothing else, is
+    where the state after each layer is kept.
 
     Raises SourceError for a model that is not supported or gives values that are not finite, McError for
     types that do not fit the model.
@@ -113,16 +114,19 @@ def calibrate(
     decoder, types = Decoder(checkpoint), measured_types(info, options.types)
     if info.expert_layers != tuple(range(info.n_layer)):
         raise SourceError("calibration supports models with experts in every layer only")
-    state = State.resume(partial, _identity(info, text, types, options))
     _return_large_blocks()
-    with _threads(options.threads) as threads, torch.inference_mode():
+    with (
+        State.resume(partial, _identity(info, text, types, options)) as state,
+        _threads(options.threads) as threads,
+        torch.inference_mode(),
+    ):
         init(types)
         hidden, branches = _hidden_states(decoder, text, options, state)
         todo = range(len(state.layers), info.n_layer)
         with progress("calibrate", len(todo) * info.n_expert, "experts", quiet) as bar:
             for layer in todo:
                 work = _Layer(decoder, layer, types, options, threads)
-                state.add(work.run(hidden, branches, bar), hidden, branches.hidden)
+                state.add(work.run(hidden, branches, bar), hidden)
             del hidden
             bar.advance(0, "sensitivity of the layers")
             sensitivity = branches.sensitivity()
@@ -134,13 +138,12 @@ def calibrate(
 
 def _hidden_states(decoder: Decoder, text: Corpus, options: Options, state: State) -> tuple[Tensor, Branches]:
     """Where `state` stopped, or the embeddings."""
-    if state.hidden is not None and state.branches is not None:
-        hidden, branches = state.hidden, state.branches
-        state.hidden = state.branches = None  # so that they can be freed
-        return hidden, Branches(decoder, branches)
-    info = decoder.checkpoint.info
-    few = branch_rows(text.rows, info.n_layer, info.n_embd, options.sensitivity_tokens)
-    return decoder.embed(text.rows), Branches(decoder, decoder.embed(few)[None])
+    few = branch_rows(text.rows, options.sensitivity_tokens)
+    branches = Branches(decoder, state.directory, few, len(state.layers))
+    if state.hidden is None:
+        return decoder.embed(text.rows), branches
+    hidden, state.hidden = state.hidden, None  # so that it can be freed
+    return hidden, branches
 
 
 def measured_types(info: ModelInfo, wanted: Sequence[str] | None) -> tuple[str, ...]:

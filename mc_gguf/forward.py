@@ -136,31 +136,47 @@ class Decoder:
             raise SourceError(f"a token id is outside the model's vocabulary of {table.shape[0]}")
         return _aligned(table[rows])
 
-    @torch.inference_mode()
     def attention(self, layer: int, hidden: Tensor) -> None:
         """Add the attention block of `layer` to `hidden`, in place."""
+        self.attention_block(layer)(hidden)
+
+    def attention_block(self, layer: int) -> Callable[[Tensor], None]:
+        """attention() of `layer` with its weights, read now."""
         norm = self._tensor(f"blk.{layer}.attn_norm.weight")
         q, k, v, out = (self._linear(f"blk.{layer}.attn_{part}") for part in ("q", "k", "v", "output"))
-        cos, sin = self._rotation(hidden.shape[1])
         shared = self.shape.n_head // self.shape.n_head_kv
-        for rows in _row_chunks(hidden):
-            x = self.norm(rows, norm)
-            queries = _rotate(self._heads(_apply(x, q)), cos, sin)
-            keys, values = _rotate(self._heads(_apply(x, k)), cos, sin), self._heads(_apply(x, v))
-            keys, values = (t.repeat_interleave(shared, dim=1) for t in (keys, values))
-            mixed = F.scaled_dot_product_attention(
-                queries, keys, values, is_causal=True, scale=self.shape.attn_scale
-            )
-            rows += _apply(mixed.transpose(1, 2).flatten(2), out)
 
-    @torch.inference_mode()
+        @torch.inference_mode()
+        def block(hidden: Tensor) -> None:
+            cos, sin = self._rotation(hidden.shape[1])
+            for rows in _row_chunks(hidden):
+                x = self.norm(rows, norm)
+                queries = _rotate(self._heads(_apply(x, q)), cos, sin)
+                keys, values = _rotate(self._heads(_apply(x, k)), cos, sin), self._heads(_apply(x, v))
+                keys, values = (t.repeat_interleave(shared, dim=1) for t in (keys, values))
+                mixed = F.scaled_dot_product_attention(
+                    queries, keys, values, is_causal=True, scale=self.shape.attn_scale
+                )
+                rows += _apply(mixed.transpose(1, 2).flatten(2), out)
+
+        return block
+
     def route(self, layer: int, hidden: Tensor) -> Routing:
         """Router of `layer` for `hidden` [N, n_embd] as it is after attention (not normalised yet)."""
-        norm, router = self.ffn_norm(layer), self._tensor(f"blk.{layer}.ffn_gate_inp.weight")
-        logits = torch.cat([self.norm(part, norm) @ router.T for part in torch.split(hidden, CHUNK)])
-        all_probs = torch.softmax(logits, dim=-1)
-        probs, experts = torch.topk(all_probs, self.shape.n_used, dim=-1)
-        return Routing(experts, probs, self.weights(probs), all_probs)
+        return self.router(layer)(hidden)
+
+    def router(self, layer: int) -> Callable[[Tensor], Routing]:
+        """route() of `layer` with its weights, read now."""
+        norm, matrix = self.ffn_norm(layer), self._tensor(f"blk.{layer}.ffn_gate_inp.weight")
+
+        @torch.inference_mode()
+        def route(hidden: Tensor) -> Routing:
+            logits = torch.cat([self.norm(part, norm) @ matrix.T for part in torch.split(hidden, CHUNK)])
+            all_probs = torch.softmax(logits, dim=-1)
+            probs, experts = torch.topk(all_probs, self.shape.n_used, dim=-1)
+            return Routing(experts, probs, self.weights(probs), all_probs)
+
+        return route
 
     def weights(self, probs: Tensor) -> Tensor:
         """Routing weights [N, K] of the chosen experts' probabilities (0: a dropped one)."""

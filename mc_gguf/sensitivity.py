@@ -11,83 +11,124 @@ from 1 on with w_j / w_0 below the quantile-q thresholds are dropped and the res
 weights c_j that change by it and the experts' outputs y_j it is sum_jk c_j c_k <y_j, y_k>, so that one pass
 gives it for every quantile.
 
-Cost. The branches are (L+1) x tokens x n_embd x 4 bytes, and as much again for what a layer adds to them:
-1.1 GB each for the 2,048 tokens on Mixtral-8x7B, and the time of (L/2 + 1) x tokens more tokens of
-calibration text. Larger models get fewer tokens (BRANCH_BYTES), down to MIN_TOKENS.
+Cost. A branch is tokens x n_embd x 4 bytes (34 MB for 2,048 tokens of Mixtral-8x7B). One at a time is in
+memory with what the layer adds to it; all are in files, up to three times (as the layer found them, after its
+attention, and what its experts have added so far): 3 x (L+1) branches of disk, 3.3 GB for Mixtral-8x7B. What
+grows in memory with the layers is the routing, 0.13 MB a branch. The time is that of (L/2 + 1) x tokens more
+tokens of calibration text.
 """
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mc_gguf.artifacts import Floats
+from mc_gguf.artifacts import Floats, atomic_write
 from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
 
 SENSITIVITY_TOKENS = 2048
-MIN_TOKENS = 256
-BRANCH_BYTES = 1_200_000_000
+# Directory of the layer under way: nothing that a killed run continues from.
+WORKING = "working"
 # Tokens whose logits (vocabulary of 32,000: 65 MB as float64) are in memory at once, for base and branch.
 _LOGIT_TOKENS = 256
 
 
-def branch_rows(rows: NDArray[np.int32], n_layer: int, n_embd: int, tokens: int) -> NDArray[np.int32]:
-    """The rows that the branches run on: about `tokens` of `rows` [n_rows, ctx], spread evenly over them.
-
-    Fewer where BRANCH_BYTES would not hold them, and the start of the rows where one alone is too long.
+def branch_rows(rows: NDArray[np.int32], tokens: int) -> NDArray[np.int32]:
+    """The rows that the branches run on: whole ones of `rows` [n_rows, ctx], spread evenly over them, up to
+    `tokens` tokens together; the start of the first row where one alone is longer.
     """
-    tokens = max(MIN_TOKENS, min(tokens, BRANCH_BYTES // ((n_layer + 1) * n_embd * 4)))
     ctx = min(rows.shape[1], tokens)
     n_rows = min(len(rows), tokens // ctx)
     return rows[np.linspace(0, len(rows) - 1, n_rows).round().astype(np.int64), :ctx]
 
 
 class Branches:
-    """Hidden states of the base and of one branch for every layer passed: [1 + layers, n_rows, ctx, n_embd].
+    """Hidden states [n_rows, ctx, n_embd] float32 of the base and of one branch for every layer passed, in
+    files.
 
-    For every layer: enter, push each expert, leave.
+        branches-7/0.npy     the base after 7 layers
+        branches-7/3.npy     the branch that starts at layer 2
+        working/3.npy        of the layer under way: the branch after attention, then after the layer
+        working/added-3.npy  what the experts pushed so far add to it
+
+    For every layer: enter, push each expert, leave. The files of the layer before stay as they are, until the
+    caller (State) removes them.
     """
 
-    def __init__(self, decoder: Decoder, hidden: Tensor) -> None:
-        self.hidden = hidden
-        self._decoder = decoder
-        self._routing: Routing
-        self._x: Tensor
-        self._added: Tensor
+    def __init__(self, decoder: Decoder, directory: Path, rows: NDArray[np.int32], done: int = 0) -> None:
+        """Of `rows` [n_rows, ctx], with the files in `directory`: those after `done` layers are there."""
+        self._decoder, self._directory, self._done = decoder, directory, done
+        # The branch at hand and what the layer adds to it, in torch's own memory: alignment can change the
+        # last bit of a product.
+        self._hidden = torch.empty(*rows.shape, decoder.checkpoint.info.n_embd)
+        self._added = torch.empty_like(self._hidden)
+        self._routing: list[Routing]
+        self._norm: Tensor
         self._outputs: Tensor
+        if done == 0:
+            self._hidden.copy_(decoder.embed(rows))
+            _write(self._file(0), self._hidden)
 
     def enter(self, layer: int) -> None:
         """Attention and router of `layer`."""
-        self._decoder.attention(layer, self.hidden.flatten(0, 1))
-        flat = self.hidden.view(-1, self.hidden.shape[-1])
-        self._routing, self._norm = self._decoder.route(layer, flat), self._decoder.ffn_norm(layer)
-        self._added = torch.zeros_like(flat)
-        n_base = len(flat) // len(self.hidden)
-        self._outputs = torch.zeros(n_base, self._decoder.shape.n_used, flat.shape[1])
+        attention, route = self._decoder.attention_block(layer), self._decoder.router(layer)
+        self._routing, self._norm = [], self._decoder.ffn_norm(layer)
+        self._working("").mkdir()
+        self._added.zero_()
+        for i in range(self._done + 1):
+            _read(self._file(i), self._hidden)
+            attention(self._hidden)
+            self._routing.append(route(self._hidden.flatten(0, 1)))
+            np.save(self._working(f"{i}.npy"), self._hidden.numpy())
+            np.save(self._working(f"added-{i}.npy"), self._added.numpy())
+        n_embd = self._hidden.shape[-1]
+        self._outputs = torch.zeros(self._hidden.numel() // n_embd, self._decoder.shape.n_used, n_embd)
 
     def push(self, number: int, expert: Expert) -> None:
         """The tokens of one expert of the layer."""
-        flat, n_base = self.hidden.view(-1, self.hidden.shape[-1]), len(self._outputs)
-        index, slots = torch.nonzero(self._routing.experts == number, as_tuple=True)
-        for tokens, ranks in zip(torch.split(index, CHUNK), torch.split(slots, CHUNK), strict=True):
-            y = expert.hidden(self._decoder.norm(flat[tokens], self._norm)) @ expert.down.T
-            base = int((tokens < n_base).sum())  # tokens ascend, the base's come first
-            self._outputs[tokens[:base], ranks[:base]] = y[:base]
-            self._added.index_add_(0, tokens, y.mul_(self._routing.weights[tokens, ranks, None]))
+        flat, added = self._hidden.flatten(0, 1), self._added.flatten(0, 1)
+        for i, routing in enumerate(self._routing):
+            index, slots = torch.nonzero(routing.experts == number, as_tuple=True)
+            if len(index) == 0:
+                continue
+            _read(self._working(f"{i}.npy"), self._hidden)
+            _read(self._working(f"added-{i}.npy"), self._added)
+            for tokens, ranks in zip(torch.split(index, CHUNK), torch.split(slots, CHUNK), strict=True):
+                y = expert.hidden(self._decoder.norm(flat[tokens], self._norm)) @ expert.down.T
+                if i == 0:
+                    self._outputs[tokens, ranks] = y
+                added.index_add_(0, tokens, y.mul_(routing.weights[tokens, ranks, None]))
+            np.save(self._working(f"added-{i}.npy"), self._added.numpy())
 
     def leave(self, ratio_quantiles: Floats) -> Floats:
         """Ends the layer and starts its branch; `ratio_quantiles` [K-1, Q] are the layer's. The curve [Q]."""
-        n_base, n_quantile = len(self._outputs), ratio_quantiles.shape[1]
-        probs = self._routing.probs[:n_base]
-        kept = self._kept(probs, ratio_quantiles[:, n_quantile // 2])
-        flat = self.hidden.view(-1, self.hidden.shape[-1])
-        branch = flat[:n_base] + torch.einsum("tk,tke->te", kept, self._outputs)
-        flat += self._added
-        del self._added
-        self.hidden = torch.cat([self.hidden, branch.view(1, *self.hidden.shape[1:])])
-        return self._curve(probs, ratio_quantiles)
+        probs, flat = self._routing[0].probs, self._hidden.flatten(0, 1)
+        _read(self._working("0.npy"), self._hidden)
+        kept = self._kept(probs, ratio_quantiles[:, ratio_quantiles.shape[1] // 2])
+        flat += torch.einsum("tk,tke->te", kept, self._outputs)
+        _write(self._working(f"{self._done + 1}.npy"), self._hidden)
+        for i in range(self._done + 1):
+            _read(self._working(f"{i}.npy"), self._hidden)
+            _read(self._working(f"added-{i}.npy"), self._added)
+            self._hidden += self._added
+            _write(self._working(f"{i}.npy"), self._hidden)
+            self._working(f"added-{i}.npy").unlink()
+        self._done += 1
+        self._working("").rename(branches_directory(self._directory, self._done))
+        curve = self._curve(probs, ratio_quantiles)
+        del self._routing, self._outputs
+        return curve
+
+    def _file(self, branch: int) -> Path:
+        return branches_directory(self._directory, self._done) / f"{branch}.npy"
+
+    def _working(self, name: str) -> Path:
+        return self._directory / WORKING / name
 
     def _kept(self, probs: Tensor, thresholds: Floats) -> Tensor:
         """Routing weights [n, K] after dropping what is below `thresholds` [K-1]."""
@@ -109,13 +150,36 @@ class Branches:
 
     def sensitivity(self) -> Floats:
         """Mean KL(base || branch) in nats a token, of every layer [L]."""
-        logits = self._decoder.output()
-        base, *branches = self.hidden.flatten(1, 2)
-        total = np.zeros(len(branches))
-        for part in torch.split(torch.arange(len(base)), _LOGIT_TOKENS):
-            expected = torch.log_softmax(logits(base[part]).double(), dim=-1)
+        logits, flat = self._decoder.output(), self._hidden.flatten(0, 1)
+        total = np.zeros(self._done)
+        for first in range(0, len(flat), _LOGIT_TOKENS):
+            part = flat[first : first + _LOGIT_TOKENS]
+            _read(self._file(0), part, first)
+            expected = torch.log_softmax(logits(part).double(), dim=-1)
             probs = expected.exp()
-            for i, branch in enumerate(branches):
-                found = torch.log_softmax(logits(branch[part]).double(), dim=-1)
+            for i in range(self._done):
+                _read(self._file(i + 1), part, first)
+                found = torch.log_softmax(logits(part).double(), dim=-1)
                 total[i] += float((probs * (expected - found)).sum())
-        return np.maximum(total / len(base), 0.0)
+        return np.maximum(total / len(flat), 0.0)
+
+
+def branches_directory(directory: Path, done: int) -> Path:
+    """Where in `directory` the branches are after `done` layers: 0.npy to `done`.npy."""
+    return directory / f"branches-{done}"
+
+
+def _read(path: Path, into: Tensor, first: int = 0) -> None:
+    """Fills `into` [..., n_embd] with the tokens from number `first` on of the hidden states in `path`."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        file.seek(first * into.shape[-1] * into.element_size(), os.SEEK_CUR)
+        if file.readinto(into.numpy().data) != into.nbytes:
+            raise OSError(f"{path} has become shorter")
+
+
+def _write(path: Path, hidden: Tensor) -> None:
+    """What a killed run continues from."""
+    with atomic_write(path) as file:
+        np.save(file, hidden.numpy(), allow_pickle=False)

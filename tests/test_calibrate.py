@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -157,6 +159,13 @@ def assert_equal(one: Calibration, other: Calibration) -> None:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
 
 
+STATE_AFTER_ONE = ["branches-1/0.npy", "branches-1/1.npy", "hidden-1.npy", "stats.safetensors"]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
 class Interrupted(MemoryCheckpoint):
     """Raises KeyboardInterrupt when the second layer's experts are read."""
 
@@ -173,15 +182,52 @@ def test_interrupt_leaves_only_what_resume_needs(tmp_path: Path) -> None:
         calibrate_to_file(Interrupted(model), corpus(), output, options, quiet=True)
     partial = tmp_path / ".calib.safetensors.partial"
     assert list(tmp_path.iterdir()) == [partial]
-    assert sorted(path.name for path in partial.iterdir()) == [
-        "branches-1.npy",
-        "hidden-1.npy",
-        "stats.safetensors",
-    ]
+    assert files(partial) == STATE_AFTER_ONE
     checkpoint = MemoryCheckpoint(model)
     assert_equal(calibrate_to_file(checkpoint, corpus(), output, options, quiet=True), expected)
     assert checkpoint.n_reads == 5 * 3  # the second layer only
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_failure_in_the_first_layer_leaves_nothing(tmp_path: Path) -> None:
+    class Failing(MemoryCheckpoint):
+        def expert(self, layer: int, projection: str, expert: int) -> NDArray[np.float32]:
+            raise SourceError("cannot be read")
+
+    with pytest.raises(SourceError):
+        calibrate_to_file(
+            Failing(case()[0]), corpus(), tmp_path / "calib", Options(types=TYPES, threads=1), quiet=True
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("last", ["branches-2", "hidden-2.npy", "stats.safetensors"])
+def test_a_kill_between_two_layers_loses_at_most_one(
+    tmp_path: Path, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state as it is when `last` is the last thing of the second layer that was written."""
+    model, expected = case()
+    output, options = tmp_path / "calib.safetensors", Options(types=TYPES, threads=2)
+    partial, seen = tmp_path / ".calib.safetensors.partial", tmp_path / "seen"
+
+    def watched(function: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def watching(source: Any, target: Any) -> None:
+            function(source, target)
+            if Path(target).relative_to(partial) == Path(last) and (partial / "branches-2").exists():
+                shutil.copytree(partial, seen)
+
+        return watching
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", watched(Path.replace))
+        patch.setattr(Path, "rename", watched(Path.rename))
+        calibrate(MemoryCheckpoint(model), corpus(), options, partial, quiet=True)
+    shutil.rmtree(partial)
+    seen.rename(partial)
+    assert {"branches-1/0.npy", "branches-2/2.npy", "hidden-1.npy"} <= set(files(partial))
+    checkpoint = MemoryCheckpoint(model)
+    assert_equal(calibrate_to_file(checkpoint, corpus(), output, options, quiet=True), expected)
+    assert checkpoint.n_reads == (0 if last == "stats.safetensors" else 5 * 3)
 
 
 KILLED = """
@@ -208,13 +254,17 @@ def test_killed_run_continues_bit_for_bit(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not output.exists()
+    left = [f"working/{name}.npy" for name in ("0", "1", "added-0", "added-1")]
+    assert files(tmp_path / ".calib.safetensors.partial") == STATE_AFTER_ONE + left
     checkpoint = MemoryCheckpoint(model)
     resumed = calibrate_to_file(checkpoint, corpus(), output, Options(types=TYPES, threads=2), quiet=True)
     assert checkpoint.n_reads == 5 * 3
     assert_equal(resumed, expected)
 
 
-@pytest.mark.parametrize("change", ["seed", "sensitivity", "text", "damage", "no branches", "no resume"])
+@pytest.mark.parametrize(
+    "change", ["seed", "sensitivity", "text", "damage", "no branches", "cut branch", "no resume"]
+)
 def test_a_state_of_something_else_is_not_continued(
     tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -228,9 +278,10 @@ def test_a_state_of_something_else_is_not_continued(
     if change == "sensitivity":
         options = replace(options, sensitivity_tokens=64)
     if change == "no branches":
-        (tmp_path / ".calib.safetensors.partial" / "branches-1.npy").unlink()
-    if change == "damage":
-        path = tmp_path / ".calib.safetensors.partial" / "hidden-1.npy"
+        (tmp_path / ".calib.safetensors.partial" / "branches-1" / "1.npy").unlink()
+    if change in ("damage", "cut branch"):
+        name = "hidden-1.npy" if change == "damage" else "branches-1/1.npy"
+        path = tmp_path / ".calib.safetensors.partial" / name
         path.write_bytes(path.read_bytes()[:500])
     checkpoint = MemoryCheckpoint(model)
     with caplog.at_level(logging.WARNING):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +15,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from small_models import TINY, MemoryCheckpoint, random_mixtral, tiny_mixtral
+from torch.profiler import ProfilerActivity, profile
 
 from mc_gguf.artifacts import Calibration
 from mc_gguf.calibrate import Options, calibrate
 from mc_gguf.calibrate_state import N_QUANTILES
 from mc_gguf.corpus import Corpus, load_corpus
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.sensitivity import BRANCH_BYTES, MIN_TOKENS, SENSITIVITY_TOKENS, branch_rows
+from mc_gguf.sensitivity import SENSITIVITY_TOKENS, branch_rows
 
 pytestmark = pytest.mark.native
 MIDDLE = N_QUANTILES // 2
@@ -124,15 +128,64 @@ def test_one_expert_a_token_has_nothing_to_drop() -> None:
 
 def test_the_rows_are_spread_over_the_text() -> None:
     rows = np.arange(100 * 512, dtype=np.int32).reshape(100, 512)
-    found = branch_rows(rows, n_layer=6, n_embd=256, tokens=SENSITIVITY_TOKENS)
+    found = branch_rows(rows, SENSITIVITY_TOKENS)
     assert (found == rows[[0, 33, 66, 99]]).all()
-    assert (branch_rows(rows[:3], n_layer=6, n_embd=256, tokens=SENSITIVITY_TOKENS) == rows[:3]).all()
+    assert (branch_rows(rows[:3], SENSITIVITY_TOKENS) == rows[:3]).all()
+    assert branch_rows(rows, 1100).shape == (2, 512)
+    assert (branch_rows(rows, 200) == rows[:1, :200]).all()
 
 
-def test_large_models_get_fewer_tokens() -> None:
-    rows = np.zeros((100, 512), dtype=np.int32)
-    assert branch_rows(rows, 32, 4096, SENSITIVITY_TOKENS).size == SENSITIVITY_TOKENS  # Mixtral-8x7B
-    found = branch_rows(rows, 56, 6144, SENSITIVITY_TOKENS)  # Mixtral-8x22B
-    assert found.shape == (1, 512)
-    assert found.size * 57 * 6144 * 4 < BRANCH_BYTES
-    assert branch_rows(rows, 500, 20000, SENSITIVITY_TOKENS).shape == (1, MIN_TOKENS)
+CTX, N_ROWS, N_EMBD = 64, 16, 256
+BRANCH_BYTES = N_ROWS * CTX * N_EMBD * 4
+
+
+@cache
+def peak_bytes(n_layer: int) -> int:
+    """The most that the tensors of a calibration hold at once, as torch's allocator counts it; all of the
+    text runs through the branches.
+    """
+    rows = np.random.default_rng(7).integers(0, 96, (N_ROWS, CTX)).astype(np.int32)
+    text = Corpus(rows, ("random",), "0" * 64, rows.size, 0)
+    # Small weights: whether torch or numpy holds what is read depends on where it happens to lie.
+    sizes = {"num_hidden_layers": n_layer, "hidden_size": N_EMBD, "intermediate_size": 32, "head_dim": 8}
+    checkpoint = MemoryCheckpoint(random_mixtral(**sizes))
+    options = Options(types=("Q8_0",), max_rows=8, max_tokens=8, threads=1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        calibrate(checkpoint, text, options, quiet=True)
+    assert profiler.profiler is not None
+    results = profiler.profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return int(np.cumsum(changes).max())
+
+
+def test_memory_does_not_grow_with_the_layers() -> None:
+    """Six layers have four branches more than two. Their routing takes a quarter of one; the embeddings of
+    the text, one, are torch's or numpy's.
+    """
+    few, many = peak_bytes(2), peak_bytes(6)
+    assert many < few + 2 * BRANCH_BYTES
+    # hidden states and what the layer adds, of the calibration and of one branch; the outputs of top-3
+    assert few > 7 * BRANCH_BYTES
+
+
+def test_every_weight_is_read_as_often_for_many_branches_as_for_few() -> None:
+    class Counting(MemoryCheckpoint):
+        def tensor(self, name: str) -> NDArray[np.float32]:
+            reads[name] += 1
+            return super().tensor(name)
+
+    reads: Counter[str] = Counter()
+    rows = np.random.default_rng(7).integers(0, 96, (2, 32)).astype(np.int32)
+    text = Corpus(rows, ("random",), "0" * 64, rows.size, 0)
+    checkpoint = Counting(random_mixtral(num_hidden_layers=6))
+    calibrate(checkpoint, text, Options(types=("Q8_0",), max_rows=8, threads=1), quiet=True)
+    assert checkpoint.n_reads == 6 * 5 * 3
+    for part in ("attn_norm", "attn_q", "attn_output", "ffn_gate_inp", "ffn_norm"):
+        assert len({reads[f"blk.{layer}.{part}.weight"] for layer in range(6)}) == 1
+
+
+def test_no_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    test_one_expert_a_token_has_nothing_to_drop()
+    assert not list(tmp_path.iterdir())
