@@ -111,7 +111,8 @@ def chat(
                 talk(conversation, sys.stdout)
         finally:
             if llm.routing.policy != "off":
-                sys.stderr.write(f"{saving(llm)}\n")
+                with contextlib.suppress(McError):  # which would hide why the chat ended
+                    sys.stderr.write(f"{saving(llm)}\n")
 
 
 def saving(llm: Llama) -> str:

@@ -123,8 +123,7 @@ class Llama(llama_cpp.Llama):
         """What was routed and dropped since the model was loaded or reset_routing_stats was called."""
         context = self._open_context()
         slots, experts = routing_api.read_counters(context)
-        shape = routing_api.routing_shape(context)
-        return RoutingStats.of(slots, experts, expert_bytes(Path(self.model_path), shape))
+        return RoutingStats.of(slots, experts, self._expert_bytes)
 
     def reset_routing_stats(self) -> None:
         """Counts from zero again; the routing stays."""
@@ -135,6 +134,10 @@ class Llama(llama_cpp.Llama):
         if context is None:
             raise McError("this Llama is closed; load the model again")
         return context
+
+    @cached_property
+    def _expert_bytes(self) -> NDArray[np.int64]:
+        return expert_bytes(Path(self.model_path), routing_api.routing_shape(self._open_context()))
 
     @cached_property
     def _routing_metadata(self) -> RoutingMetadata | None:

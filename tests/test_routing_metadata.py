@@ -27,6 +27,7 @@ from gguf_models import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from routing_predictions import predicted_damage, predicted_drop
 from synthetic_calibration import synthetic_routing
 
 from mc_gguf import container
@@ -39,7 +40,7 @@ from mc_gguf.routing import RoutingMetadata, default_metadata
 from mc_gguf.routing.metadata import choose, of_calibration
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.routing.report import describe, summary
-from mc_gguf.routing.thresholds import at_quantiles, for_target_drop, predicted_damage, predicted_drop
+from mc_gguf.routing.thresholds import at_quantiles, for_target_drop
 from mc_gguf.upstream import load_gguf
 
 N_LAYER = 4

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from routing_predictions import predicted_drop
 from synthetic_calibration import calibration as make_calibration
 from synthetic_calibration import synthetic_routing
 
@@ -15,7 +16,7 @@ from mc_gguf.errors import ArtifactError, McError
 from mc_gguf.routing import Routing, RoutingMetadata, default_metadata, resolve
 from mc_gguf.routing.policy import OPTIONS
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.routing.thresholds import at_quantiles, for_target_drop, predicted_drop, tolerant_layers
+from mc_gguf.routing.thresholds import at_quantiles, for_target_drop, tolerant_layers
 from mc_gguf.runtime.routing_api import POLICIES, RoutingParams, RoutingShape
 
 SHAPE = RoutingShape(n_layer=6, n_rank=3, n_expert=8)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from routing_predictions import predicted_damage, predicted_drop
 from synthetic_calibration import calibration
 
 from mc_gguf.artifacts import Calibration
@@ -17,9 +18,8 @@ from mc_gguf.routing import thresholds
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.routing.thresholds import (
     at_quantiles,
+    damages,
     for_target_drop,
-    predicted_damage,
-    predicted_drop,
     tolerant_layers,
 )
 
@@ -111,7 +111,7 @@ def test_quantile_0_drops_nothing_and_1_all_but_the_largest() -> None:
     [([0.5], "2 quantiles are needed.*got 1"), ([0.5, 1.1], "between 0 and 1"), ([np.nan, 0], "between")],
 )
 def test_wrong_quantiles_are_refused(quantiles: list[float], message: str) -> None:
-    for function in (at_quantiles, predicted_drop, predicted_damage):
+    for function in (at_quantiles, damages):
         with pytest.raises(McError, match=message):
             function(small(), np.array(quantiles))
 

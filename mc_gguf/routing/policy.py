@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from mc_gguf.artifacts import Calibration
 from mc_gguf.errors import ArtifactError, McError
-from mc_gguf.routing.metadata import DEFAULT_PROTECT, RoutingMetadata, default_metadata
+from mc_gguf.routing.metadata import DEFAULT_PROTECT, RoutingMetadata, of_calibration
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.routing.thresholds import at_quantiles, for_target_drop, tolerant_layers
 from mc_gguf.runtime.routing_api import IMPORTANCES, RoutingParams, RoutingShape
@@ -175,9 +175,12 @@ def resolve(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingSh
 def _of_calibration(path: Path, file: RoutingMetadata | None, shape: RoutingShape) -> RoutingMetadata:
     """What quantize would have written from this calibration. It must be of this model."""
     calibration = Calibration.load(path)
-    metadata = default_metadata(RoutingProfile.of(calibration))
-    model = calibration.model
-    assert model is not None  # RoutingProfile.of has looked
+    metadata, model = of_calibration(calibration), calibration.model
+    if metadata is None or model is None:
+        raise ArtifactError(
+            f"{path} measured nothing of routing (published statistics, or one expert a token); "
+            "give threshold=NUMBER or another policy"
+        )
     if file is not None and file.model not in ("", model.fingerprint):
         raise ArtifactError(f"{path} is of another model than this file; calibrate this one")
     if (model.n_layer, model.n_expert) != (shape.n_layer, shape.n_expert):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mc_gguf.artifacts import Floats
 from mc_gguf.routing.metadata import RoutingMetadata
 from mc_gguf.routing.profile import RoutingProfile
+from mc_gguf.routing.thresholds import damages
 
 
 def describe(metadata: RoutingMetadata) -> dict[str, Any]:
@@ -35,11 +36,11 @@ def describe(metadata: RoutingMetadata) -> dict[str, Any]:
     if profile is not None:
         quantiles = _quantiles(profile, metadata.thresholds)
         quantiles[~np.isin(profile.layers, metadata.active)] = 0
-        dropped, damages = quantiles.sum(axis=1) / profile.n_rank, _damages(profile, quantiles.mean(axis=1))
-        drop, damage = float(dropped.mean()), float(damages.sum())
+        dropped, cost = quantiles.sum(axis=1) / profile.n_rank, damages(profile, quantiles.mean(axis=1))
+        drop, damage = float(dropped.mean()), float(cost.sum())
         for i, row in enumerate(rows):
             row |= {
-                "dropped": float(dropped[i]), "damage": float(damages[i]),
+                "dropped": float(dropped[i]), "damage": float(cost[i]),
                 "sensitivity": float(profile.sensitivity[i]),
             }  # fmt: skip
     return {
@@ -62,13 +63,6 @@ def _quantiles(profile: RoutingProfile, thresholds: NDArray[np.float32]) -> Floa
                 below, above = ratios[after - 1], ratios[after]
                 shares[i, rank] = (after - 1 + (threshold - below) / (above - below)) / (n_quantile - 1)
     return shares
-
-
-def _damages(profile: RoutingProfile, quantiles: Floats) -> Floats:
-    """[L] nats a token at one quantile [L] for each layer."""
-    grid = np.linspace(0, 1, profile.curve.shape[1])
-    relative = [np.interp(q, grid, curve) for q, curve in zip(quantiles, profile.curve, strict=True)]
-    return np.asarray(profile.sensitivity * relative)
 
 
 def summary(description: dict[str, Any]) -> str:

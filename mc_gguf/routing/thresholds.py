@@ -43,16 +43,14 @@ def tolerant_layers(profile: RoutingProfile) -> tuple[int, ...]:
     return tuple(n for n, s in zip(profile.layers, profile.sensitivity, strict=True) if s <= limit)
 
 
-def predicted_drop(profile: RoutingProfile, quantiles: Floats) -> float:
-    """Share of all expert activations (all layers with experts, all ranks) that thresholds at `quantiles` [L]
-    drop on the calibration text, without protected tokens.
+def damages(profile: RoutingProfile, quantiles: Floats) -> Floats:
+    """Predicted increase of the mean KL divergence (nats a token) by each layer [L] at its quantile [L].
+
+    What all of them cost together is taken as the sum.
     """
-    return float((profile.n_rank - 1) / profile.n_rank * _checked(profile, quantiles).mean())
-
-
-def predicted_damage(profile: RoutingProfile, quantiles: Floats) -> float:
-    """Increase of the mean KL divergence (nats a token) at `quantiles` [L]: the sum of the layers' own."""
-    return float(sum(_damages(profile, q)[i] for i, q in enumerate(_checked(profile, quantiles))))
+    grid = np.linspace(0, 1, profile.curve.shape[1])
+    pairs = zip(_checked(profile, quantiles), profile.curve, strict=True)
+    return np.asarray(profile.sensitivity * [np.interp(q, grid, curve) for q, curve in pairs])
 
 
 def for_target_drop(profile: RoutingProfile, drop: float, layers: Sequence[int] | None) -> Floats:
@@ -71,7 +69,9 @@ def for_target_drop(profile: RoutingProfile, drop: float, layers: Sequence[int] 
             f"{len(allowed)} of {len(profile.layers)} layers active it can be 0 to {100 * most:.1f} %"
         )
     n_step = min(int(np.ceil(drop / share * STEPS - 1e-6)), STEPS * len(allowed)) if drop else 0
-    steps = _least(np.stack([_damages(profile, np.linspace(0, 1, STEPS + 1))[i] for i in allowed]), n_step)
+    grid = np.linspace(0, 1, STEPS + 1)
+    cost = np.stack([damages(profile, np.full(len(profile.layers), q)) for q in grid], axis=1)
+    steps = _least(cost[allowed], n_step)
     quantiles = np.zeros(len(profile.layers))
     quantiles[allowed] = steps / STEPS
     return quantiles
@@ -96,13 +96,6 @@ def _least(cost: Floats, n_step: int) -> NDArray[np.int64]:
         steps[i] = chosen[i, left]
         left -= steps[i]
     return steps
-
-
-def _damages(profile: RoutingProfile, quantile: float | Floats) -> Floats:
-    """Damage of every layer [L] or [L, ...] at one or several quantiles, nats a token."""
-    grid = np.linspace(0, 1, profile.curve.shape[1])
-    curves = np.stack([np.interp(quantile, grid, curve) for curve in profile.curve])
-    return np.asarray((profile.sensitivity * curves.T).T)
 
 
 def _places(profile: RoutingProfile, layers: Sequence[int] | None) -> list[int]:

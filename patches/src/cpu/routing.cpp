@@ -95,7 +95,8 @@ struct row_router {
     void run(const float * w, int32_t pos) {
         const int n_used = (int) slots.size();
         std::iota(slots.begin(), slots.end(), 0);
-        std::stable_sort(slots.begin(), slots.end(), [w](int32_t a, int32_t b) { return w[a] > w[b]; });
+        const auto key = [w](int32_t slot) { return std::isnan(w[slot]) ? -INFINITY : w[slot]; };
+        std::stable_sort(slots.begin(), slots.end(), [&key](int32_t a, int32_t b) { return key(a) > key(b); });
 
         const float  first = w[slots[0]];
         const double total = std::accumulate(w, w + n_used, 0.0);
@@ -126,13 +127,17 @@ std::vector<bool> protected_rows(const ggml_tensor * dst, double share) {
     if (share >= 1.0 || share <= 0.0 || !importance) {
         return result;
     }
-    const float * value = (const float *) importance->data;
+    // NaN has no order; a token that gives one is not worth protecting
+    std::vector<float> value((const float *) importance->data, (const float *) importance->data + n_rows);
+    for (float & v : value) {
+        v = std::isnan(v) ? -INFINITY : v;
+    }
     struct entry { int32_t seq; int64_t row; };
     std::vector<entry> order(n_rows);
     for (int64_t i = 0; i < n_rows; ++i) {
         order[i] = { token_field(tokens, token_of(rows, tokens, i), GGML_MC_TOKEN_SEQ), i };
     }
-    std::sort(order.begin(), order.end(), [value](const entry & a, const entry & b) {
+    std::sort(order.begin(), order.end(), [&value](const entry & a, const entry & b) {
         if (a.seq != b.seq)               return a.seq < b.seq;
         if (value[a.row] != value[b.row]) return value[a.row] > value[b.row];
         return a.row < b.row;
@@ -253,10 +258,10 @@ void ggml_compute_forward_mc_route(const ggml_compute_params * params, ggml_tens
             GGML_ASSERT(id >= 0 && id < p.n_expert);
 
             wanted[id] = true;
+            read[id]   = read[id] || !drop || !p.skips;
             if (drop) {
                 n_dropped[r]++;
             } else {
-                read[id] = true;
                 n_kept[r]++;
                 n_protected[r] += router.below[r];
             }

@@ -79,6 +79,7 @@ struct ggml_mc_route_params {
     int32_t  keep_min;
     float    value;    // ratio, p or rate, by policy
     uint32_t seed;
+    int32_t  skips;    // 0: the experts of dropped slots are read all the same, and counted so
     double   protect;  // share of a sequence's rows that is protected, by importance
 };
 

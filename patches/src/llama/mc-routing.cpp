@@ -32,9 +32,6 @@ void check_share(const char * name, double value) {
 
 // Whether some sequence has several tokens in the ubatch: only then is there one to compare a token with.
 bool has_company(const llama_ubatch & ubatch) {
-    if (!ubatch.seq_id) {
-        return ubatch.n_tokens > ubatch.n_seqs_unq;
-    }
     std::set<llama_seq_id> seen;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         if (!seen.insert(ubatch.seq_id[i][0]).second) {
@@ -51,9 +48,6 @@ public:
         tokens(tokens), company(has_company(ubatch)), causal(causal) {}
 
     void set_input(const llama_ubatch * ubatch) override {
-        if (!tokens->buffer) {
-            return; // no layer uses it
-        }
         // A token is a query of its first sequence, and seen by the queries of all its sequences (llama_kv_cache's mask).
         std::map<llama_seq_id, std::vector<llama_pos>> queries;
         for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
@@ -121,6 +115,13 @@ ggml_tensor * cells_of(const llm_graph_context & graph, const ggml_tensor * k) {
     return nullptr;
 }
 
+// whether attention is over the batch itself, without a cache
+bool is_without_cache(const llm_graph_context & graph) {
+    return std::any_of(graph.res->inputs.begin(), graph.res->inputs.end(), [](const llm_graph_input_ptr & input) {
+        return dynamic_cast<const llm_graph_input_attn_no_cache *>(input.get()) != nullptr;
+    });
+}
+
 // The importance of the rows of `cur`, null when it is not needed.
 ggml_tensor * build_importance(const llm_graph_context & graph, ggml_tensor * cur, ggml_tensor * rows, int il) {
     const mc_routing & routing = *graph.cparams.mc_routing_state;
@@ -161,6 +162,7 @@ ggml_mc_route_params route_params(const mc_routing & routing, int64_t n_expert, 
         /*.keep_min =*/ p.keep_min,
         /*.value    =*/ 0.0f,
         /*.seed     =*/ p.seed,
+        /*.skips    =*/ 1,
         /*.protect  =*/ 0.0,
     };
     if (!routing.is_active(il)) {
@@ -176,10 +178,35 @@ ggml_mc_route_params route_params(const mc_routing & routing, int64_t n_expert, 
     return result;
 }
 
-// Whether the device that holds `w` computes `op`. Otherwise skipping would move the weights at every step.
-bool is_supported_at(const ggml_tensor * w, const ggml_tensor * op) {
-    ggml_backend_dev_t dev = w->buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(w->buffer)) : nullptr;
-    return !dev || ggml_backend_dev_supports_op(dev, op);
+// Whether multiplications by `w` can skip slots where `w` is. Moving the weights to a device that can would cost more.
+bool can_skip(ggml_tensor * w) {
+    const bool is_stack = w->op == GGML_OP_NONE && w->src[0] != nullptr; // of groups, which are where the op is known
+    ggml_backend_buffer_type_t buft = w->buffer ? ggml_backend_buffer_get_type(w->buffer) : nullptr;
+    ggml_backend_dev_t         dev  = buft ? ggml_backend_buft_get_device(buft) : nullptr;
+    if (is_stack || !dev || ggml_backend_buft_is_host(buft)) {
+        return true;
+    }
+    ggml_init_params init = {
+        /*.mem_size   =*/ 4*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx(ggml_init(init));
+    ggml_tensor * b   = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, w->ne[0], 1, 1);
+    ggml_tensor * ids = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, 1);
+    return ggml_backend_dev_supports_op(dev, ggml_mul_mat_id_grouped(ctx.get(), &w, 1, nullptr, b, ids));
+}
+
+// the layers that have a router; all of them where the model calls its routers otherwise
+std::vector<bool> routers_of(const llama_model & model) {
+    std::vector<bool> result(model.hparams.n_layer());
+    for (size_t il = 0; il < result.size(); ++il) {
+        result[il] = model.layers[il].ffn_gate_inp != nullptr;
+    }
+    if (std::find(result.begin(), result.end(), true) == result.end()) {
+        result.assign(result.size(), true);
+    }
+    return result;
 }
 
 } // namespace
@@ -188,13 +215,13 @@ bool is_supported_at(const ggml_tensor * w, const ggml_tensor * op) {
 // mc_routing
 //
 
-mc_routing::mc_routing(const llama_hparams & hparams) :
-        n_layer      ((int) hparams.n_layer()),
-        n_rank       ((int) hparams.n_expert_used_max()),
-        n_expert     ((int) hparams.n_expert),
-        n_layer_dense((int) hparams.n_layer_dense_lead),
-        params       (mc_routing_default_params()),
-        active       (n_layer, 1) {
+mc_routing::mc_routing(const llama_model & model) :
+        n_layer   ((int) model.hparams.n_layer()),
+        n_rank    ((int) model.hparams.n_expert_used_max()),
+        n_expert  ((int) model.hparams.n_expert),
+        has_router(routers_of(model)),
+        params    (mc_routing_default_params()),
+        active    (n_layer, 1) {
     ggml_init_params init = {
         /*.mem_size   =*/ 2*ggml_tensor_overhead(),
         /*.mem_buffer =*/ nullptr,
@@ -266,7 +293,7 @@ bool mc_routing::needs_importance(int il) const {
 }
 
 bool mc_routing::needs_attention(int il) const {
-    return params.importance == MC_IMPORTANCE_ATTENTION && il >= n_layer_dense && needs_importance(il);
+    return params.importance == MC_IMPORTANCE_ATTENTION && has_router[il] && needs_importance(il);
 }
 
 ggml_tensor * mc_routing::thresholds(ggml_context * ctx_graph, int il) const {
@@ -306,8 +333,8 @@ static bool needs_attention(const llm_graph_context & graph, int il) {
 // adds the attention of some heads to that of `acc` (null: these are the first); null when the keys are not the tokens' own
 static ggml_tensor * build_received(const llm_graph_context & graph, ggml_tensor * probs, ggml_tensor * k, ggml_tensor * acc, int64_t n_head_all) {
     ggml_tensor * cells = cells_of(graph, k);
-    if (!cells && (probs->ne[0] != graph.n_tokens || probs->ne[3] != 1)) {
-        return nullptr; // as in cross-attention
+    if (!cells && (probs->ne[0] != graph.n_tokens || probs->ne[3] != 1 || !is_without_cache(graph))) {
+        return nullptr; // as in cross-attention, or where keys are put together from several caches
     }
     // k is permuted to [n_embd_head, n_kv, n_head_kv, n_stream]; in a cache, nb[3] spans all cells of a stream
     const int64_t cells_per_stream = cells ? (int64_t) (k->nb[3]/k->nb[1]) : graph.n_tokens;
@@ -374,7 +401,7 @@ void mc_see_flash_attention(const llm_graph_context & graph, ggml_tensor * q, gg
 }
 
 ggml_tensor * mc_route_experts(const llm_graph_context & graph, ggml_tensor * cur, ggml_tensor * weights, ggml_tensor * selected,
-        int64_t n_expert, bool normalized, int il) {
+        std::initializer_list<ggml_tensor *> stacks, int64_t n_expert, bool normalized, int il) {
     const mc_routing * routing = graph.cparams.mc_routing_state;
     graph.mc.selected = nullptr;
     if (!routing || graph.cparams.warmup || graph.cparams.training || il < 0 || il >= routing->n_layer ||
@@ -387,7 +414,8 @@ ggml_tensor * mc_route_experts(const llm_graph_context & graph, ggml_tensor * cu
     }
     ggml_context * ctx0 = graph.ctx0;
 
-    const ggml_mc_route_params params = route_params(*routing, n_expert, il);
+    ggml_mc_route_params params = route_params(*routing, n_expert, il);
+    params.skips = std::all_of(stacks.begin(), stacks.end(), [](ggml_tensor * w) { return !w || can_skip(w); });
 
     ggml_tensor * routed = ggml_mc_route(ctx0, weights, selected, build_importance(graph, cur, rows, il), tokens_input(graph), rows,
             routing->thresholds(ctx0, il), routing->counters(ctx0, il), &params);
@@ -397,24 +425,23 @@ ggml_tensor * mc_route_experts(const llm_graph_context & graph, ggml_tensor * cu
     if (params.policy == GGML_MC_POLICY_COUNT_ONLY) {
         return weights;
     }
-    graph.mc.selected = selected;
-    graph.mc.routed   = routed;
-
+    if (params.skips) {
+        graph.mc.selected = selected;
+        graph.mc.routed   = routed;
+    }
     weights = ggml_mc_mask_weights(ctx0, weights, routed, normalized);
     graph.cb(weights, "ffn_moe_weights_routed", il);
     return weights;
 }
 
 ggml_tensor * mc_mul_mat_routed(const llm_graph_context & graph, ggml_tensor * w, ggml_tensor * b, ggml_tensor * ids) {
-    const bool is_stack = w->op == GGML_OP_NONE && w->src[0] != nullptr; // of groups
-    if (!graph.mc.selected || ids != graph.mc.selected) {
+    if (!graph.mc.selected || ids != graph.mc.selected || !can_skip(w)) {
         return mc_mul_mat_id(graph.ctx0, w, b, ids);
     }
-    if (is_stack) {
-        return mc_mul_mat_id(graph.ctx0, w, b, graph.mc.routed);
+    if (w->op == GGML_OP_NONE && w->src[0]) {
+        return mc_mul_mat_id(graph.ctx0, w, b, graph.mc.routed); // a stack of groups
     }
-    ggml_tensor * result = ggml_mul_mat_id_grouped(graph.ctx0, &w, 1, nullptr, b, graph.mc.routed);
-    return is_supported_at(w, result) ? result : ggml_mul_mat_id(graph.ctx0, w, b, ids);
+    return ggml_mul_mat_id_grouped(graph.ctx0, &w, 1, nullptr, b, graph.mc.routed);
 }
 
 //

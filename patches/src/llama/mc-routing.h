@@ -4,20 +4,21 @@
 //
 // build_moe_ffn asks mc_route_experts to decide after the weights of the selected experts are known and before the
 // architecture normalises them. The ids that upstream's code goes on with stay as they are (biases and scales are looked
-// up by them); only the multiplications by experts, in build_lora_mm_id, take the routed ids, see mc_routed_ids.
+// up by them); only the multiplications by experts, in build_lora_mm_id, take the routed ids, see mc_mul_mat_routed.
 
 #include "mc.h"
 #include "ggml-cpp.h"
 
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
-struct llama_hparams;
+struct llama_model;
 struct llm_graph_context;
 
 // the settings and counters of a context
 struct mc_routing {
-    explicit mc_routing(const llama_hparams & hparams);
+    explicit mc_routing(const llama_model & model);
 
     // throws std::runtime_error that says what is wrong with the parameters
     void set(const mc_routing_params & params);
@@ -40,7 +41,7 @@ struct mc_routing {
     const int n_layer;
     const int n_rank;
     const int n_expert;
-    const int n_layer_dense; // leading layers without experts
+    const std::vector<bool> has_router; // [n_layer]
 
     mc_routing_params   params; // thresholds and active point nowhere
     std::vector<int8_t> active;
@@ -69,10 +70,10 @@ void mc_see_attention      (const llm_graph_context & graph, ggml_tensor * probs
 void mc_see_flash_attention(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask,
         ggml_tensor * sinks, float kq_scale, int il);
 
-// Decides which of `selected` are dropped and returns the weights, 0 for those. `normalized`: the weights sum up to 1
-// already, and no normalisation follows.
+// Decides which of `selected` are dropped and returns the weights, 0 for those. `stacks` are the block's experts (null:
+// none). `normalized`: the weights sum up to 1 already, and no normalisation follows.
 ggml_tensor * mc_route_experts(const llm_graph_context & graph, ggml_tensor * cur, ggml_tensor * weights, ggml_tensor * selected,
-        int64_t n_expert, bool normalized, int il);
+        std::initializer_list<ggml_tensor *> stacks, int64_t n_expert, bool normalized, int il);
 
 // w times b for the experts `ids`, as ggml_mul_mat_id; for ids that were routed, without those that are dropped
 ggml_tensor * mc_mul_mat_routed(const llm_graph_context & graph, ggml_tensor * w, ggml_tensor * b, ggml_tensor * ids);

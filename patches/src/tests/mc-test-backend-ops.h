@@ -147,7 +147,7 @@ struct test_mc_route : public test_case {
             ggml_mc_attn_received(ctx, ggml_soft_max(ctx, scores), cells, tokens, nullptr, n_head, 1024) : nullptr;
         ggml_tensor * importance = ggml_mc_importance(ctx, x, received, tokens, rows, measure);
 
-        ggml_mc_route_params params = { policy, (int32_t) n_expert, 3, 2, 0.6f, 42, 0.1 };
+        ggml_mc_route_params params = { policy, (int32_t) n_expert, 3, 2, 0.6f, 42, 1, 0.1 };
         ggml_tensor * weights = ggml_reshape_3d(ctx, ggml_soft_max(ctx, logits), 1, n_used, n_rows);
         ggml_tensor * routed  = ggml_mc_route(ctx, weights, ids, importance, tokens, rows, thresholds, counters, &params);
         ggml_set_name(routed, "routed");
