@@ -326,8 +326,9 @@ def off(file: Path, baseline: Path, threads: int, rounds: int) -> None:
 
     sides = {"baseline": baseline, "patched": runtime.require().lib_dir}
     times: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side, folder in sides.items():
+    for number in range(rounds):
+        for side in sorted(sides, reverse=number % 2 == 1):  # each side is first in turn
+            folder = sides[side]
             command = [sys.executable, __file__, "worker", str(file), "--threads", str(threads)]
             env = os.environ | {"LLAMA_CPP_LIB_PATH": str(folder)}
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
