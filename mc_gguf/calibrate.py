@@ -166,7 +166,7 @@ def measured_types(info: ModelInfo, wanted: Sequence[str] | None) -> tuple[str, 
     return tuple(sorted(usable, key=lambda n: (TYPES[n].bpw, n)))
 
 
-def _identity(info: ModelInfo, text: Corpus, types: Sequence[str], options: Options) -> dict[str, object]:
+def _identity(info: ModelInfo, text: Corpus, types: Sequence[str], options: Options) -> dict[str, Any]:
     """All that the result depends on; threads do not belong."""
     return {
         "model": info.fingerprint, "corpus": text.to_json(), "types": list(types),
@@ -180,7 +180,7 @@ def is_calibration_of(calibration: Calibration, info: ModelInfo, text: Corpus, o
     wanted = _identity(info, text, measured_types(info, options.types), options)
     found = dict(calibration.corpus.get("measured", {}))
     types = found.pop("types", ())
-    return set(wanted.pop("types")) <= set(types) and found == wanted  # type: ignore[call-overload]
+    return set(wanted.pop("types")) <= set(types) and found == wanted
 
 
 def _return_large_blocks() -> None:

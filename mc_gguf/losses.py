@@ -22,7 +22,8 @@ tokens) are 0.1 PFLOP, a few percent of the forward passes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -82,8 +83,9 @@ def expert_errors(
     with torch.inference_mode():
         tokens = _Tokens(sample.x, sample.g[:, None], sample.x @ expert.gate.T, sample.x @ expert.up.T)
         errors = np.full((len(PROJECTIONS), len(types)), np.inf)
-        for p, kind in enumerate((_Gate, _Up, _Down)):
-            change: _Change = kind(expert, tokens)
+        kinds: tuple[Callable[[Expert, _Tokens], _Change], ...] = (_Gate, _Up, _Down)
+        for p, kind in enumerate(kinds):
+            change = kind(expert, tokens)
             imatrix = imatrix_mid if kind is _Down else imatrix_in
             rows = draw(change.row_importance(torch.from_numpy(imatrix)), max_rows, rng)
             weights = change.matrix[rows.index].contiguous()
@@ -146,18 +148,18 @@ class _Tokens:
     u: Tensor
 
 
-class _Change:
+class _Change(ABC):
     """One projection of one expert, and what a change of some of its rows does to the output."""
 
     matrix: Tensor
 
+    @abstractmethod
     def row_effect(self) -> Tensor | float:
         """[rows] squared effect on the output of a unit change of the row's product with its input."""
-        raise NotImplementedError
 
+    @abstractmethod
     def squared_error(self, rows: Drawn, delta: Tensor) -> float:
         """|change of the output|^2 over the tokens when `rows` change by `delta`, scaled up to all rows."""
-        raise NotImplementedError
 
     def row_importance(self, imatrix: Tensor) -> Floats:
         """Expected share of the error of every row: its effect times its own weighted size."""
@@ -173,13 +175,13 @@ class _Inner(_Change):
         self.tokens, self.down = tokens, expert.down
         self.column_sq = self.down.square().sum(0)
 
+    @abstractmethod
     def basis(self) -> Tensor:
         """[T, n_ff] derivative of g h with respect to scaling the whole projection."""
-        raise NotImplementedError
 
+    @abstractmethod
     def change(self, index: Tensor, product: Tensor) -> Tensor:
         """g dh [T, rows] when the rows' products with x change by `product`."""
-        raise NotImplementedError
 
     @cached_property
     def image(self) -> tuple[Tensor, Tensor]:
