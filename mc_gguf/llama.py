@@ -59,8 +59,8 @@ class Llama(llama_cpp.Llama):
 
     With policy odp the runtime measures how much attention each token of a prompt receives, within the part
     of it that is computed at once (n_ubatch tokens). Without flash attention it reads the softmax that is
-    there; with flash_attn=True it computes the same softmax a second time beside it: the measure stays exact,
-    the prompt costs more. Generated tokens come one at a time and cost nothing extra either way.
+    there; with flash_attn=True it computes the same sums from queries and keys: the measure stays exact, the
+    prompt costs a little more. Generated tokens come one at a time and cost nothing extra either way.
     """
 
     _stack = contextlib.ExitStack()  # so that __del__ works on an object whose __init__ raised early

@@ -1,4 +1,4 @@
-"""The op MUL_MAT_ID_GROUPED on the CPU: equal to MUL_MAT_ID bit for bit, and llama.cpp's own test program."""
+"""Our ops on the CPU: MUL_MAT_ID_GROUPED equals MUL_MAT_ID bit for bit; routing; upstream's test program."""
 
 from __future__ import annotations
 
@@ -28,12 +28,19 @@ def test_op_equals_mul_mat_id_bit_for_bit(runtime: Runtime, tiled: str) -> None:
     assert int(failed) == 0
 
 
+def test_routing_ops(runtime: Runtime) -> None:
+    program = runtimes.compile_program(runtime, SOURCES / "test-routing-ops.cpp", "test-routing-ops")
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert done.stdout.splitlines()[-1] == "passed 82 failed 0"
+
+
 def test_backend_ops_cases_pass(runtime: Runtime) -> None:
     program = runtimes.build_tests(runtime)
-    command: list[str | Path] = [program, "test", "-b", "CPU", "-o", "MUL_MAT_ID_GROUPED"]
+    command: list[str | Path] = [program, "test", "-b", "CPU", "-o", "MUL_MAT_ID_GROUPED,MC_QK_RECEIVED"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
-    assert "93/93 tests passed" in done.stdout
+    assert "100/100 tests passed" in done.stdout
 
 
 def test_upstreams_own_cases_still_pass(runtime: Runtime) -> None:

@@ -15,38 +15,83 @@ static void check_tokens(const struct ggml_tensor * tokens, const struct ggml_te
     }
 }
 
+static void check_cells(const struct ggml_tensor * cells, int64_t n_tokens, int64_t n_stream, int64_t cells_per_stream) {
+    GGML_ASSERT(cells_per_stream > 0 && cells_per_stream <= INT32_MAX);
+    if (cells) {
+        GGML_ASSERT(cells->type == GGML_TYPE_I64 || cells->type == GGML_TYPE_I32);
+        GGML_ASSERT(ggml_is_vector(cells) && cells->ne[0] == n_tokens && ggml_is_contiguous(cells));
+    } else {
+        GGML_ASSERT(n_stream == 1);
+    }
+}
+
 struct ggml_tensor * ggml_mc_attn_received(
         struct ggml_context * ctx,
         struct ggml_tensor  * probs,
         struct ggml_tensor  * cells,
         struct ggml_tensor  * tokens,
-        struct ggml_tensor  * acc,
-        int64_t               n_head_all,
         int64_t               cells_per_stream) {
     const int64_t n_tokens = tokens->ne[1];
 
     GGML_ASSERT(probs->type == GGML_TYPE_F32 && probs->nb[0] == sizeof(float));
     GGML_ASSERT(probs->ne[1]*probs->ne[3] == n_tokens);
-    GGML_ASSERT(cells != NULL || probs->ne[3] == 1);
-    GGML_ASSERT(cells == NULL || cells->type == GGML_TYPE_I64 || cells->type == GGML_TYPE_I32);
-    GGML_ASSERT(cells == NULL || (ggml_is_vector(cells) && cells->ne[0] == n_tokens && ggml_is_contiguous(cells)));
-    GGML_ASSERT(cells_per_stream > 0 && cells_per_stream <= INT32_MAX);
-    GGML_ASSERT(acc == NULL || (acc->type == GGML_TYPE_F32 && acc->ne[0] == n_tokens && ggml_is_contiguous(acc)));
-    GGML_ASSERT(n_head_all >= probs->ne[2]);
+    check_cells(cells, n_tokens, probs->ne[3], cells_per_stream);
     check_tokens(tokens, NULL, n_tokens);
 
     struct ggml_tensor * result = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_tokens);
 
     ggml_set_op_params_i32(result, 0, (int32_t) cells_per_stream);
-    ggml_set_op_params_i32(result, 1, (int32_t) n_head_all);
 
     result->op     = GGML_OP_MC_ATTN_RECEIVED;
     result->src[0] = probs;
     result->src[1] = tokens;
     result->src[2] = cells;
-    result->src[3] = acc;
 
     return result;
+}
+
+struct ggml_tensor * ggml_mc_qk_received(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * mask,
+        struct ggml_tensor  * sinks,
+        struct ggml_tensor  * cells,
+        struct ggml_tensor  * tokens,
+        const struct ggml_mc_qk_params * params) {
+    const int64_t n_tokens = tokens->ne[1];
+    const int64_t n_stream = q->ne[3];
+
+    GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[1]*n_stream == n_tokens);
+    GGML_ASSERT(k->ne[0] == q->ne[0] && k->ne[3] == n_stream && q->ne[2] % k->ne[2] == 0);
+    GGML_ASSERT(k->nb[0] == ggml_type_size(k->type) && k->ne[0] % ggml_blck_size(k->type) == 0);
+    GGML_ASSERT(mask == NULL || mask->type == GGML_TYPE_F16 || mask->type == GGML_TYPE_F32);
+    GGML_ASSERT(mask == NULL || mask->nb[0] == ggml_type_size(mask->type));
+    GGML_ASSERT(mask == NULL || (mask->ne[0] == k->ne[1] && mask->ne[1] >= q->ne[1] && mask->ne[2] == 1 && mask->ne[3] == n_stream));
+    GGML_ASSERT(sinks == NULL || (sinks->type == GGML_TYPE_F32 && sinks->ne[0] == q->ne[2] && ggml_is_contiguous(sinks)));
+    check_cells(cells, n_tokens, n_stream, params->cells_per_stream);
+    check_tokens(tokens, NULL, n_tokens);
+
+    struct ggml_tensor * result = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_tokens);
+
+    static_assert(sizeof(struct ggml_mc_qk_params) <= GGML_MAX_OP_PARAMS, "does not fit op_params");
+    ggml_set_op_params(result, params, sizeof(*params));
+
+    result->op     = GGML_OP_MC_QK_RECEIVED;
+    result->src[0] = q;
+    result->src[1] = tokens;
+    result->src[2] = cells;
+    result->src[3] = k;
+    result->src[4] = mask;
+    result->src[5] = sinks;
+
+    return result;
+}
+
+struct ggml_mc_qk_params ggml_mc_get_qk_params(const struct ggml_tensor * received) {
+    struct ggml_mc_qk_params params;
+    memcpy(&params, received->op_params, sizeof(params));
+    return params;
 }
 
 struct ggml_tensor * ggml_mc_importance(

@@ -1,10 +1,9 @@
-// CPU implementation of the ops of dynamic expert routing (ggml-mc-routing.h).
+// CPU implementation of MC_IMPORTANCE, MC_ROUTE and MC_MASK_WEIGHTS (ggml-mc-routing.h).
 
 #include "ggml-mc-cpu.h"
 
-#include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
-#include "ggml-mc-routing.h"
+#include "routing-common.h"
 
 #include <algorithm>
 #include <cmath>
@@ -14,28 +13,11 @@
 
 namespace {
 
-int32_t token_field(const ggml_tensor * tokens, int64_t token, ggml_mc_token_field field) {
-    return ((const int32_t *) tokens->data)[token*GGML_MC_TOKEN_N_FIELDS + field];
-}
-
 // the token that a row of a MoE block belongs to
 int64_t token_of(const ggml_tensor * rows, const ggml_tensor * tokens, int64_t row) {
     const int64_t token = rows ? *(const int32_t *) ((const char *) rows->data + row*rows->nb[0]) : row;
     GGML_ASSERT(token >= 0 && token < tokens->ne[1]);
     return token;
-}
-
-// [begin, end) of n items that are this thread's
-std::pair<int64_t, int64_t> share_of(const ggml_compute_params * params, int64_t n) {
-    return { n*params->ith/params->nth, n*(params->ith + 1)/params->nth };
-}
-
-int64_t cell_of(const ggml_tensor * cells, int64_t token, int64_t cells_per_stream) {
-    if (!cells) {
-        return token;
-    }
-    const int64_t cell = cells->type == GGML_TYPE_I64 ? ((const int64_t *) cells->data)[token] : ((const int32_t *) cells->data)[token];
-    return cell % cells_per_stream;
 }
 
 float measure_row(const float * x, int64_t n, ggml_mc_measure measure) {
@@ -135,7 +117,7 @@ std::vector<bool> protected_rows(const ggml_tensor * dst, double share) {
     struct entry { int32_t seq; int64_t row; };
     std::vector<entry> order(n_rows);
     for (int64_t i = 0; i < n_rows; ++i) {
-        order[i] = { token_field(tokens, token_of(rows, tokens, i), GGML_MC_TOKEN_SEQ), i };
+        order[i] = { ggml_mc_token_field_of(tokens, token_of(rows, tokens, i), GGML_MC_TOKEN_SEQ), i };
     }
     std::sort(order.begin(), order.end(), [&value](const entry & a, const entry & b) {
         if (a.seq != b.seq)               return a.seq < b.seq;
@@ -160,48 +142,6 @@ std::vector<bool> protected_rows(const ggml_tensor * dst, double share) {
 
 } // namespace
 
-// Every thread sums some of the columns over all heads and queries: the order, and so the result, does not depend on the
-// number of threads.
-void ggml_compute_forward_mc_attn_received(const ggml_compute_params * params, ggml_tensor * dst) {
-    const ggml_tensor * probs  = dst->src[0];
-    const ggml_tensor * tokens = dst->src[1];
-    const ggml_tensor * cells  = dst->src[2];
-
-    const int64_t n_tokens         = dst->ne[0];
-    const int64_t n_queries        = probs->ne[1]; // in a stream
-    const int64_t n_head           = probs->ne[2];
-    const int64_t cells_per_stream = ggml_get_op_params_i32(dst, 0);
-    const int64_t n_head_all       = ggml_get_op_params_i32(dst, 1);
-    const float * acc              = dst->src[3] ? (const float *) dst->src[3]->data : nullptr;
-
-    float * out = (float *) dst->data;
-    const auto [begin, end] = share_of(params, n_tokens);
-    std::fill(out + begin, out + end, 0.0f);
-
-    // runs of tokens of one stream in neighbouring cells
-    for (int64_t t = begin; t < end; ) {
-        const int64_t stream = t/n_queries;
-        const int64_t cell   = cell_of(cells, t, cells_per_stream);
-        int64_t n = 1;
-        while (t + n < end && (t + n)/n_queries == stream && cell_of(cells, t + n, cells_per_stream) == cell + n) {
-            ++n;
-        }
-        GGML_ASSERT(cell >= 0 && cell + n <= probs->ne[0]);
-        for (int64_t head = 0; head < n_head; ++head) {
-            for (int64_t q = 0; q < n_queries; ++q) {
-                const float * p = (const float *) ((const char *) probs->data + stream*probs->nb[3] + head*probs->nb[2] + q*probs->nb[1]) + cell;
-                for (int64_t i = 0; i < n; ++i) {
-                    out[t + i] += p[i];
-                }
-            }
-        }
-        t += n;
-    }
-    for (int64_t t = begin; t < end; ++t) {
-        out[t] = (acc ? acc[t] : 0.0f) + out[t]/(float) (n_head_all*std::max(1, token_field(tokens, t, GGML_MC_TOKEN_QUERIES)));
-    }
-}
-
 void ggml_compute_forward_mc_importance(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * x        = dst->src[0];
     const ggml_tensor * tokens   = dst->src[1];
@@ -209,7 +149,7 @@ void ggml_compute_forward_mc_importance(const ggml_compute_params * params, ggml
     const ggml_tensor * received = dst->src[3];
     const auto          measure  = (ggml_mc_measure) ggml_get_op_params_i32(dst, 0);
 
-    const auto [begin, end] = share_of(params, dst->ne[0]);
+    const auto [begin, end] = ggml_mc_share_of(params, dst->ne[0]);
     for (int64_t row = begin; row < end; ++row) {
         float value = measure_row((const float *) ((const char *) x->data + row*x->nb[1]), x->ne[0], measure);
         const int64_t token = token_of(rows, tokens, row);
@@ -217,7 +157,7 @@ void ggml_compute_forward_mc_importance(const ggml_compute_params * params, ggml
             value *= ((const float *) received->data)[token];
         }
         if (measure == GGML_MC_MEASURE_LAST) {
-            value /= (float) std::max(1, token_field(tokens, token, GGML_MC_TOKEN_QUERIES));
+            value /= (float) std::max(1, ggml_mc_token_field_of(tokens, token, GGML_MC_TOKEN_QUERIES));
         }
         ((float *) dst->data)[row] = value;
     }
@@ -249,7 +189,7 @@ void ggml_compute_forward_mc_route(const ggml_compute_params * params, ggml_tens
     row_router router(p, (const float *) dst->src[5]->data, n_used);
 
     for (int64_t row = 0; row < dst->ne[1]; ++row) {
-        router.run((const float *) weights->data + row*n_used, token_field(tokens, token_of(rows, tokens, row), GGML_MC_TOKEN_POS));
+        router.run((const float *) weights->data + row*n_used, ggml_mc_token_field_of(tokens, token_of(rows, tokens, row), GGML_MC_TOKEN_POS));
         int32_t * out = (int32_t *) dst->data + row*n_used;
         for (int64_t r = 0; r < n_used; ++r) {
             const int32_t slot = router.slots[r];
@@ -281,7 +221,7 @@ void ggml_compute_forward_mc_mask_weights(const ggml_compute_params * params, gg
     const bool          normalize = ggml_get_op_params_i32(dst, 1) != 0;
     const int64_t       n_used    = routed->ne[0];
 
-    const auto [begin, end] = share_of(params, routed->ne[1]);
+    const auto [begin, end] = ggml_mc_share_of(params, routed->ne[1]);
     for (int64_t row = begin; row < end; ++row) {
         const float *   w   = (const float *) weights->data + row*n_used;
         const int32_t * id  = (const int32_t *) routed->data + row*n_used;

@@ -20,7 +20,10 @@ bool ggml_mc_mul_mat_id_grouped_supported(const struct ggml_tensor * dst);
 
 void ggml_compute_forward_mul_mat_id_grouped(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
+size_t ggml_mc_qk_received_work_size(int n_threads, const struct ggml_tensor * dst);
+
 void ggml_compute_forward_mc_attn_received(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+void ggml_compute_forward_mc_qk_received  (const struct ggml_compute_params * params, struct ggml_tensor * dst);
 void ggml_compute_forward_mc_importance   (const struct ggml_compute_params * params, struct ggml_tensor * dst);
 void ggml_compute_forward_mc_route        (const struct ggml_compute_params * params, struct ggml_tensor * dst);
 void ggml_compute_forward_mc_mask_weights (const struct ggml_compute_params * params, struct ggml_tensor * dst);

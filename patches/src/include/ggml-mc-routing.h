@@ -36,14 +36,12 @@ enum ggml_mc_token_field {
 };
 
 /*
-    Mean attention that each token's key receives from the queries of this ubatch that can see it, over heads. The heads
-    may come in parts: `acc` is the result for the parts before, and n_head_all their number in all parts.
+    Mean attention that each token's key receives from the queries of this ubatch that can see it, over heads.
 
     probs  -> [n_kv, n_tokens/n_stream, n_head, n_stream]  softmax of the attention scores, masked entries 0
     cells  -> [n_tokens] (i64, i32)                        cell of each token's key; NULL: token i is in cell i.
                                                            In stream s of a cache of cells_per_stream cells, modulo that
     tokens -> [GGML_MC_TOKEN_N_FIELDS, n_tokens] (i32)
-    acc    -> [n_tokens]                                   NULL: zeros
     result -> [n_tokens]
 */
 GGML_API struct ggml_tensor * ggml_mc_attn_received(
@@ -51,15 +49,42 @@ GGML_API struct ggml_tensor * ggml_mc_attn_received(
         struct ggml_tensor  * probs,
         struct ggml_tensor  * cells,
         struct ggml_tensor  * tokens,
-        struct ggml_tensor  * acc,
-        int64_t               n_head_all,
         int64_t               cells_per_stream);
+
+/*
+    The same where no softmax is kept (flash attention): from queries and keys, a block of queries at a time, of which
+    only what the mask leaves is computed. The arguments are those of ggml_flash_attn_ext, cells and tokens as above.
+
+    q      -> [n_embd_head, n_tokens/n_stream, n_head, n_stream]
+    k      -> [n_embd_head, n_kv, n_head_kv, n_stream]     any type that has to_float
+    mask   -> [n_kv, >= n_tokens/n_stream, 1, n_stream]    F16 or F32; NULL: every query sees every key
+    sinks  -> [n_head]                                     NULL: none
+    result -> [n_tokens]
+*/
+struct ggml_mc_qk_params {
+    float   scale;
+    float   max_bias;      // ALiBi; 0: none
+    float   logit_softcap; // 0: none
+    int32_t cells_per_stream;
+};
+
+GGML_API struct ggml_tensor * ggml_mc_qk_received(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * mask,
+        struct ggml_tensor  * sinks,
+        struct ggml_tensor  * cells,
+        struct ggml_tensor  * tokens,
+        const struct ggml_mc_qk_params * params);
+
+GGML_API struct ggml_mc_qk_params ggml_mc_get_qk_params(const struct ggml_tensor * received);
 
 /*
     Importance of each token of a MoE block.
 
     x        -> [n_embd, n_rows]  the block's input
-    received -> [n_tokens]        ggml_mc_attn_received; NULL: 1 for every token
+    received -> [n_tokens]        ggml_mc_attn_received or ggml_mc_qk_received; NULL: 1 for every token
     tokens   -> [GGML_MC_TOKEN_N_FIELDS, n_tokens] (i32)
     rows     -> [n_rows] (i32)    the token of each row of x; NULL: n_rows == n_tokens, in order
     result   -> [n_rows]

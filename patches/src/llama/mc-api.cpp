@@ -1,4 +1,14 @@
+// The C API (mc.h).
+
 #include "mc.h"
+
+#include "mc-routing.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <exception>
 
 #ifndef MC_PATCHSET
 #define MC_PATCHSET ""
@@ -6,4 +16,66 @@
 
 const char * mc_patchset(void) {
     return MC_PATCHSET;
+}
+
+mc_routing_params mc_routing_default_params(void) {
+    return {
+        /*.policy     =*/ MC_ROUTING_OFF,
+        /*.importance =*/ MC_IMPORTANCE_ATTENTION,
+        /*.keep_min   =*/ 1,
+        /*.seed       =*/ 0,
+        /*.ratio      =*/ 0.0f,
+        /*.top_p      =*/ 1.0f,
+        /*.rate       =*/ 0.0f,
+        /*.protect    =*/ 0.02,
+        /*.thresholds =*/ nullptr,
+        /*.active     =*/ nullptr,
+    };
+}
+
+int32_t mc_set_routing(llama_context * ctx, const mc_routing_params * params) {
+    try {
+        ctx->mc_set_routing(*params);
+        return 0;
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+        return -1;
+    }
+}
+
+static bool has_experts(const llama_context * ctx) {
+    return ctx->get_model().hparams.n_expert > 0;
+}
+
+int32_t mc_routing_n_layer(const llama_context * ctx) {
+    return has_experts(ctx) ? (int32_t) ctx->get_model().hparams.n_layer() : 0;
+}
+
+int32_t mc_routing_n_rank(const llama_context * ctx) {
+    return has_experts(ctx) ? (int32_t) ctx->get_model().hparams.n_expert_used_max() : 0;
+}
+
+int32_t mc_routing_n_expert(const llama_context * ctx) {
+    return has_experts(ctx) ? (int32_t) ctx->get_model().hparams.n_expert : 0;
+}
+
+void mc_routing_get_counters(llama_context * ctx, int64_t * slots, int64_t * experts) {
+    ctx->synchronize();
+    if (const mc_routing * routing = ctx->mc_get_routing()) {
+        routing->get_counters(slots, experts);
+        return;
+    }
+    if (slots) {
+        std::fill_n(slots, (size_t) mc_routing_n_layer(ctx)*3*mc_routing_n_rank(ctx), 0);
+    }
+    if (experts) {
+        std::fill_n(experts, (size_t) mc_routing_n_layer(ctx)*2*mc_routing_n_expert(ctx), 0);
+    }
+}
+
+void mc_routing_reset_counters(llama_context * ctx) {
+    ctx->synchronize();
+    if (mc_routing * routing = ctx->mc_get_routing()) {
+        routing->reset_counters();
+    }
 }

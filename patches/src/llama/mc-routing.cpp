@@ -17,9 +17,6 @@
 
 namespace {
 
-// parts in which mc_see_flash_attention computes the scores of the heads
-const int64_t MAX_PARTS = 8;
-
 [[noreturn]] void fail(const std::string & what) {
     throw std::runtime_error("expert routing: " + what);
 }
@@ -330,74 +327,49 @@ static bool needs_attention(const llm_graph_context & graph, int il) {
         has_company(graph.ubatch);
 }
 
-// adds the attention of some heads to that of `acc` (null: these are the first); null when the keys are not the tokens' own
-static ggml_tensor * build_received(const llm_graph_context & graph, ggml_tensor * probs, ggml_tensor * k, ggml_tensor * acc, int64_t n_head_all) {
-    ggml_tensor * cells = cells_of(graph, k);
-    if (!cells && (probs->ne[0] != graph.n_tokens || probs->ne[3] != 1 || !is_without_cache(graph))) {
-        return nullptr; // as in cross-attention, or where keys are put together from several caches
+// Where the keys of a layer's tokens are; false when they are not the tokens' own.
+struct key_places {
+    ggml_tensor * cells            = nullptr; // null: token i is in cell i
+    int64_t       cells_per_stream = 0;
+};
+
+static bool find_keys(const llm_graph_context & graph, const ggml_tensor * k, key_places & places) {
+    places.cells = cells_of(graph, k);
+    if (!places.cells && (k->ne[1] != graph.n_tokens || k->ne[3] != 1 || !is_without_cache(graph))) {
+        return false; // as in cross-attention, or where keys are put together from several caches
     }
     // k is permuted to [n_embd_head, n_kv, n_head_kv, n_stream]; in a cache, nb[3] spans all cells of a stream
-    const int64_t cells_per_stream = cells ? (int64_t) (k->nb[3]/k->nb[1]) : graph.n_tokens;
-
-    ggml_tensor * received = ggml_mc_attn_received(graph.ctx0, probs, cells, tokens_input(graph), acc, n_head_all, cells_per_stream);
-    ggml_build_forward_expand(graph.gf, received); // now, so that the scores are freed
-    return received;
+    places.cells_per_stream = places.cells ? (int64_t) (k->nb[3]/k->nb[1]) : graph.n_tokens;
+    return true;
 }
 
 static void set_received(const llm_graph_context & graph, ggml_tensor * received, int il) {
-    if (received) {
-        graph.cb(received, "attn_received", il);
-        graph.mc.attn_layer = il;
-        graph.mc.received   = received;
-    }
+    ggml_build_forward_expand(graph.gf, received); // now, so that the scores are freed
+    graph.cb(received, "attn_received", il);
+    graph.mc.attn_layer = il;
+    graph.mc.received   = received;
 }
 
 void mc_see_attention(const llm_graph_context & graph, ggml_tensor * probs, ggml_tensor * k, int il) {
-    if (needs_attention(graph, il)) {
-        set_received(graph, build_received(graph, probs, k, nullptr, probs->ne[2]), il);
+    key_places keys;
+    if (needs_attention(graph, il) && find_keys(graph, k, keys)) {
+        set_received(graph, ggml_mc_attn_received(graph.ctx0, probs, keys.cells, tokens_input(graph), keys.cells_per_stream), il);
     }
 }
 
 void mc_see_flash_attention(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask,
         ggml_tensor * sinks, float kq_scale, int il) {
-    if (!needs_attention(graph, il)) {
+    key_places keys;
+    if (!needs_attention(graph, il) || !find_keys(graph, k, keys)) {
         return;
     }
-    ggml_context * ctx0 = graph.ctx0;
-
-    // Some heads at a time: flash attention is there so that the scores of all heads need no memory. ALiBi's slopes depend
-    // on the number of the head, so there all heads are one part.
-    const int64_t n_head    = q->ne[2];
-    const int64_t n_head_kv = k->ne[2];
-    const int64_t n_gqa     = n_head/n_head_kv;
-    const int64_t n_part    = graph.hparams.f_max_alibi_bias > 0.0f ? n_head :
-        n_head_kv == 1 ? (n_head + MAX_PARTS - 1)/MAX_PARTS : (n_head_kv + MAX_PARTS - 1)/MAX_PARTS*n_gqa;
-
-    ggml_tensor * received = nullptr;
-    for (int64_t first = 0; first < n_head; first += n_part) {
-        const int64_t n  = std::min(n_part, n_head - first);
-        ggml_tensor * qp = ggml_view_4d(ctx0, q, q->ne[0], q->ne[1], n, q->ne[3], q->nb[1], q->nb[2], q->nb[3], first*q->nb[2]);
-        ggml_tensor * kp = ggml_view_4d(ctx0, k, k->ne[0], k->ne[1], n_head_kv == 1 ? 1 : n/n_gqa, k->ne[3],
-                k->nb[1], k->nb[2], k->nb[3], first/n_gqa*k->nb[2]);
-
-        ggml_tensor * kq    = ggml_mul_mat(ctx0, kp, qp);
-        float         scale = kq_scale;
-        ggml_prec_set_acc(kq, GGML_PREC_F32);
-        if (graph.hparams.attn_soft_cap) {
-            const float cap = graph.hparams.f_attn_logit_softcapping;
-            // as the op does with logit_softcap: the scale comes first
-            kq    = ggml_scale(ctx0, ggml_tanh(ctx0, ggml_scale(ctx0, kq, kq_scale/cap)), cap);
-            scale = 1.0f;
-        }
-        kq = ggml_soft_max_ext(ctx0, kq, kq_mask, scale, graph.hparams.f_max_alibi_bias);
-        ggml_soft_max_add_sinks(kq, sinks ? ggml_view_1d(ctx0, sinks, n, first*sinks->nb[0]) : nullptr);
-
-        received = build_received(graph, kq, k, received, n_head);
-        if (!received) {
-            return;
-        }
-    }
-    set_received(graph, received, il);
+    const ggml_mc_qk_params params = {
+        /*.scale            =*/ kq_scale,
+        /*.max_bias         =*/ graph.hparams.f_max_alibi_bias,
+        /*.logit_softcap    =*/ graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f,
+        /*.cells_per_stream =*/ (int32_t) keys.cells_per_stream,
+    };
+    set_received(graph, ggml_mc_qk_received(graph.ctx0, q, k, kq_mask, sinks, keys.cells, tokens_input(graph), &params), il);
 }
 
 ggml_tensor * mc_route_experts(const llm_graph_context & graph, ggml_tensor * cur, ggml_tensor * weights, ggml_tensor * selected,
@@ -442,70 +414,4 @@ ggml_tensor * mc_mul_mat_routed(const llm_graph_context & graph, ggml_tensor * w
         return mc_mul_mat_id(graph.ctx0, w, b, graph.mc.routed); // a stack of groups
     }
     return ggml_mul_mat_id_grouped(graph.ctx0, &w, 1, nullptr, b, graph.mc.routed);
-}
-
-//
-// API
-//
-
-mc_routing_params mc_routing_default_params(void) {
-    return {
-        /*.policy     =*/ MC_ROUTING_OFF,
-        /*.importance =*/ MC_IMPORTANCE_ATTENTION,
-        /*.keep_min   =*/ 1,
-        /*.seed       =*/ 0,
-        /*.ratio      =*/ 0.0f,
-        /*.top_p      =*/ 1.0f,
-        /*.rate       =*/ 0.0f,
-        /*.protect    =*/ 0.02,
-        /*.thresholds =*/ nullptr,
-        /*.active     =*/ nullptr,
-    };
-}
-
-int32_t mc_set_routing(llama_context * ctx, const mc_routing_params * params) {
-    try {
-        ctx->mc_set_routing(*params);
-        return 0;
-    } catch (const std::exception & err) {
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
-        return -1;
-    }
-}
-
-static bool has_experts(const llama_context * ctx) {
-    return ctx->get_model().hparams.n_expert > 0;
-}
-
-int32_t mc_routing_n_layer(const llama_context * ctx) {
-    return has_experts(ctx) ? (int32_t) ctx->get_model().hparams.n_layer() : 0;
-}
-
-int32_t mc_routing_n_rank(const llama_context * ctx) {
-    return has_experts(ctx) ? (int32_t) ctx->get_model().hparams.n_expert_used_max() : 0;
-}
-
-int32_t mc_routing_n_expert(const llama_context * ctx) {
-    return has_experts(ctx) ? (int32_t) ctx->get_model().hparams.n_expert : 0;
-}
-
-void mc_routing_get_counters(llama_context * ctx, int64_t * slots, int64_t * experts) {
-    ctx->synchronize();
-    if (const mc_routing * routing = ctx->mc_get_routing()) {
-        routing->get_counters(slots, experts);
-        return;
-    }
-    if (slots) {
-        std::fill_n(slots, (size_t) mc_routing_n_layer(ctx)*3*mc_routing_n_rank(ctx), 0);
-    }
-    if (experts) {
-        std::fill_n(experts, (size_t) mc_routing_n_layer(ctx)*2*mc_routing_n_expert(ctx), 0);
-    }
-}
-
-void mc_routing_reset_counters(llama_context * ctx) {
-    ctx->synchronize();
-    if (mc_routing * routing = ctx->mc_get_routing()) {
-        routing->reset_counters();
-    }
 }

@@ -30,7 +30,7 @@ struct mc_routing {
     bool needs_attention () const; // of any layer
 
     // most nodes that it adds to a graph
-    uint32_t n_nodes() const { return 96*n_layer; }
+    uint32_t n_nodes() const { return 16*n_layer; }
 
     ggml_tensor * thresholds(ggml_context * ctx, int il) const; // view [n_rank]
     ggml_tensor * counters  (ggml_context * ctx, int il) const; // view [3*n_rank + 2*n_expert]

@@ -144,7 +144,7 @@ struct test_mc_route : public test_case {
         ggml_set_name(counters, "counters");
 
         ggml_tensor * received = measure == GGML_MC_MEASURE_ATTENTION ?
-            ggml_mc_attn_received(ctx, ggml_soft_max(ctx, scores), cells, tokens, nullptr, n_head, 1024) : nullptr;
+            ggml_mc_attn_received(ctx, ggml_soft_max(ctx, scores), cells, tokens, 1024) : nullptr;
         ggml_tensor * importance = ggml_mc_importance(ctx, x, received, tokens, rows, measure);
 
         ggml_mc_route_params params = { policy, (int32_t) n_expert, 3, 2, 0.6f, 42, 1, 0.1 };
@@ -204,6 +204,77 @@ struct test_mc_route : public test_case {
     }
 };
 
+// GGML_OP_MC_QK_RECEIVED: n queries, the last of n_kv keys of one sequence, causal
+struct test_mc_qk_received : public test_case {
+    const ggml_type type_k;
+    const int64_t   n_embd_head;
+    const int64_t   n_head;
+    const int64_t   n_head_kv;
+    const int64_t   n;
+    const int64_t   n_kv;
+    const float     max_bias;
+    const float     logit_softcap;
+
+    std::string vars() override {
+        return VARS_TO_STR8(type_k, n_embd_head, n_head, n_head_kv, n, n_kv, max_bias, logit_softcap);
+    }
+
+    double max_nmse_err() override {
+        return 1e-6;
+    }
+
+    test_mc_qk_received(ggml_type type_k, int64_t n_embd_head, int64_t n_head, int64_t n_head_kv, int64_t n, int64_t n_kv,
+            float max_bias = 0.0f, float logit_softcap = 0.0f) :
+        type_k(type_k), n_embd_head(n_embd_head), n_head(n_head), n_head_kv(n_head_kv), n(n), n_kv(n_kv), max_bias(max_bias),
+        logit_softcap(logit_softcap) {
+        GGML_ASSERT(n <= n_kv);
+    }
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd_head, n_head, n);
+        ggml_set_name(q, "q");
+        ggml_tensor * k = ggml_new_tensor_3d(ctx, type_k, n_embd_head, n_head_kv, n_kv);
+        ggml_set_name(k, "k");
+        ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_kv, n);
+        ggml_set_name(mask, "mask");
+        ggml_tensor * cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n);
+        ggml_set_name(cells, "cells");
+        ggml_tensor * tokens = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, GGML_MC_TOKEN_N_FIELDS, n);
+        ggml_set_name(tokens, "tokens");
+
+        const ggml_mc_qk_params params = { 1.0f/sqrtf((float) n_embd_head), max_bias, logit_softcap, (int32_t) n_kv };
+        ggml_tensor * out = ggml_mc_qk_received(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), ggml_permute(ctx, k, 0, 2, 1, 3), mask, nullptr,
+                cells, tokens, &params);
+        ggml_set_name(out, "out");
+        return out;
+    }
+
+    void initialize_tensors(ggml_context * ctx) override {
+        std::vector<float>   mask(n*n_kv);
+        std::vector<int64_t> cells(n);
+        std::vector<int32_t> tokens;
+        for (int64_t i = 0; i < n; ++i) {
+            cells[i] = n_kv - n + i;
+            tokens.insert(tokens.end(), { 0, (int32_t) (n - i), (int32_t) cells[i] });
+            for (int64_t j = 0; j < n_kv; ++j) {
+                mask[i*n_kv + j] = j <= cells[i] ? 0.0f : -INFINITY;
+            }
+        }
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != NULL; t = ggml_get_next_tensor(ctx, t)) {
+            const std::string name = t->name;
+            if (name == "mask") {
+                ggml_backend_tensor_set(t, mask.data(), 0, ggml_nbytes(t));
+            } else if (name == "cells") {
+                ggml_backend_tensor_set(t, cells.data(), 0, ggml_nbytes(t));
+            } else if (name == "tokens") {
+                ggml_backend_tensor_set(t, tokens.data(), 0, ggml_nbytes(t));
+            } else if (t->op == GGML_OP_NONE && !ggml_is_view_op(t->op)) {
+                init_tensor_uniform(t);
+            }
+        }
+    }
+};
+
 static void mc_add_test_cases(std::vector<std::unique_ptr<test_case>> & test_cases) {
     const std::vector<ggml_type> types = {
         GGML_TYPE_IQ1_S, GGML_TYPE_IQ1_M, GGML_TYPE_IQ2_XXS, GGML_TYPE_IQ2_XS, GGML_TYPE_IQ2_S, GGML_TYPE_Q2_K, GGML_TYPE_IQ3_XXS,
@@ -232,4 +303,10 @@ static void mc_add_test_cases(std::vector<std::unique_ptr<test_case>> & test_cas
             test_cases.emplace_back(new test_mc_route(GGML_MC_POLICY_THRESHOLD, (ggml_mc_measure) measure, 8, 2, 64, n_rows, 4));
         }
     }
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+        for (int64_t n : { 1, 65 }) {
+            test_cases.emplace_back(new test_mc_qk_received(type, 64, 8, 2, n, 160));
+        }
+    }
+    test_cases.emplace_back(new test_mc_qk_received(GGML_TYPE_F16, 96, 12, 1, 64, 100, 8.0f, 30.0f));
 }

@@ -1,0 +1,325 @@
+"""How close to the 16-bit model every allocation and quantizer comes, at equal file bytes.
+
+    python tools/quality_experiment.py run DIR [--model HF_DIR] [--tokens 4096] [--seeds 3] [--jobs 2]
+    python tools/quality_experiment.py report DIR
+
+Sizes: the files that one stock type makes (IQ1_M 1.75 bits an expert weight, IQ2_XXS 2.06, IQ2_XS 2.31,
+IQ2_S 2.56, IQ3_XXS 3.06, Q3_K and IQ3_S 3.44), and those of llama-quantize's recipes. Every other arm is
+planned for the bytes of that very file. All have the same attention, embedding and output types and, from one
+seed, the same importance matrix; the recipes go through llama_model_quantize with these types as overrides.
+llama.cpp fixes the recipe's expert types itself.
+
+Texts, none of it calibration text: WikiText-2 test (the calibration mixture holds WikiText-2 valid: in
+domain), C++ (src/llama-vocab.cpp) and Markdown (tools/server/README.md) of the pinned llama.cpp. `run` prints
+how many of their 8-word sequences occur in the calibration text.
+
+results.json holds one record a file and text; what is there is not measured again. `report` writes table.md
+and curves.svg (matplotlib: pip install 'mc_gguf[plot]').
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "models" / "tiny-mixtral"
+WIKITEXT = ROOT / "tests" / "data" / "wikitext-2.test.txt"
+MARKDOWN = "vendor/llama.cpp/tools/server/README.md"
+UNIFORM = ("IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q3_K")
+# enum llama_ftype
+RECIPES = {
+    "IQ1_S": 24, "IQ1_M": 31, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ2_S": 28, "Q2_K": 10, "IQ3_XXS": 23,
+    "Q3_K_M": 12,
+}  # fmt: skip
+MAIN = ("pmq", "layer", "mc")
+CONTROLS = ("bsp", "frequency", "routing-weight", "f-norm", "hessian", "random", "inverted")
+FIXED_PATTERNS = {r"attn_[kv]\.weight": "attn_kv", r"attn_(q|output)\.weight": "attn"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How a file is made: `strategy` under the bytes of `size` (a stock type or "recipe X")."""
+
+    size: str
+    strategy: str
+    compensated: bool
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.strategy}{' + compensation' if self.compensated else ''}"
+
+    @property
+    def file_name(self) -> str:
+        return "-".join([self.size, self.strategy, "c" if self.compensated else "p", str(self.seed)]).replace(
+            " ", "-"
+        )
+
+
+def arms(n_seed: int, sizes: Sequence[str]) -> Iterator[Arm]:
+    """The arms, in the order in which they are measured: what gives the bytes first."""
+    for size in sizes:
+        is_recipe = size.startswith("recipe ")
+        for seed in range(1 if is_recipe else n_seed):
+            first = "llama-quantize" if is_recipe else "uniform"
+            yield Arm(size, first, False, seed)
+            if not is_recipe:
+                yield Arm(size, "uniform", True, seed)
+            for strategy in ("pmq",) if is_recipe else MAIN:
+                for compensated in (False, True):
+                    yield Arm(size, strategy, compensated, seed)
+        for strategy in () if is_recipe else CONTROLS:
+            for compensated in (False, True):
+                yield Arm(size, strategy, compensated, 0)
+
+
+class Workshop:
+    """Makes the files: calibrations and quantized matrices are made once."""
+
+    def __init__(self, folder: Path, model: Path, threads: int) -> None:
+        from mc_gguf.artifacts import Calibration, Plan
+        from mc_gguf.checkpoint import open_checkpoint
+
+        self.folder, self.threads = folder, threads
+        self.checkpoint = open_checkpoint(model)
+        self.calibrations: dict[int, Calibration] = {}
+        self.plans: dict[str, Plan] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def calibration(self, seed: int) -> Any:
+        from mc_gguf.artifacts import Calibration
+        from mc_gguf.calibrate import Options, calibrate_to_file
+        from mc_gguf.corpus import load_corpus
+
+        if seed not in self.calibrations:
+            path = self.folder / f"seed-{seed}.calib.safetensors"
+            if not path.exists():
+                text = load_corpus(self.checkpoint, seed=seed)
+                calibrate_to_file(self.checkpoint, text, path, Options(seed=seed, threads=self.threads))
+            self.calibrations[seed] = Calibration.load(path)
+        return self.calibrations[seed]
+
+    def sixteen_bit(self) -> Path:
+        """The reference. It carries the routing metadata, so that what is made from it has them too."""
+        from mc_gguf.allocate import Budget
+
+        path = self.folder / "16-bit.gguf"
+        if not path.exists():
+            self._quantize(self._plan(Budget(bpw=16.0), "pmq", 0, self.calibration(0)), 0, None, path)
+        return path
+
+    def make(self, arm: Arm) -> Path:
+        from mc_gguf.allocate import Budget
+
+        path = self.folder / f"{arm.file_name}.gguf"
+        if path.exists():
+            return path
+        if arm.strategy == "llama-quantize":
+            self._recipe(arm, path)
+            return path
+        calibration = self.calibration(arm.seed)
+        if arm.strategy == "uniform":
+            plan = self._plan(Budget(bpw=_bpw(arm.size)), "uniform", arm.seed, calibration, (arm.size,))
+        else:
+            first = "llama-quantize" if arm.size.startswith("recipe ") else "uniform"
+            size = self.make(Arm(arm.size, first, False, arm.seed)).stat().st_size
+            plan = self._plan(Budget(size_bytes=size), arm.strategy, arm.seed, calibration)
+        self._quantize(plan, arm.seed, self._bank(plan, arm), path)
+        return path
+
+    def _plan(self, budget: Any, strategy: str, seed: int, calibration: Any, types: Any = None) -> Any:
+        from mc_gguf.artifacts import FixedTypes
+        from mc_gguf.cli.options import PlanOptions
+
+        options = PlanOptions(budget, strategy, types, FixedTypes(), seed)
+        name = "-".join([strategy, str(seed), *(f"{v:g}" for v in budget.to_json().values()), *(types or ())])
+        return options.plan(calibration).save(self.folder / f"{name}.plan.json")
+
+    def _bank(self, plan: Any, arm: Arm) -> Any:
+        """The plan's matrices, quantized with or without compensation."""
+        from mc_gguf.quantize import compensation
+
+        calibration = self.calibration(arm.seed)
+        if not arm.compensated:
+            return _plain_bank(self.folder, self.checkpoint, calibration, plan, self.threads)
+        bank = compensation.open_bank(self.folder / "bank", calibration)
+        text = compensation.calibration_text(self.checkpoint, calibration)
+        wanted = compensation.wanted_by(plan)
+        compensation.compensate(self.checkpoint, calibration, wanted, text, bank, self.threads)
+        return bank
+
+    def _quantize(self, plan: Any, seed: int, bank: Any, path: Path) -> None:
+        from mc_gguf.quantize import quantize
+
+        calibration = self.calibration(seed)
+        quantize(self.checkpoint, calibration, plan, path, self.threads, resume=False, bank=bank)
+
+    def _recipe(self, arm: Arm, path: Path) -> None:
+        sys.path.insert(0, str(Path(__file__).parent))
+        from bench_quantize import upstream_imatrix
+
+        from mc_gguf.artifacts import FixedTypes
+        from mc_gguf.ggml_types import ggml_type
+        from mc_gguf.runtime import use_in_llama_cpp
+
+        llama_cpp = use_in_llama_cpp()
+        fixed = FixedTypes()
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.nthread, params.ftype = self.threads, RECIPES[arm.size.removeprefix("recipe ")]
+        params.output_tensor_type = ggml_type(fixed.output).id
+        params.token_embedding_type = ggml_type(fixed.token_embd).id
+        kept = upstream_imatrix(llama_cpp, self.checkpoint.info, self.calibration(arm.seed))
+        params.imatrix = kept
+        overrides = _overrides({p: ggml_type(getattr(fixed, n)).id for p, n in FIXED_PATTERNS.items()})
+        params.tt_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        source, partial_path = self.sixteen_bit(), path.with_suffix(".partial")
+        if llama_cpp.llama_model_quantize(
+            str(source).encode(), str(partial_path).encode(), ctypes.byref(params)
+        ):
+            raise click.ClickException(f"llama_model_quantize failed for {arm.size}")
+        partial_path.replace(path)
+
+
+class _Override(ctypes.Structure):
+    """struct llama_model_tensor_override of llama.h."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("type", ctypes.c_int))
+
+
+def _overrides(types: dict[str, int]) -> Any:
+    entries = [_Override(pattern.encode(), kind) for pattern, kind in types.items()]
+    return (_Override * (len(entries) + 1))(*entries, _Override(None, 0))
+
+
+def _bpw(type_name: str) -> float:
+    from mc_gguf.ggml_types import ggml_type
+
+    return ggml_type(type_name).bpw
+
+
+def _plain_bank(folder: Path, checkpoint: Any, calibration: Any, plan: Any, threads: int) -> Any:
+    """The plan's matrices by ggml's quantizers."""
+    from mc_gguf.artifacts import PROJECTIONS
+    from mc_gguf.quantize import quantize_rows
+    from mc_gguf.quantize.bank import Bank, bank_key
+
+    info = checkpoint.info
+    bank = Bank(folder / "bank", bank_key(info.fingerprint, calibration.fingerprint, "ggml"))
+    for index, layer in enumerate(plan.layers):
+        for expert in range(info.n_expert):
+            for projection in PROJECTIONS:
+                name = plan.type_of(layer, expert, projection)
+                if bank.get(layer, projection, expert, name) is None:
+                    table = calibration.imatrix_mid if projection == "down" else calibration.imatrix_in
+                    weights = checkpoint.expert(layer, projection, expert)
+                    blocks = quantize_rows(weights, name, table[index, expert], threads)
+                    bank.put(layer, projection, expert, name, blocks)
+    return bank
+
+
+def text_files(folder: Path) -> dict[str, Path]:
+    """WikiText-2 test, and code and prose from the pinned source distribution."""
+    from mc_gguf import upstream
+
+    markdown = folder / "server-readme.md"
+    if not markdown.exists():
+        name = upstream.pin().sdist_name
+        with tarfile.open(upstream.cache_dir() / "downloads" / name) as archive:
+            member = archive.extractfile(f"{name.removesuffix('.tar.gz')}/{MARKDOWN}")
+            assert member is not None
+            markdown.write_bytes(member.read())
+    code = upstream.source_dir() / "src" / "llama-vocab.cpp"
+    return {"WikiText-2": WIKITEXT, "C++": code, "Markdown": markdown}
+
+
+def overlap(text: Path) -> float:
+    """Share of the text's 8-word sequences that occur in the bundled calibration text."""
+    calibration = ROOT / "mc_gguf" / "data" / "calibration-mix.txt"
+    known = set(_sequences(calibration.read_text(encoding="utf-8")))
+    found = list(_sequences(text.read_text(encoding="utf-8")))
+    return sum(sequence in known for sequence in found) / max(1, len(found))
+
+
+def _sequences(text: str) -> Iterator[tuple[str, ...]]:
+    words = text.split()
+    return zip(*(words[i:] for i in range(8)), strict=False)
+
+
+def measure(
+    path: Path, sixteen: Path, texts: dict[str, Path], n_ctx: int, n_tokens: int
+) -> list[dict[str, Any]]:
+    """One record a text, by the runtime, on one thread."""
+    from mc_gguf.evaluate import Text, evaluate, references
+
+    read = [Text.read(p) for p in texts.values()]
+    stored = references(sixteen, read, n_ctx, n_tokens, 1)
+    found = evaluate(path, read, stored, n_ctx=n_ctx, n_tokens=n_tokens, n_threads=1, quiet=True)
+    return [r.to_json() | {"text": name} for name, r in zip(texts, found, strict=True)]
+
+
+@click.group(help=__doc__)
+def main() -> None: ...
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--model", type=click.Path(path_type=Path), default=MODEL, show_default=True)
+@click.option("--tokens", "n_tokens", default=4096, show_default=True, help="Scored tokens of each text.")
+@click.option("--ctx", "n_ctx", default=512, show_default=True)
+@click.option("--seeds", default=3, show_default=True, help="Calibrations, each from other token rows.")
+@click.option("--sizes", default=",".join([*UNIFORM, *(f"recipe {r}" for r in RECIPES)]), show_default=True)
+@click.option("--jobs", default=1, show_default=True, help="Files that are measured at once, a thread each.")
+def run(folder: Path, model: Path, n_tokens: int, n_ctx: int, seeds: int, sizes: str, jobs: int) -> None:
+    """Make and measure what is not in FOLDER yet."""
+    shop = Workshop(folder, model, jobs)
+    texts, results = text_files(folder), folder / "results.json"
+    for name, path in texts.items():
+        click.echo(f"{name}: {overlap(path):.2%} of the 8-word sequences are in the calibration text")
+    records = json.loads(results.read_text()) if results.exists() else []
+    done = {(r["size"], r["arm"], r["seed"]) for r in records}
+    todo = [a for a in arms(seeds, sizes.split(",")) if (a.size, a.name, a.seed) not in done]
+    sixteen = shop.sixteen_bit()
+    measure(sixteen, sixteen, texts, n_ctx, n_tokens)  # stores the reference before the workers need it
+    work = partial(measure, sixteen=sixteen, texts=texts, n_ctx=n_ctx, n_tokens=n_tokens)
+    with ProcessPoolExecutor(jobs) as pool, click.progressbar(todo, label="files", file=sys.stderr) as bar:
+        waiting: list[tuple[Arm, Any]] = []
+        for arm in bar:
+            waiting.append((arm, pool.submit(work, shop.make(arm))))
+            while len(waiting) > 2 * jobs:
+                _collect(*waiting.pop(0), records, results)
+        for arm, future in waiting:
+            _collect(arm, future, records, results)
+
+
+def _collect(arm: Arm, future: Any, records: list[dict[str, Any]], results: Path) -> None:
+    key = {"size": arm.size, "arm": arm.name, "seed": arm.seed}
+    records += [record | key for record in future.result()]
+    results.write_text(json.dumps(records, indent=1))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def report(folder: Path) -> None:
+    """table.md and curves.svg of what was measured."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from quality_report import plot, tables
+
+    records = json.loads((folder / "results.json").read_text())
+    (folder / "table.md").write_text(tables(records))
+    click.echo(tables(records))
+    plot(records, folder / "curves.svg")
+
+
+if __name__ == "__main__":
+    main()
