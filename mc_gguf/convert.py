@@ -63,8 +63,29 @@ class Conversion:
         """The plan, written beside the output."""
         return decide(calibration).save(self.plan_path)
 
-    def quantize(self, calibration: Calibration, plan: Plan, threads: int | None) -> MixedGguf:
-        """The output, written and validated."""
-        threads = threads or usable_cores()
+    def quantize(
+        self,
+        calibration: Calibration | None,
+        plan: Plan,
+        threads: int | None,
+        compensate: bool = True,
+        text: tuple[Path, ...] = (),
+    ) -> MixedGguf:
+        """The output, written and validated. `compensate`: with error compensation, on the calibration's own
+        text (`text`, the bundled one if empty).
+        """
+        from mc_gguf.quantize.compensation import compensated_bank, forget_bank
+
+        n_thread, bank = threads or usable_cores(), None
+        if not self.resume:
+            forget_bank(self.output)
+        if compensate:
+            bank = compensated_bank(
+                self.checkpoint, calibration, plan, self.output, text, n_thread, self.quiet
+            )
         with progress("quantize", unit="M weights", quiet=self.quiet) as bar:
-            return quantize(self.checkpoint, calibration, plan, self.output, threads, bar, self.resume)
+            model = quantize(
+                self.checkpoint, calibration, plan, self.output, n_thread, bar, self.resume, bank
+            )
+        forget_bank(self.output)
+        return model

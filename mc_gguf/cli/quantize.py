@@ -16,28 +16,34 @@ import click
     type=click.Path(path_type=Path),
     help="Calibration file with the importance matrices.  [default: the plan's, found beside the plan]",
 )
+@click.option(
+    "--compensate/--no-compensate", default=True, show_default=True,
+    help="Round experts with error compensation, on the calibration's text: slower, much closer to 16 bits.",
+)
+@click.option(
+    "--text", type=click.Path(path_type=Path), multiple=True,
+    help="The text that the calibration was made from; may be repeated.  [default: the bundled mixture]",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all cores]")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed.")
 def command(
-    source: Path, plan: Path, output: Path, calibration: Path | None, threads: int | None, resume: bool
-) -> None:
+    source: Path, plan: Path, output: Path, calibration: Path | None, compensate: bool,
+    text: tuple[Path, ...], threads: int | None, resume: bool,
+) -> None:  # fmt: skip
     """Quantize SOURCE (HF directory or 16-bit GGUF) by PLAN into one GGUF.
 
     A killed run is continued by the same command and gives the same bytes.
     """
     from mc_gguf.artifacts import Plan
     from mc_gguf.checkpoint import keep_source, open_checkpoint
-    from mc_gguf.cores import usable_cores
-    from mc_gguf.progress import progress
-    from mc_gguf.quantize import find_calibration, quantize
+    from mc_gguf.convert import Conversion
+    from mc_gguf.quantize import find_calibration
     from mc_gguf.units import format_size
 
     keep_source(source, output)
     the_plan = Plan.load(plan)
     statistics = find_calibration(the_plan, plan.parent, calibration)
-    checkpoint = open_checkpoint(source)
-    with progress("quantize", unit="M weights") as bar:
-        n_thread = threads or usable_cores()
-        model = quantize(checkpoint, statistics, the_plan, output, n_thread, bar, resume)
+    work = Conversion(open_checkpoint(source), output, resume)
+    model = work.quantize(statistics, the_plan, threads, compensate, text)
     size = format_size(model.header.file_bytes)
     click.echo(f"{output}: {size}, {model.expert_bpw:.4f} bits per expert weight")

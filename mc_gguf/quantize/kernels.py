@@ -60,7 +60,8 @@ def _ggml() -> ctypes.CDLL:
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def thread_pool(threads: int) -> ThreadPoolExecutor:
+    """The threads that the kernels share."""
     return ThreadPoolExecutor(threads, thread_name_prefix="quantize")
 
 
@@ -99,7 +100,7 @@ def quantize_rows(
         for start in starts:
             work(start)
     else:
-        list(_pool(threads).map(work, starts))
+        list(thread_pool(threads).map(work, starts))
     return output
 
 

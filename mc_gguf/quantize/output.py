@@ -25,6 +25,7 @@ from mc_gguf.container import OutputTensor
 from mc_gguf.errors import ArtifactError, McError, SourceError
 from mc_gguf.ggml_types import ggml_type
 from mc_gguf.progress import Progress
+from mc_gguf.quantize.bank import Bank
 from mc_gguf.quantize.journal import PartialFile
 from mc_gguf.quantize.kernels import init, quantize_rows
 from mc_gguf.routing.metadata import of_calibration
@@ -50,8 +51,10 @@ def quantize(
     threads: int,
     progress: Progress | None = None,
     resume: bool = True,
+    bank: Bank | None = None,
 ) -> container.MixedGguf:
-    """Write `output` (see docs/format.md) and return it, opened and validated.
+    """Write `output` (see docs/format.md) and return it, opened and validated. Matrices that `bank` has are
+    taken from there.
 
     `calibration` gives the importance matrices and the routing metadata; without one (published statistics)
     only types that need no importance matrix are possible, and the file carries no routing. A run that was
@@ -60,21 +63,22 @@ def quantize(
     """
     if calibration is not None and calibration.fingerprint == NO_CALIBRATION:
         calibration = None
-    _check(checkpoint, calibration, plan)
+    check_inputs(checkpoint, calibration, plan)
     routing = None if calibration is None else of_calibration(calibration)
     tensors = container.layout(checkpoint.info, plan.experts, plan.fixed, routing)
     _check_imatrix(calibration, plan, tensors)
     made_from = calibration.fingerprint if calibration else plan.calibration_fingerprint
     header = container.header(checkpoint, tensors, plan.fingerprint, made_from, routing)
     pieces = list(_pieces(tensors))
-    key = hashlib.sha256(header + f"{checkpoint.info.fingerprint} {__version__}".encode()).hexdigest()
+    quantizer = f"{__version__} {bank.key}" if bank else __version__
+    key = hashlib.sha256(header + f"{checkpoint.info.fingerprint} {quantizer}".encode()).hexdigest()
     places = [(piece.offset, piece.n_bytes) for piece in pieces]
     total = sum(_weights(piece) for piece in pieces) / 1e6
     with PartialFile(output, key, container.total_bytes(tensors), places) as partial:
         done = sum(_weights(piece) for piece in pieces[: partial.start(header, resume)]) / 1e6
         init({t.type.name for t in tensors if t.map is None})
         todo = pieces[partial.done :]
-        for piece, loaded in zip(todo, _loaded(checkpoint, todo), strict=True):
+        for piece, loaded in zip(todo, _loaded(checkpoint, todo, bank), strict=True):
             partial.write(_make(loaded, calibration, plan, piece, threads).tobytes())
             done += _weights(piece) / 1e6
             if progress:
@@ -107,7 +111,7 @@ def find_calibration(plan: Plan, folder: Path, given: Path | None = None) -> Cal
     )
 
 
-def _check(checkpoint: Checkpoint, calibration: Calibration | None, plan: Plan) -> None:
+def check_inputs(checkpoint: Checkpoint, calibration: Calibration | None, plan: Plan) -> None:
     """Source, plan and calibration must belong together. Raises ArtifactError."""
     info = checkpoint.info
     published = not plan.model_fingerprint
@@ -170,19 +174,21 @@ def _weights(piece: _Piece) -> int:
     return piece.n_bytes // piece.tensor.type.block_bytes * piece.tensor.type.block_size
 
 
-def _loaded(checkpoint: Checkpoint, pieces: Sequence[_Piece]) -> Iterator[NDArray[Any]]:
+def _loaded(
+    checkpoint: Checkpoint, pieces: Sequence[_Piece], bank: Bank | None
+) -> Iterator[NDArray[Any]]:
     """What each piece is made from; the next one is read while the caller works on this one."""
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
-        ahead = reader.submit(_load, checkpoint, pieces[0]) if pieces else None
+        ahead = reader.submit(_load, checkpoint, pieces[0], bank) if pieces else None
         for following in (*pieces[1:], None):
             assert ahead is not None
             loaded = ahead.result()
-            ahead = reader.submit(_load, checkpoint, following) if following else None
+            ahead = reader.submit(_load, checkpoint, following, bank) if following else None
             yield loaded
             del loaded
 
 
-def _load(checkpoint: Checkpoint, piece: _Piece) -> NDArray[Any]:
+def _load(checkpoint: Checkpoint, piece: _Piece, bank: Bank | None) -> NDArray[Any]:
     """float32 weights (rows, cols) to quantize, or the final bytes."""
     t = piece.tensor
     if t.map is not None:
@@ -191,7 +197,9 @@ def _load(checkpoint: Checkpoint, piece: _Piece) -> NDArray[Any]:
         return checkpoint.raw(t.source.name, piece.expert)
     if piece.expert is None:
         return checkpoint.tensor(t.source.name).reshape(-1, t.shape[0])
-    return checkpoint.expert(*_place(t.source.name), piece.expert)
+    layer, projection = _place(t.source.name)
+    stored = bank.get(layer, projection, piece.expert, t.type.name) if bank else None
+    return checkpoint.expert(layer, projection, piece.expert) if stored is None else stored
 
 
 def _make(

@@ -1,0 +1,157 @@
+"""Error compensation while rounding: one matrix into blocks that lose least on given inputs (GPTQ, LDLQ).
+
+Minimises tr((W - Q) H (W - Q)') with H the second moment of the matrix' inputs, where a plain quantizer
+knows the diagonal of H only. With H = R R', R upper triangular, that is |(W - Q) R|^2: block B of 256
+columns sees
+
+    (W_B - Q_B + A inv(R_BB)) R_BB,  A = sum over blocks j before B of (W_j - Q_j) R_jB
+
+so it is quantized to W_B + A inv(R_BB) in the metric R_BB R_BB', and what the blocks before could not hold
+is made up for as far as a linear map can. Inside a block the native kernel (native.py) goes on column by
+column, or entry by entry of a codebook; ggml's own quantizer, run on the compensated weights, gives the
+scales to start from. `sweeps` then revisit every block with all others fixed: the target is W_B + (sum over
+j of (W_j - Q_j) H_jB) inv(H_BB), the metric H_BB.
+
+Cost of a matrix [rows, n]: n^3 / 3 for R, rows n^2 for A, 2 rows n^2 a sweep, all in float32 matrix
+products; the kernel is linear in n. Memory: H and R (n = 14336: 822 MB each), W and Q.
+
+Frantar et al., GPTQ (arXiv 2210.17323); Chee et al., QuIP (2307.13304) for LDLQ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mc_gguf.errors import McError
+from mc_gguf.ggml_types import ggml_type
+from mc_gguf.quantize.kernels import quantize_rows
+from mc_gguf.quantize.native import BLOCK, Metric, supports
+
+__all__ = ["DEFAULT", "Options", "quantize_compensated", "supports"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """`damping` times the mean of the Hessian's diagonal is added to it. `passes` of coordinate descent
+    inside a block of columns, `sweeps` over the blocks of wider matrices.
+    """
+
+    damping: float = 0.01
+    passes: int = 3
+    sweeps: int = 1
+
+
+DEFAULT = Options()
+
+
+def quantize_compensated(
+    weights: NDArray[np.float32],
+    type_name: str,
+    hessian: Tensor | NDArray[np.float32],
+    imatrix: NDArray[np.float32] | None,
+    options: Options = DEFAULT,
+    threads: int = 1,
+) -> NDArray[np.uint8]:
+    """Blocks (rows, bytes of a row) for `weights` [rows, n]; `hessian` [n, n] is the sum or mean of x x' over
+    the inputs x, `imatrix` [n] what ggml's quantizer gets for its scales.
+
+    The bytes do not depend on `threads`, given a deterministic matrix product. Raises McError when the type
+    cannot be compensated, the rows are no whole blocks or the weights are not finite.
+    """
+    kind = ggml_type(type_name)
+    rows, n = weights.shape
+    row_bytes = kind.row_bytes(n)
+    if not supports(kind.name):
+        raise McError(f"{kind.name} cannot be quantized with error compensation; use --no-compensate")
+    h = damped(torch.as_tensor(hessian), options.damping)
+    if h.shape != (n, n):
+        raise McError(f"the Hessian is {tuple(h.shape)}, the rows have {n} weights")
+    work = _Matrix(
+        np.ascontiguousarray(weights, dtype=np.float32), kind.name, imatrix, options.passes, threads,
+        np.empty((rows, row_bytes), dtype=np.uint8), np.empty((rows, n), dtype=np.float32),
+    )  # fmt: skip
+    work.first_pass(h)
+    for _ in range(options.sweeps if n > BLOCK else 0):
+        work.sweep(h)
+    return work.blocks
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """The Hessian over the mean of its diagonal (the identity if that is zero), plus `damping`."""
+    mean = float(hessian.diagonal().mean())
+    if not np.isfinite(mean):
+        raise McError("the Hessian is not finite; calibrate again")
+    h = hessian.float() / mean if mean > 0 else torch.eye(len(hessian))
+    h.diagonal().add_(damping)
+    return h
+
+
+def upper_factor(h: Tensor) -> Tensor:
+    """R, upper triangular, with R R' = h: Cholesky from the last column on. Raises McError."""
+    lower: Tensor
+    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    if failed:
+        raise McError("the Hessian is not positive definite; use more damping or --no-compensate")
+    return lower.flip(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Matrix:
+    """One matrix in the making: `blocks` and the `values` that they stand for."""
+
+    weights: NDArray[np.float32]
+    type_name: str
+    imatrix: NDArray[np.float32] | None
+    passes: int
+    threads: int
+    blocks: NDArray[np.uint8]
+    values: NDArray[np.float32]
+
+    def columns(self) -> list[slice]:
+        n = self.weights.shape[1]
+        return [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+
+    def block_bytes(self, part: slice) -> NDArray[np.uint8]:
+        kind = ggml_type(self.type_name)
+        first, last = (at // kind.block_size * kind.block_bytes for at in (part.start, part.stop))
+        return self.blocks[:, first:last]
+
+    def first_pass(self, h: Tensor) -> None:
+        """Block after block, the error of those before made up for."""
+        parts = self.columns()
+        r = upper_factor(h) if len(parts) > 1 else h
+        error = torch.from_numpy(np.empty_like(self.weights)) if len(parts) > 1 else None
+        for part in parts:
+            if error is None:
+                target, metric = self.weights, h
+            else:
+                own = r[part, part]
+                carried = error[:, : part.start] @ r[: part.start, part]
+                carried = torch.linalg.solve_triangular(own, carried, upper=True, left=False)
+                target, metric = self.weights[:, part] + carried.numpy(), own @ own.T
+            importance = None if self.imatrix is None else self.imatrix[part]
+            self.block_bytes(part)[:] = quantize_rows(target, self.type_name, importance, self.threads)
+            self._fit(part, target, metric, greedy=True)
+            if error is not None:
+                error[:, part] = torch.from_numpy(self.weights[:, part] - self.values[:, part])
+
+    def sweep(self, h: Tensor) -> None:
+        """Every block again, all others as they are."""
+        error = torch.from_numpy(self.weights - self.values)
+        for part in self.columns():
+            own = h[part, part]
+            outside = error @ h[:, part] - error[:, part] @ own
+            target = self.weights[:, part] + torch.linalg.solve(own, outside, left=False).numpy()
+            self._fit(part, target, own, greedy=False)
+            error[:, part] = torch.from_numpy(self.weights[:, part] - self.values[:, part])
+
+    def _fit(self, part: slice, target: NDArray[np.float32], metric: Tensor, greedy: bool) -> None:
+        with Metric(self.type_name, metric.numpy()) as prepared:
+            prepared.quantize(
+                target, self.block_bytes(part), self.values[:, part], self.passes, self.threads, greedy
+            )

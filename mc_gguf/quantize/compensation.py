@@ -1,0 +1,268 @@
+"""Error compensation for a model: the experts' blocks of a plan, put into a Bank, layer by layer.
+
+The token rows that the calibration was made from go through the model once more, in 16 bits. Every expert
+gives the Hessians of its own routed inputs (hessian.py), every matrix is quantized with and without
+compensation, and the better of the two on held-out tokens goes into the bank: never worse than ggml's
+quantizer. What the bank has already is not made again; the hidden states after each layer are kept beside
+it, so that a killed run goes on where it was.
+
+Memory: the hidden states (16 KB a token at n_embd 4096), one expert in float32, and the Hessian of down
+with its factor (2 x 822 MB at n_ff 14336).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mc_gguf import __version__
+from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, Plan, atomic_write
+from mc_gguf.checkpoint import Checkpoint
+from mc_gguf.corpus import Corpus, load_corpus
+from mc_gguf.errors import ArtifactError
+from mc_gguf.forward import Decoder, Expert, Routing
+from mc_gguf.progress import Progress, progress
+from mc_gguf.quantize.bank import Bank, bank_key
+from mc_gguf.quantize.compensate import DEFAULT, Options, quantize_compensated, supports
+from mc_gguf.quantize.hessian import Collector, Inputs, Tokens, run_expert
+from mc_gguf.quantize.kernels import dequantize_rows, init, quantize_rows
+from mc_gguf.quantize.output import check_inputs
+
+log = logging.getLogger(__name__)
+
+# (layer, expert) -> (projection, type) of the matrices to make.
+Wanted = Mapping[tuple[int, int], frozenset[tuple[str, str]]]
+
+
+@dataclass
+class Outcome:
+    """What the pass did: matrices compensated, and those where the plain quantizer was better."""
+
+    compensated: int = 0
+    plain: int = 0
+    ratios: list[float] = field(default_factory=list)  # held-out squared error, compensated / plain
+
+    def text(self) -> str:
+        """One line for the user."""
+        count = self.compensated + self.plain
+        return (
+            f"error compensation: squared error on held-out tokens {np.median(self.ratios):.2f} of ggml's "
+            f"quantizers (median of {count} matrices; {self.plain} kept as ggml's quantizers make them)"
+        )
+
+
+def wanted_by(plan: Plan) -> Wanted:
+    """The matrices of a plan whose types can be compensated."""
+    return {
+        (layer, expert): frozenset(
+            (p, t) for p in PROJECTIONS if supports(t := plan.type_of(layer, expert, p))
+        )
+        for layer in plan.layers
+        for expert in range(len(plan.experts["gate"][0]))
+    }
+
+
+def open_bank(folder: Path, calibration: Calibration, options: Options = DEFAULT) -> Bank:
+    """The bank of compensated blocks of this calibration, model and set of options, under `folder`."""
+    assert calibration.model is not None
+    quantizer = f"compensated {__version__} {options}"
+    return Bank(folder, bank_key(calibration.model.fingerprint, calibration.fingerprint, quantizer))
+
+
+def calibration_text(
+    checkpoint: Checkpoint, calibration: Calibration, files: tuple[Path, ...] = ()
+) -> Corpus:
+    """The token rows that the calibration was made from, of the bundled text or `files`.
+
+    Raises ArtifactError when these are not the calibration's.
+    """
+    recorded = calibration.corpus
+    corpus = load_corpus(checkpoint, files, recorded["tokens"], recorded["ctx"], recorded["seed"])
+    if corpus.sha256 != recorded["sha256"]:
+        names = ", ".join(recorded["sources"])
+        raise ArtifactError(
+            f"the calibration was made from another text ({names}); error compensation needs the same one: "
+            "give it with --text FILE, or use --no-compensate"
+        )
+    if corpus.rows.shape != (recorded["rows"], recorded["ctx"]):
+        raise ArtifactError("the text gives other rows than the calibration had; calibrate again")
+    return corpus
+
+
+def compensate(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    wanted: Wanted,
+    corpus: Corpus,
+    bank: Bank,
+    threads: int,
+    bar: Progress | None = None,
+    options: Options = DEFAULT,
+) -> Outcome:
+    """Fill `bank` with the wanted matrices: the same bytes for any number of `threads`, however often it was
+    interrupted.
+    """
+    outcome = Outcome()
+    missing = {key: left for key, kinds in wanted.items() if (left := _missing(bank, key, kinds))}
+    if not missing:
+        return outcome
+    init({name for kinds in missing.values() for _, name in kinds})
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            run = _Pass(Decoder(checkpoint), calibration, missing, bank, threads, options, outcome)
+            run.run(corpus.rows, bar)
+    finally:
+        torch.set_num_threads(before)
+    return outcome
+
+
+def bank_folder(output: Path) -> Path:
+    """Where the compensated blocks of an output are kept until it is complete."""
+    return output.parent / f".{output.name}.bank"
+
+
+def compensated_bank(
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    plan: Plan,
+    output: Path,
+    files: tuple[Path, ...] = (),
+    threads: int = 1,
+    quiet: bool = False,
+) -> Bank | None:
+    """A bank with the compensated blocks that `plan` needs, beside `output`. `files`: the calibration's text,
+    unless it was the bundled one.
+
+    None where nothing can be compensated: a plan of 16 bits, or statistics without a text.
+    """
+    if calibration is None or calibration.fingerprint == NO_CALIBRATION:
+        return None
+    check_inputs(checkpoint, calibration, plan)
+    wanted = wanted_by(plan)
+    if not any(wanted.values()):
+        return None
+    if "sha256" not in calibration.corpus:
+        log.warning("the calibration does not say what its text was; quantizing without error compensation")
+        return None
+    corpus = calibration_text(checkpoint, calibration, files)
+    bank = open_bank(bank_folder(output), calibration)
+    with progress("compensate", unit="matrices", quiet=quiet) as bar:
+        outcome = compensate(checkpoint, calibration, wanted, corpus, bank, threads, bar)
+        if outcome.ratios:
+            bar.say(outcome.text())
+    return bank
+
+
+def forget_bank(output: Path) -> None:
+    """Removes what compensated_bank() kept for `output`."""
+    shutil.rmtree(bank_folder(output), ignore_errors=True)
+
+
+def _missing(
+    bank: Bank, key: tuple[int, int], kinds: Iterable[tuple[str, str]]
+) -> frozenset[tuple[str, str]]:
+    return frozenset((p, name) for p, name in kinds if bank.get(key[0], p, key[1], name) is None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    decoder: Decoder
+    calibration: Calibration
+    missing: Wanted
+    bank: Bank
+    threads: int
+    options: Options
+    outcome: Outcome
+
+    def run(self, rows: NDArray[np.int32], bar: Progress | None) -> None:
+        """Layer after layer, as far as something is missing."""
+        last = max(layer for layer, _ in self.missing)
+        done, hidden = self._resume(min(layer for layer, _ in self.missing), rows)
+        total = sum(len(kinds) for kinds in self.missing.values())
+        for layer in range(done, last + 1):
+            self.decoder.attention(layer, hidden)
+            flat = hidden.view(-1, hidden.shape[-1])
+            routing, norm = self.decoder.route(layer, flat), self.decoder.ffn_norm(layer)
+            added = torch.zeros_like(flat)
+            for expert in range(self.decoder.shape.n_expert):
+                kinds = self.missing.get((layer, expert), frozenset())
+                self._expert(layer, expert, kinds, flat, norm, routing, added)
+                if bar:
+                    bar.update(bar.done + len(kinds), total, note=f"layer {layer}")
+            flat += added
+            self._save(layer + 1, hidden)
+        self._save(None, hidden)
+
+    def _expert(
+        self, layer: int, number: int, kinds: frozenset[tuple[str, str]], flat: Tensor, norm: Tensor,
+        routing: Routing, added: Tensor,
+    ) -> None:  # fmt: skip
+        expert, tokens, collector = self.decoder.expert(layer, number), Tokens.of(routing, number), None
+        if kinds:
+            tokens = tokens.enough(routing, number, max(expert.gate.shape))
+            projections = {p for p, _ in kinds}
+            collector = Collector(expert, bool(projections & {"gate", "up"}), "down" in projections)
+        run_expert(self.decoder, expert, flat, norm, tokens, added, collector)
+        for projection, name in sorted(kinds):
+            assert collector is not None
+            inputs = collector.inputs(projection == "down")
+            blocks = self._matrix(layer, number, projection, name, expert, inputs)
+            self.bank.put(layer, projection, number, name, blocks)
+
+    def _matrix(
+        self, layer: int, number: int, projection: str, name: str, expert: Expert, inputs: Inputs
+    ) -> NDArray[np.uint8]:
+        """The better blocks on held-out inputs; where there are none, the compensated ones."""
+        weights: NDArray[np.float32] = getattr(expert, projection).numpy()
+        table = self.calibration.imatrix_mid if projection == "down" else self.calibration.imatrix_in
+        importance = table[self.calibration.layers.index(layer), number]
+        plain = quantize_rows(weights, name, importance, self.threads)
+        best = quantize_compensated(weights, name, inputs.hessian, importance, self.options, self.threads)
+        losses = [output_error(weights, blocks, name, inputs.held_out) for blocks in (best, plain)]
+        if losses[1] > 0:
+            self.outcome.ratios.append(losses[0] / losses[1])
+        if losses[1] < losses[0]:
+            self.outcome.plain += 1
+            return plain
+        self.outcome.compensated += 1
+        return best
+
+    def _path(self, layer: int) -> Path:
+        return self.bank.folder / f"hidden-{layer}.npy"
+
+    def _resume(self, first: int, rows: NDArray[np.int32]) -> tuple[int, Tensor]:
+        """(layers done, hidden states after them): the last kept ones that layer `first` can start from."""
+        for layer in range(first, 0, -1):
+            with suppress(OSError, ValueError):
+                # Copied into torch's own memory: alignment can change the last bit of a product.
+                return layer, torch.from_numpy(np.load(self._path(layer), allow_pickle=False)).clone()
+        return 0, self.decoder.embed(rows)
+
+    def _save(self, layer: int | None, hidden: Tensor) -> None:
+        """Keep the states before `layer`, and none of others."""
+        if layer is not None:
+            with atomic_write(self._path(layer)) as file:
+                np.save(file, hidden.numpy(), allow_pickle=False)
+        for path in self.bank.folder.glob("hidden-*.npy"):
+            if layer is None or path != self._path(layer):
+                path.unlink(missing_ok=True)
+
+
+def output_error(
+    weights: NDArray[np.float32], blocks: NDArray[np.uint8], type_name: str, inputs: Tensor
+) -> float:
+    """|(W - Q) x|^2 summed over inputs x [tokens, n]."""
+    rows, cols = weights.shape
+    error = torch.from_numpy(dequantize_rows(blocks, type_name, cols, rows)).sub_(torch.from_numpy(weights))
+    return float((inputs @ error.T).square().sum(dtype=torch.float64))

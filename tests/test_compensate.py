@@ -1,0 +1,137 @@
+"""Error compensation of one matrix: the blocks mean what ggml reads in them, and lose less."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mc_gguf.errors import McError
+from mc_gguf.ggml_types import TYPES
+from mc_gguf.quantize import dequantize_rows, quantize_rows
+from mc_gguf.quantize.compensate import Options, damped, quantize_compensated, supports, upper_factor
+from mc_gguf.quantize.native import Metric
+
+pytestmark = pytest.mark.native
+ROUNDED = tuple(name for name, kind in TYPES.items() if kind.block_size > 1)
+Matrix = NDArray[np.float32]
+
+
+def make_inputs(n: int, tokens: int = 1500, seed: int = 0) -> Matrix:
+    """Correlated inputs with a few large columns, as behind a norm."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((n // 4, n)) * rng.lognormal(size=n)
+    noise = rng.standard_normal((tokens, n))
+    return (rng.standard_normal((tokens, n // 4)) @ mixing / n**0.5 + 0.3 * noise).astype(np.float32)
+
+
+def make_weights(rows: int, n: int, seed: int = 1) -> Matrix:
+    return np.random.default_rng(seed).standard_normal((rows, n)).astype(np.float32)
+
+
+def loss(weights: Matrix, blocks: NDArray[np.uint8], name: str, hessian: Matrix) -> float:
+    error = (weights - dequantize_rows(blocks, name, weights.shape[1], len(weights))).astype(np.float64)
+    return float(np.einsum("ij,jk,ik->", error, hessian, error))
+
+
+def test_every_quantized_type_is_supported() -> None:
+    assert {name for name in TYPES if supports(name)} == set(ROUNDED)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_blocks_survive_unpacking_and_mean_what_ggml_says(name: str) -> None:
+    weights = make_weights(9, 256)
+    blocks = quantize_rows(weights, name, np.ones(256, dtype=np.float32), 1)
+    again, values = blocks.copy(), np.empty_like(weights)
+    with Metric(name, np.eye(256, dtype=np.float32)) as metric:
+        metric.quantize(weights, again, values, passes=0, threads=1, greedy=False)
+        np.testing.assert_array_equal(again, blocks)
+        np.testing.assert_allclose(values, dequantize_rows(blocks, name, 256, 9), rtol=1e-6, atol=1e-7)
+        metric.quantize(weights, again, values, passes=2, threads=1)
+    np.testing.assert_allclose(values, dequantize_rows(again, name, 256, 9), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_loses_less_than_ggml(name: str) -> None:
+    """On the inputs, and on others of the same kind."""
+    x, other = make_inputs(512), make_inputs(512, seed=0)[::-1] + make_inputs(512, seed=5) * 0.1
+    hessian, weights = x.T @ x, make_weights(24, 512)
+    importance = (x**2).mean(0)
+    plain = quantize_rows(weights, name, importance, 1)
+    best = quantize_compensated(weights, name, hessian, importance)
+    assert best.shape == plain.shape
+    assert loss(weights, best, name, hessian) < 0.7 * loss(weights, plain, name, hessian)
+    second = other.T @ other
+    assert loss(weights, best, name, second) < 0.8 * loss(weights, plain, name, second)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "IQ2_XXS", "IQ3_XXS", "IQ1_M"])
+def test_every_step_gains(name: str) -> None:
+    x = make_inputs(512)
+    hessian, weights, importance = x.T @ x, make_weights(16, 512), (x**2).mean(0)
+    h = damped(torch.from_numpy(hessian), 0.01).numpy()
+    losses = [
+        loss(weights, quantize_compensated(weights, name, hessian, importance, options), name, h)
+        for options in (Options(passes=0, sweeps=0), Options(passes=3, sweeps=0), Options(passes=3, sweeps=2))
+    ]
+    assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "IQ2_XS"])
+def test_bytes_do_not_depend_on_threads(name: str) -> None:
+    x = make_inputs(512)
+    hessian, weights, importance = x.T @ x, make_weights(100, 512), (x**2).mean(0)
+    one, two = (
+        quantize_compensated(weights, name, hessian, importance, threads=threads) for threads in (1, 2)
+    )
+    np.testing.assert_array_equal(one, two)
+
+
+def test_gptq_without_scales_to_choose_equals_the_textbook() -> None:
+    """Q8_0 with its scales kept: the greedy pass is GPTQ's loop over columns, written in numpy."""
+    x = make_inputs(32, tokens=200)
+    h = damped(torch.from_numpy(x.T @ x), 0.01)
+    weights = make_weights(4, 32)
+    blocks, values = quantize_rows(weights, "Q8_0", None, 1), np.empty_like(weights)
+    with Metric("Q8_0", h.numpy()) as metric:
+        metric.quantize(weights, blocks, values, passes=0, threads=1)
+    scale = blocks[:, :2].copy().view(np.float16).astype(np.float64)
+    upper = np.linalg.inv(upper_factor(h.double()).numpy())
+    left, expected = weights.astype(np.float64), np.empty((4, 32))
+    for j in range(32):
+        expected[:, j] = scale[:, 0] * np.clip(np.round(left[:, j] / scale[:, 0]), -128, 127)
+        error = (left[:, j] - expected[:, j]) / upper[j, j]
+        left -= np.outer(error, upper[j])
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+
+
+def test_narrow_rows_and_hessians_without_inputs() -> None:
+    """32 columns short of a super-block; an expert that nothing reached has a zero Hessian."""
+    weights = make_weights(5, 288)
+    blocks = quantize_compensated(weights, "IQ4_NL", np.zeros((288, 288), dtype=np.float32), None)
+    plain = quantize_rows(weights, "IQ4_NL", None, 1)
+    eye = np.eye(288, dtype=np.float32)
+    assert loss(weights, blocks, "IQ4_NL", eye) <= loss(weights, plain, "IQ4_NL", eye)
+
+
+def test_rows_of_zeros_stay_zero() -> None:
+    for name in ROUNDED:
+        weights = np.zeros((2, 256), dtype=np.float32)
+        weights[1] = make_weights(1, 256)
+        blocks = quantize_compensated(weights, name, np.eye(256, dtype=np.float32), np.ones(256, np.float32))
+        values = dequantize_rows(blocks, name, 256, 2)
+        assert np.isfinite(values).all()
+        assert np.abs(values[0]).max() < 1e-6, name
+
+
+def test_errors_say_what_to_do() -> None:
+    weights, eye = make_weights(2, 256), np.eye(256, dtype=np.float32)
+    with pytest.raises(McError, match="no-compensate"):
+        quantize_compensated(weights, "F16", eye, None)
+    with pytest.raises(McError, match="positive definite"):
+        quantize_compensated(weights, "Q2_K", -eye, None, Options(damping=-2.0))
+    with pytest.raises(McError, match="Hessian is"):
+        quantize_compensated(weights, "Q2_K", eye[:32, :32], None)
+    with pytest.raises(McError, match="not finite"):
+        quantize_compensated(weights, "Q2_K", eye * np.nan, None)
