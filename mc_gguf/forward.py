@@ -285,7 +285,7 @@ class Decoder:
         all together, by the length of `norm`.
         """
         if norm is not None:
-            x = self.norm(x.unflatten(-1, (-1, len(norm))), norm).flatten(-2)
+            x = self.norm(x.view(*x.shape[:2], -1, len(norm)), norm).flatten(-2)
         return x.view(*x.shape[:2], -1, self.shape.head_dim).transpose(1, 2)
 
     def _rotation(self, ctx: int) -> tuple[Tensor, Tensor]:

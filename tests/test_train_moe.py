@@ -89,7 +89,8 @@ def test_the_command_learns_and_its_directory_is_a_source_model(
     tool: ModuleType, text: Path, tmp_path: Path
 ) -> None:
     sizes = ["--layers", 1, "--embd", 64, "--heads", 2, "--kv-heads", 1, "--head-dim", 32, "--experts", 4]
-    sizes += ["--no-compile", "--top-k", 2, "--expert-ff", 64, "--ctx", 32, "--rows", 4, "--steps", 40, "--rate", 0.02]
+    sizes += ["--top-k", 2, "--expert-ff", 64, "--ctx", 32, "--rows", 4, "--steps", 40, "--rate", 0.02]
+    sizes.append("--no-compile")
     result = CliRunner().invoke(tool.main, [str(tmp_path / "hf"), "--text", str(text), *map(str, sizes)])
     assert result.exit_code == 0, result.output
     decoder = Decoder(open_checkpoint(tmp_path / "hf"))

@@ -61,9 +61,10 @@ class Settings:
 
     def model(self) -> Any:
         """A new transformers model, float32."""
-        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+        import transformers
 
-        config = Qwen3MoeConfig(
+        kind: Any = transformers.Qwen3MoeConfig
+        config = kind(
             vocab_size=N_VOCAB, hidden_size=self.embd, intermediate_size=self.expert_ff * self.top_k,
             moe_intermediate_size=self.expert_ff, num_hidden_layers=self.layers, num_attention_heads=
             self.heads, num_key_value_heads=self.kv_heads, head_dim=self.head_dim, num_experts=self.experts,
@@ -72,7 +73,8 @@ class Settings:
             eos_token_id=EOS, use_cache=False,
         )  # fmt: skip
         torch.manual_seed(self.seed)
-        return Qwen3MoeForCausalLM._from_config(
+        new: Any = transformers.Qwen3MoeForCausalLM._from_config
+        return new(
             config, attn_implementation="sdpa", experts_implementation="grouped_mm"
         )
 
