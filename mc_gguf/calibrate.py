@@ -229,7 +229,8 @@ class _Layer:
         self._check(flat)
         routing, norm = self.decoder.route(self.layer, flat), self.decoder.ffn_norm(self.layer)
         branches.enter(self.layer)
-        stats, added = LayerStats.empty(self.decoder.checkpoint.info, len(self.types)), torch.zeros_like(flat)
+        stats = LayerStats.empty(self.decoder.checkpoint.info, len(self.types))
+        added = self.decoder.unrouted(self.layer)(flat)
         for number in range(self.decoder.shape.n_expert):
             expert = self.decoder.expert(self.layer, number)
             self._expert(number, expert, flat, norm, routing, added, stats)
@@ -282,7 +283,7 @@ class _Layer:
         """Up to max_tokens of the expert's tokens; for an expert without any the nearest, worth one."""
         limit = self.options.max_tokens
         if len(tokens.index) == 0:
-            tokens = _nearest(routing, number, limit)
+            tokens = _nearest(self.decoder, routing, number, limit)
             return Sample(
                 self.decoder.norm(flat[tokens.index], norm), tokens.weight / len(tokens.index) ** 0.5
             )
@@ -313,14 +314,13 @@ def _routed(routing: Routing, number: int) -> _Tokens:
     return _Tokens(index, routing.probs[index, slots], routing.weights[index, slots])
 
 
-def _nearest(routing: Routing, number: int, limit: int) -> _Tokens:
+def _nearest(decoder: Decoder, routing: Routing, number: int, limit: int) -> _Tokens:
     """The tokens with the highest probability of an expert that none is routed to, as if it took their last
     place.
     """
     prob, index = torch.topk(routing.all_probs[:, number], min(limit, len(routing.all_probs)))
-    others = routing.probs[index, :-1].sum(1)
-    whole = routing.weights[index].sum(1)  # 1, or the model's scale of routing weights
-    return _Tokens(index, prob, prob / (others + prob).clamp(min=1e-30) * whole)
+    probs = torch.cat([routing.probs[index, :-1], prob[:, None]], dim=1)
+    return _Tokens(index, prob, decoder.weights(probs)[:, -1])
 
 
 def _assemble(

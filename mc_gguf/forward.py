@@ -1,10 +1,14 @@
-"""One decoder layer at a time in torch float32, from a checkpoint in GGUF conventions (Mixtral).
+"""One decoder layer at a time in torch float32, from a checkpoint in GGUF conventions.
 
-Follows llama.cpp's graph (src/models/llama.cpp, build_moe_ffn): RMSNorm, grouped-query attention with
-interleaved ("NORM") rotary embedding, router softmax over all experts, top-k, weights renormalised. Weights
-are read when they are needed and dropped after: attention of one layer, then one expert after another, so
-that memory does not depend on the number of layers and hardly on the number of experts. The second
-implementation is transformers' Mixtral (tests).
+Follows llama.cpp's graphs (src/models/ARCHITECTURE.cpp, build_moe_ffn): RMSNorm, grouped-query attention with
+rotary embedding, router softmax over all experts, top-k. ARCHITECTURES is what differs between them; norms of
+Q and K, biases and a shared expert are there when the model has their tensors. Where the runtime and the
+model's authors differ (llama.cpp takes no notice of a Hugging Face model's norm_topk_prob or clip_qkv), this
+follows the runtime, which is what will run the file.
+
+Weights are read when they are needed and dropped after: attention of one layer, then one expert after
+another, so that memory does not depend on the number of layers and hardly on the number of experts. The
+second implementations are transformers' models and the runtime itself (tests).
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mc_gguf.artifacts import PROJECTIONS
 from mc_gguf.errors import SourceError
 
 if TYPE_CHECKING:
@@ -32,9 +37,31 @@ MIN_WEIGHT_SUM = 6.103515625e-5
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """What llama.cpp does for one architecture and not for another.
+
+    `neox`: rotary embedding turns the pairs (i, i + d/2), not (2i, 2i + 1). `renormalise`: the weights of the
+    chosen experts are divided by their sum.
+    """
+
+    neox: bool
+    renormalise: bool
+
+
+# By GGUF name: Mixtral, Qwen3-MoE, OLMoE and Qwen2-MoE.
+ARCHITECTURES = {
+    "llama": Architecture(neox=False, renormalise=True),
+    "qwen3moe": Architecture(neox=True, renormalise=True),
+    "olmoe": Architecture(neox=True, renormalise=False),
+    "qwen2moe": Architecture(neox=True, renormalise=False),
+}
+
+
+@dataclass(frozen=True)
 class Shape:
     """What the layers need besides their weights; from the GGUF metadata, defaults as in llama.cpp."""
 
+    architecture: Architecture
     n_head: int
     n_head_kv: int
     head_dim: int
@@ -50,9 +77,9 @@ class Shape:
     def of(cls, checkpoint: Checkpoint) -> Shape:
         """Raises SourceError when the model needs what this forward does not do."""
         info, hparams = checkpoint.info, checkpoint.hparams
-        if info.architecture != "llama" or info.n_expert < 1:
+        if info.architecture not in ARCHITECTURES or info.n_expert < 1:
             raise SourceError(
-                "calibration supports Mixtral (GGUF architecture 'llama' with experts), not "
+                f"calibration supports the GGUF architectures {', '.join(ARCHITECTURES)}, with experts, not "
                 f"{info.architecture!r} with {info.n_expert} experts"
             )
         n_head = _count(hparams, "attention.head_count")
@@ -65,10 +92,10 @@ class Shape:
                 f"rope.dimension_count differs from the head size {head_dim}: not supported by calibration"
             )
         return cls(
-            n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim,
-            rope_base=float(hparams.get("rope.freq_base", 10000.0)), rope_scale=_rope_scale(hparams),
-            eps=float(_need(hparams, "attention.layer_norm_rms_epsilon")),
-            attn_scale=float(hparams.get("attention.scale", 0.0)) or head_dim**-0.5,
+            architecture=ARCHITECTURES[info.architecture], n_head=n_head, n_head_kv=n_head_kv,
+            head_dim=head_dim, rope_base=float(hparams.get("rope.freq_base", 10000.0)),
+            rope_scale=_rope_scale(hparams), eps=float(_need(hparams, "attention.layer_norm_rms_epsilon")),
+            attn_scale=_attn_scale(info.architecture, hparams) or head_dim**-0.5,
             n_expert=info.n_expert, n_used=info.n_expert_used,
             weight_scale=float(hparams.get("expert_weights_scale", 0.0)) or 1.0,
         )  # fmt: skip
@@ -85,6 +112,11 @@ def _count(hparams: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int):
         raise SourceError(f"{key} differs between layers ({value}): not supported by calibration")
     return value
+
+
+def _attn_scale(architecture: str, hparams: Mapping[str, Any]) -> float:
+    """0: by the head size. Only the graph of `llama` has another."""
+    return float(hparams.get("attention.scale", 0.0)) if architecture == "llama" else 0.0
 
 
 def _rope_scale(hparams: Mapping[str, Any]) -> float:
@@ -144,15 +176,17 @@ class Decoder:
         """attention() of `layer` with its weights, read now."""
         norm = self._tensor(f"blk.{layer}.attn_norm.weight")
         q, k, v, out = (self._linear(f"blk.{layer}.attn_{part}") for part in ("q", "k", "v", "output"))
-        shared = self.shape.n_head // self.shape.n_head_kv
+        q_norm, k_norm = (self._optional(f"blk.{layer}.attn_{part}_norm.weight") for part in ("q", "k"))
+        shared, neox = self.shape.n_head // self.shape.n_head_kv, self.shape.architecture.neox
 
         @torch.inference_mode()
         def block(hidden: Tensor) -> None:
             cos, sin = self._rotation(hidden.shape[1])
             for rows in _row_chunks(hidden):
                 x = self.norm(rows, norm)
-                queries = _rotate(self._heads(_apply(x, q)), cos, sin)
-                keys, values = _rotate(self._heads(_apply(x, k)), cos, sin), self._heads(_apply(x, v))
+                queries = _rotate(self._heads(_apply(x, q), q_norm), cos, sin, neox)
+                keys = _rotate(self._heads(_apply(x, k), k_norm), cos, sin, neox)
+                values = self._heads(_apply(x, v))
                 keys, values = (t.repeat_interleave(shared, dim=1) for t in (keys, values))
                 mixed = F.scaled_dot_product_attention(
                     queries, keys, values, is_causal=True, scale=self.shape.attn_scale
@@ -180,7 +214,9 @@ class Decoder:
 
     def weights(self, probs: Tensor) -> Tensor:
         """Routing weights [N, K] of the chosen experts' probabilities (0: a dropped one)."""
-        return probs / probs.sum(-1, keepdim=True).clamp_(min=MIN_WEIGHT_SUM) * self.shape.weight_scale
+        if self.shape.architecture.renormalise:
+            probs = probs / probs.sum(-1, keepdim=True).clamp_(min=MIN_WEIGHT_SUM)
+        return probs * self.shape.weight_scale
 
     def ffn_norm(self, layer: int) -> Tensor:
         return self._tensor(f"blk.{layer}.ffn_norm.weight")
@@ -191,14 +227,31 @@ class Decoder:
 
     def expert(self, layer: int, expert: int) -> Expert:
         """Weights of one expert, read now."""
-        gate, up, down = (_aligned(self.checkpoint.expert(layer, p, expert)) for p in ("gate", "up", "down"))
-        return Expert(gate, up, down)
+        return Expert(*(_aligned(self.checkpoint.expert(layer, p, expert)) for p in PROJECTIONS))
+
+    def unrouted(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """What the MoE block of `layer` adds to `hidden` [N, n_embd] whatever the router says, weights read
+        now: the shared expert times its own gate where the model has one, else zeros.
+        """
+        prefix = f"blk.{layer}.ffn_"
+        if f"{prefix}gate_inp_shexp.weight" not in self._names:
+            return torch.zeros_like
+        norm, gate = self.ffn_norm(layer), self._tensor(f"{prefix}gate_inp_shexp.weight").view(-1)
+        expert = Expert(*(self._tensor(f"{prefix}{p}_shexp.weight") for p in PROJECTIONS))
+
+        @torch.inference_mode()
+        def block(hidden: Tensor) -> Tensor:
+            parts = [self.norm(part, norm) for part in torch.split(hidden, CHUNK)]
+            gated = [(x, torch.sigmoid(x @ gate)[:, None]) for x in parts]
+            return torch.cat([expert.hidden(x) @ expert.down.T * g for x, g in gated])
+
+        return block
 
     @torch.inference_mode()
     def feed_forward(self, layer: int, hidden: Tensor) -> None:
         """Add the MoE block of `layer` to `hidden`, in place, without collecting anything."""
         flat = hidden.flatten(0, 1)
-        routing, norm, added = self.route(layer, flat), self.ffn_norm(layer), torch.zeros_like(flat)
+        routing, norm, added = self.route(layer, flat), self.ffn_norm(layer), self.unrouted(layer)(flat)
         for number in range(self.shape.n_expert):
             tokens, slots = torch.nonzero(routing.experts == number, as_tuple=True)
             expert = self.expert(layer, number)
@@ -221,12 +274,18 @@ class Decoder:
     def _tensor(self, name: str) -> Tensor:
         return _aligned(self.checkpoint.tensor(name))
 
-    def _linear(self, name: str) -> tuple[Tensor, Tensor | None]:
-        bias = self._tensor(f"{name}.bias") if f"{name}.bias" in self._names else None
-        return self._tensor(f"{name}.weight"), bias
+    def _optional(self, name: str) -> Tensor | None:
+        return self._tensor(name) if name in self._names else None
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """[rows, ctx, heads * head_dim] -> [rows, heads, ctx, head_dim]."""
+    def _linear(self, name: str) -> tuple[Tensor, Tensor | None]:
+        return self._tensor(f"{name}.weight"), self._optional(f"{name}.bias")
+
+    def _heads(self, x: Tensor, norm: Tensor | None = None) -> Tensor:
+        """[rows, ctx, heads * head_dim] -> [rows, heads, ctx, head_dim]; normalised over each head, or over
+        all together, by the length of `norm`.
+        """
+        if norm is not None:
+            x = self.norm(x.view(*x.shape[:2], -1, len(norm)), norm).flatten(-2)
         return x.view(*x.shape[:2], -1, self.shape.head_dim).transpose(1, 2)
 
     def _rotation(self, ctx: int) -> tuple[Tensor, Tensor]:
@@ -251,10 +310,13 @@ def _apply(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
     return F.linear(x, *linear)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs (2i, 2i+1): so the converter permutes Q and K."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, neox: bool) -> Tensor:
+    """Rotary embedding of the pairs (i, i + d/2), or of neighbours (2i, 2i + 1): for these the converter
+    permutes Q and K.
+    """
+    first, second = x.chunk(2, dim=-1) if neox else (x[..., 0::2], x[..., 1::2])
+    turned = (first * cos - second * sin, first * sin + second * cos)
+    return torch.cat(turned, dim=-1) if neox else torch.stack(turned, dim=-1).flatten(-2)
 
 
 def _row_chunks(hidden: Tensor) -> Iterator[Tensor]:

@@ -21,6 +21,7 @@ tokens of calibration text.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ class Branches:
         self._added = torch.empty_like(self._hidden)
         self._routing: list[Routing]
         self._norm: Tensor
+        self._unrouted: Callable[[Tensor], Tensor]
         self._outputs: Tensor
         if done == 0:
             self._hidden.copy_(decoder.embed(rows))
@@ -78,12 +80,14 @@ class Branches:
         """Attention and router of `layer`."""
         attention, route = self._decoder.attention_block(layer), self._decoder.router(layer)
         self._routing, self._norm = [], self._decoder.ffn_norm(layer)
+        self._unrouted = self._decoder.unrouted(layer)
         self._working("").mkdir()
-        self._added.zero_()
         for i in range(self._done + 1):
             _read(self._file(i), self._hidden)
             attention(self._hidden)
-            self._routing.append(route(self._hidden.flatten(0, 1)))
+            flat = self._hidden.flatten(0, 1)
+            self._routing.append(route(flat))
+            self._added.copy_(self._unrouted(flat).view_as(self._added))
             np.save(self._working(f"{i}.npy"), self._hidden.numpy())
             np.save(self._working(f"added-{i}.npy"), self._added.numpy())
         n_embd = self._hidden.shape[-1]
@@ -110,7 +114,7 @@ class Branches:
         probs, flat = self._routing[0].probs, self._hidden.flatten(0, 1)
         _read(self._working("0.npy"), self._hidden)
         kept = self._kept(probs, ratio_quantiles[:, ratio_quantiles.shape[1] // 2])
-        flat += torch.einsum("tk,tke->te", kept, self._outputs)
+        flat += torch.einsum("tk,tke->te", kept, self._outputs) + self._unrouted(flat)
         _write(self._working(f"{self._done + 1}.npy"), self._hidden)
         for i in range(self._done + 1):
             _read(self._working(f"{i}.npy"), self._hidden)
@@ -121,7 +125,7 @@ class Branches:
         self._done += 1
         self._working("").rename(branches_directory(self._directory, self._done))
         curve = self._curve(probs, ratio_quantiles)
-        del self._routing, self._outputs
+        del self._routing, self._outputs, self._unrouted
         return curve
 
     def _file(self, branch: int) -> Path:

@@ -22,6 +22,7 @@ from gguf_models import (
     write_parts,
     write_random,
 )
+from moe_directories import random_moe, save_moe
 
 from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
 from mc_gguf.checkpoint import Checkpoint, open_checkpoint
@@ -434,3 +435,23 @@ def test_bos_rules() -> None:
     assert bos_of({model: Value(STRING, "gpt2"), bos: Value(UINT32, 7)}) == (7, False)
     add = {"tokenizer.ggml.add_bos_token": Value(7, False)}
     assert bos_of({model: Value(STRING, "llama"), bos: Value(UINT32, 1), **add}) == (1, False)
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "Olmoe"])
+def test_sentencepiece_where_the_converter_expects_another_tokenizer(name: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save_moe(random_moe(name), tmp_path))
+    writer = load_gguf().GGUFWriter(None, checkpoint.info.architecture)
+    checkpoint.copy_kv(writer)
+    assert writer.kv_data[0]["tokenizer.ggml.model"].value == b"llama"
+    assert len(writer.kv_data[0]["tokenizer.ggml.scores"].value) == 4096
+    assert (checkpoint.bos_id, checkpoint.add_bos) == (1, True)
+
+
+def test_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
+    save_moe(random_moe("Qwen3Moe"), tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"no SentencePiece model")
+    with pytest.raises(SourceError, match="converter cannot read"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(SourceError, match="BPE pre-tokenizer was not recognized"):
+        open_checkpoint(tmp_path)

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from moe_directories import CONFIGS, random_moe, save_moe
 
+from mc_gguf import Llama
 from mc_gguf.artifacts import NO_CALIBRATION, Calibration, Plan
 from mc_gguf.checkpoint import keep_source
 from mc_gguf.cli import main
@@ -197,3 +199,24 @@ def test_other_plans_use_the_same_calibration(converted: Path, tiny_model: Path)
         result = convert(tiny_model, "-o", converted, "--bpw", "2.2", *quick, *options, "--dry-run")
         assert result.exit_code == 0, result.output
     assert calibration.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_directories_of_every_architecture_convert(name: str, tmp_path: Path) -> None:
+    """64 experts of widths that k-quants cannot take: the types that can, mixed, close to the 16-bit file."""
+    source = save_moe(random_moe(name, num_hidden_layers=1), tmp_path / "hf")
+    mixed, plain = tmp_path / "mixed.gguf", tmp_path / "plain.gguf"
+    options = ["--bpw", "6.5", "--tokens", "1024", "--ctx", "128", "--rows", "8"]
+    for output, extra in ((mixed, options), (plain, ["--bpw", "16"])):
+        result = convert(source, "-o", output, *extra, "--threads", "1", "--quiet")
+        assert result.exit_code == 0, result.output
+    model = MixedGguf.open(mixed)
+    assert model.is_mixed
+    assert model.expert_bpw == pytest.approx(6.5, abs=0.05)
+    logits = []
+    for path in (mixed, plain):
+        llm = Llama(path, n_ctx=64, n_batch=64, logits_all=True, n_threads=1)
+        llm.eval(list(range(5, 65)))
+        logits.append(np.array(llm.scores[:60]))
+        llm.close()
+    assert np.corrcoef(logits[0].ravel(), logits[1].ravel())[0, 1] > 0.98

@@ -1,17 +1,22 @@
-"""The decoder forward against transformers' Mixtral, the second implementation."""
+"""The decoder forward against transformers and the runtime, the other implementations."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from moe_directories import CONFIGS, random_moe, save_moe, write_f32
 from small_models import MemoryCheckpoint, random_mixtral, tiny_mixtral
 
-from mc_gguf import forward
+from mc_gguf import Llama, forward
+from mc_gguf.checkpoint import Checkpoint, open_checkpoint
 from mc_gguf.errors import SourceError
-from mc_gguf.forward import Decoder
+from mc_gguf.forward import ARCHITECTURES, Decoder
+from mc_gguf.runtime import Runtime
 
 
 def logits(decoder: Decoder, rows: Any) -> torch.Tensor:
@@ -88,11 +93,9 @@ def test_unsupported_models_are_refused(hparams: dict[str, Any], message: str) -
 
 
 def test_other_architectures_are_refused_by_name() -> None:
-    from dataclasses import replace
-
     checkpoint = MemoryCheckpoint(random_mixtral())
-    checkpoint.info = replace(checkpoint.info, architecture="qwen3moe")
-    with pytest.raises(SourceError, match="qwen3moe"):
+    checkpoint.info = replace(checkpoint.info, architecture="deepseek2")
+    with pytest.raises(SourceError, match="qwen2moe, with experts, not 'deepseek2'"):
         Decoder(checkpoint)
 
 
@@ -100,3 +103,48 @@ def test_token_outside_the_vocabulary_is_refused() -> None:
     decoder = Decoder(MemoryCheckpoint(random_mixtral()))
     with pytest.raises(SourceError, match="vocabulary of 96"):
         decoder.embed(np.array([[96]], dtype=np.int32))
+
+
+def kl(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """Mean KL divergence of two models' next tokens, nats."""
+    log_p, log_q = (torch.log_softmax(x.double(), dim=-1) for x in (expected, found))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def moe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Checkpoint]:
+    """A random model of 64 experts, top-8, as transformers has it and as its directory is read."""
+    model = random_moe(request.param)
+    return model, open_checkpoint(save_moe(model, tmp_path_factory.mktemp(request.param)))
+
+
+def test_logits_equal_transformers_for_every_architecture(moe: tuple[Any, Checkpoint]) -> None:
+    model, checkpoint = moe
+    rows = random_rows(4096, (3, 50))
+    difference = logits(Decoder(checkpoint), rows) - reference(model, rows)
+    assert difference.abs().max() < 1e-4
+
+
+@pytest.mark.native
+def test_logits_equal_the_runtime_s_for_every_architecture(
+    moe: tuple[Any, Checkpoint], runtime: Runtime, tmp_path: Path
+) -> None:
+    """Up to the F16 cache of keys and values. Each entry of ARCHITECTURES counts: changed, it is far off."""
+    decoder, rows = Decoder(moe[1]), random_rows(4096, (1, 60))
+    llm = Llama(write_f32(moe[1], tmp_path / "m.gguf"), n_ctx=64, n_batch=64, logits_all=True, n_threads=1)
+    llm.eval(rows[0].tolist())
+    expected = torch.from_numpy(np.array(llm.scores[: rows.size]))[None]
+    llm.close()
+    assert kl(expected, logits(decoder, rows)) < 1e-4
+    right = decoder.shape.architecture
+    for wrong in (replace(right, neox=not right.neox), replace(right, renormalise=not right.renormalise)):
+        decoder.shape = replace(decoder.shape, architecture=wrong)
+        assert kl(expected, logits(decoder, rows)) > 0.01
+
+
+def test_routing_weights_are_normalised_where_the_architecture_says_so() -> None:
+    probs = torch.tensor([[0.3, 0.2, 0.0]])
+    decoder = Decoder(MemoryCheckpoint(random_mixtral()))
+    torch.testing.assert_close(decoder.weights(probs), torch.tensor([[0.6, 0.4, 0.0]]))
+    decoder.shape = replace(decoder.shape, architecture=ARCHITECTURES["olmoe"])
+    torch.testing.assert_close(decoder.weights(probs), probs)

@@ -1,4 +1,4 @@
-"""Sensitivity and curve against transformers' Mixtral with the experts dropped inside its own blocks."""
+"""Sensitivity and curve against transformers' models with the experts dropped inside their own blocks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from moe_directories import CONFIGS, random_moe, save_moe
 from numpy.typing import NDArray
 from small_models import TINY, MemoryCheckpoint, random_mixtral, tiny_mixtral
 from torch.profiler import ProfilerActivity, profile
@@ -20,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from mc_gguf.artifacts import Calibration
 from mc_gguf.calibrate import Options, calibrate
 from mc_gguf.calibrate_state import N_QUANTILES
+from mc_gguf.checkpoint import open_checkpoint
 from mc_gguf.corpus import Corpus, load_corpus
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.sensitivity import SENSITIVITY_TOKENS, branch_rows
@@ -30,29 +32,39 @@ MIDDLE = N_QUANTILES // 2
 
 @cache
 def case(name: str) -> tuple[Any, NDArray[np.int32], Calibration]:
-    """The bundled model on its text (top-2), or a random one with top-3; model, rows and calibration."""
+    """The bundled model on its text (top-2), or a random one: top-3, or of another architecture and top-8;
+    model, rows and calibration.
+    """
+    options = Options(types=("Q8_0",), max_rows=8, max_tokens=8, threads=2)
+    if name in CONFIGS:
+        model = random_moe(name)
+        rows = np.random.default_rng(7).integers(0, 4096, (6, 32)).astype(np.int32)
+        text = Corpus(rows, ("random",), "0" * 64, rows.size, 0)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = open_checkpoint(save_moe(model, Path(folder)))
+            return model, rows, calibrate(checkpoint, text, options, quiet=True)
     if name == "bundled":
-        from mc_gguf.checkpoint import open_checkpoint
-
         model = tiny_mixtral()
         text = load_corpus(open_checkpoint(TINY), tokens=1024, ctx=128)
     else:
         model = random_mixtral()
         rows = np.random.default_rng(7).integers(0, 96, (6, 32)).astype(np.int32)
         text = Corpus(rows, ("random",), "0" * 64, rows.size, 0)
-    options = Options(types=("Q8_0",), max_rows=8, max_tokens=8, threads=2)
     return model, text.rows, calibrate(MemoryCheckpoint(model), text, options, quiet=True)
 
 
 def block(mlp: Any, x: torch.Tensor, thresholds: NDArray[np.float64]) -> torch.Tensor:
-    """Output [n, n_embd] of a Mixtral block for x, without the experts of rank j >= 1 where
+    """Output [n, n_embd] of transformers' MoE block for x, without the experts of rank j >= 1 where
     w_j / w_0 < thresholds[j - 1].
     """
     probs, chosen = torch.softmax(x @ mlp.gate.weight.T, dim=-1).topk(len(thresholds) + 1)
     limits = torch.from_numpy(np.concatenate([[0.0], thresholds]))
     weights = probs * (probs / probs[:, :1] >= limits)
-    weights = weights / weights.sum(1, keepdim=True)
+    if getattr(mlp.gate, "norm_topk_prob", True):  # Mixtral has no choice
+        weights = weights / weights.sum(1, keepdim=True)
     out = torch.zeros_like(x)
+    if hasattr(mlp, "shared_expert"):
+        out += torch.sigmoid(mlp.shared_expert_gate(x)) * mlp.shared_expert(x)
     for e in range(len(mlp.experts.gate_up_proj)):
         gate, up = mlp.experts.gate_up_proj[e].chunk(2)
         y = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ mlp.experts.down_proj[e].T
@@ -78,7 +90,12 @@ def log_probs(model: Any, rows: NDArray[np.int32]) -> torch.Tensor:
     return torch.log_softmax(logits.double(), dim=-1)
 
 
-@pytest.mark.parametrize(("name", "layer"), [("bundled", 0), ("bundled", 4), ("random", 0), ("random", 1)])
+OTHERS = [("Qwen3Moe", 0), ("Olmoe", 0), ("Qwen2Moe", 0), ("Qwen2Moe", 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("bundled", 0), ("bundled", 4), ("random", 0), ("random", 1), *OTHERS]
+)
 def test_sensitivity_is_that_of_the_whole_model(name: str, layer: int) -> None:
     model, rows, calibration = case(name)
     base = log_probs(model, rows)
@@ -89,7 +106,9 @@ def test_sensitivity_is_that_of_the_whole_model(name: str, layer: int) -> None:
     assert expected > 1e-5
 
 
-@pytest.mark.parametrize(("name", "layer"), [("bundled", 1), ("bundled", 5), ("random", 0), ("random", 1)])
+@pytest.mark.parametrize(
+    ("name", "layer"), [("bundled", 1), ("bundled", 5), ("random", 0), ("random", 1), *OTHERS]
+)
 def test_the_curve_is_the_error_of_the_block(name: str, layer: int) -> None:
     model, rows, calibration = case(name)
     seen: list[torch.Tensor] = []

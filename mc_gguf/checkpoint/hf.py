@@ -27,7 +27,7 @@ from mc_gguf.upstream import load_conversion, load_gguf
 
 # What upstream's converter raises on checkpoints it cannot take.
 _CONVERTER_ERRORS = (
-    NotImplementedError,
+    RuntimeError,  # NotImplementedError is one
     ValueError,
     KeyError,
     TypeError,
@@ -140,9 +140,17 @@ def _convert(path: Path, conversion: ModuleType) -> tuple[Any, dict[str, Any]]:
             lazy[new_name] = tensor
             yield new_name, tensor
 
-    recording = type(
-        base.__name__, (base,), {"model_arch": base.model_arch, "modify_tensors": modify_tensors}
-    )
+    def set_vocab(self: Any) -> None:
+        # For Qwen and OLMoE the converter looks for a byte-level BPE that it knows; the runtime takes any.
+        try:
+            base.set_vocab(self)
+        except NotImplementedError:
+            if not (path / "tokenizer.model").is_file():
+                raise
+            self._set_vocab_sentencepiece()
+
+    changes = {"model_arch": base.model_arch, "modify_tensors": modify_tensors, "set_vocab": set_vocab}
+    recording = type(base.__name__, (base,), changes)
     # The output name is never opened; a name that is no directory keeps upstream from composing one.
     model = recording(path, gguf.LlamaFileType.GUESSED, path / "none.gguf", hparams=hparams)
     model.prepare_tensors()

@@ -61,8 +61,9 @@ class PlanOptions:
     def check(self, model: ModelInfo) -> None:
         """Refuses what no calibration of `model` could make feasible: a plan on made-up errors is tried."""
         from mc_gguf.allocate import stand_in
+        from mc_gguf.calibrate import measured_types
 
-        self.plan(stand_in(model, self.types))
+        self.plan(stand_in(model, measured_types(model, self.types)))
 
     def plan(self, calibration: Calibration) -> Plan:
         """The plan for this calibration, with exact file sizes where the model is known."""
