@@ -43,7 +43,7 @@ def test_all_rows_are_exact_against_brute_force() -> None:
     types = ("IQ1_S", "Q2_K", "Q4_K")
     errors = expert_errors(
         expert, Sample(sample.x, sample.g * 3**0.5), imatrix_in, imatrix_mid, types, EVERYTHING, threads=2
-    )
+    ).block
     x, g = sample.x.double().numpy(), sample.g.double().numpy()
     matrices = {p: getattr(expert, p).double().numpy() for p in ("gate", "up", "down")}
     exact = output(matrices, x, g)
@@ -75,10 +75,10 @@ def trained_layer() -> list[tuple[Expert, Sample, NDArray[np.float32], NDArray[n
 
 def test_sampled_rows_are_unbiased_and_rank_experts_alike() -> None:
     types = ("IQ1_S", "Q2_K", "Q4_K")
-    exact = np.array([expert_errors(*case, types, EVERYTHING, threads=2) for case in trained_layer()])
+    exact = np.array([expert_errors(*case, types, EVERYTHING, threads=2).block for case in trained_layer()])
     sampled = np.array(
         [
-            [expert_errors(*case, types, 64, (seed,), threads=2) for seed in range(4)]
+            [expert_errors(*case, types, 64, (seed,), threads=2).block for seed in range(4)]
             for case in trained_layer()
         ]
     )
@@ -99,13 +99,14 @@ def test_scaling_up_the_sampled_rows_alone_would_be_biased() -> None:
     from mc_gguf.losses import _Tokens, _Up
 
     expert, sample, _, _ = trained_layer()[0]
-    tokens = _Tokens(sample.x, sample.g[:, None], sample.x @ expert.gate.T, sample.x @ expert.up.T)
+    one = torch.ones(len(sample.x), 1)
+    tokens = _Tokens(sample.x, sample.g[:, None], sample.x @ expert.gate.T, sample.x @ expert.up.T, one)
     change = _Up(expert, tokens)
     whole = draw(np.ones(256), EVERYTHING, np.random.default_rng(0))
-    exact = change.squared_error(whole, -0.2 * expert.up)
+    exact, _ = change.squared_errors(whole, -0.2 * expert.up)
     rows = draw(np.ones(256), 64, np.random.default_rng(0))
     delta = -0.2 * expert.up[rows.index]
-    assert change.squared_error(rows, delta) == pytest.approx(exact, rel=1e-3)
+    assert change.squared_errors(rows, delta) == pytest.approx((exact, exact), rel=1e-3)
     dh = change.change(rows.index, sample.x @ delta.T)
     naive = float((dh @ expert.down[:, rows.index].T).square().sum()) * 4
     assert abs(naive / exact - 1) > 0.1
@@ -114,7 +115,7 @@ def test_scaling_up_the_sampled_rows_alone_would_be_biased() -> None:
 def test_the_result_does_not_depend_on_threads_but_on_the_seed() -> None:
     case = random_case(256, 512, 20)
     one, two, other = (
-        expert_errors(*case, ("Q2_K",), 32, (seed,), threads) for seed, threads in ((1, 1), (1, 2), (2, 2))
+        expert_errors(*case, ("Q2_K",), 32, (seed,), threads).block for seed, threads in ((1, 1), (1, 2), (2, 2))
     )
     assert (one == two).all()
     assert (one != other).any()
@@ -122,7 +123,7 @@ def test_the_result_does_not_depend_on_threads_but_on_the_seed() -> None:
 
 def test_types_that_do_not_fit_are_infinite() -> None:
     case = random_case(64, 256, 8)
-    errors = expert_errors(*case, ("Q2_K", "Q8_0"))
+    errors = expert_errors(*case, ("Q2_K", "Q8_0")).block
     assert np.isinf(errors[:2, 0]).all()
     assert np.isfinite(errors[2]).all()
     assert np.isfinite(errors[:, 1]).all()

@@ -36,7 +36,7 @@ def kld(calibration: Calibration, types: Sequence[str]) -> Floats:
     in this layer was measured to cost at the model's output (sensitivity.py).
     """
     price = _required(calibration, "kld_per_error", "layers' divergences")
-    return np.asarray(block(calibration, types) * price[:, None, None, None])
+    return np.asarray(block(calibration, types) * price[:, None, :, None])
 
 
 def fisher(calibration: Calibration, types: Sequence[str]) -> Floats:
@@ -91,6 +91,9 @@ def bsp(calibration: Calibration, types: Sequence[str]) -> Floats:
     score = _required(calibration, "block_score", "block scores")
     return _rated(calibration, types, np.broadcast_to(score[:, None], calibration.frequency.shape))
 
+
+# What pmq minimises unless told otherwise: the first one whose array the calibration has.
+DEFAULT_OBJECTIVES: tuple[tuple[str, str], ...] = (("kld", "kld_per_error"), ("block", "sq_error"))
 
 OBJECTIVES: dict[str, Objective] = {
     "block": block, "kld": kld, "fisher": fisher, "hessian": hessian, "published": published, "f-norm": f_norm,

@@ -55,6 +55,7 @@ class Problem:
 
     `error` [L, E, 3, T]        what is minimised; inf: this projection cannot have the type; nan: not measured
     `block_error` [L, E, 3, T]  squared output error, whatever is minimised
+    `price` [L, 3]              nats a token that one unit of block error costs; empty: not measured
     `size` [3, T]               bytes of one expert's matrix, 0 where it cannot have the type
     """
 
@@ -64,6 +65,7 @@ class Problem:
     types: tuple[str, ...]
     error: Floats
     block_error: Floats
+    price: Floats
     size: Ints
     output_sq: float
 
@@ -92,6 +94,13 @@ class Problem:
         if not np.isfinite(error):
             return None
         return error / self.output_sq if self.output_sq > 0 else 0.0
+
+    def predicted_kld(self, columns: Ints) -> float | None:
+        """KL divergence of the model's output, nats a token; None when it was not measured."""
+        error = np.take_along_axis(self.block_error, columns[..., None], axis=-1)[..., 0]
+        if not self.price.size or not np.isfinite(error).all():
+            return None
+        return float((error.sum(axis=1) * self.price).sum())
 
     def experts(self, columns: Ints) -> dict[str, tuple[tuple[str, ...], ...]]:
         """The assignment by name: [projection][layer][expert]."""
@@ -137,10 +146,10 @@ def build_problem(calibration: Calibration, types: Sequence[str], objective: Obj
     size = np.zeros(usable.shape, dtype=np.int64)
     for i, t in zip(*np.nonzero(usable), strict=True):
         size[i, t] = _matrix_bytes(model, PROJECTIONS[i], columns[t])
-    errors = [_usable_errors(of(calibration, types), usable) for of in (objective, block)]
+    error, block_error = (_usable_errors(of(calibration, types), usable) for of in (objective, block))
     return Problem(
-        model, calibration.layers, tuple(types), tuple(columns), *errors, size,
-        float(calibration.output_sq.sum()),
+        model, calibration.layers, tuple(types), tuple(columns), error, block_error, calibration.kld_per_error,
+        size, float(calibration.output_sq.sum()),
     )  # fmt: skip
 
 
