@@ -140,10 +140,13 @@ class Calibration:
     routing_curve [L, Q]        squared error of the MoE block's output when all below quantile q is dropped,
                                 relative to that at the median
     nominal_error [L, E, 3]     Frobenius norm at nominal 1, 2, 3 bits; published statistics have only this
+    relative_error [L, E, 3, T] as sq_error, but every token's error divided by the squared norm of its hidden
+                                state after the expert
     weight_error [L, E, 3, T]   squared change of the matrix's own weights under this type
-    kld_per_error [L, 3]        increase of the mean KL divergence (nats a token) of the model's output per unit
-                                of squared block error a token, when all experts of this layer and projection
-                                are quantized
+    hessian_trace [L, E, 3]     trace of half the Hessian of the relative error with respect to the matrix, a
+                                weight on average
+    kld_per_error [L]           increase of the mean KL divergence (nats a token) of the model's output for a
+                                unit of relative error a token, when all experts of this layer are rounded
     block_score [L]             1 - mean cosine of the hidden states before and after the feed-forward block
     hidden_max [L]              largest magnitude in the hidden states after the layer
     down_max [L, E]             largest magnitude in the outputs of the expert's down projection
@@ -165,7 +168,9 @@ class Calibration:
     routing_sensitivity: Floats
     routing_curve: Floats
     nominal_error: Floats
+    relative_error: Floats = field(default_factory=_nothing)
     weight_error: Floats = field(default_factory=_nothing)
+    hessian_trace: Floats = field(default_factory=_nothing)
     kld_per_error: Floats = field(default_factory=_nothing)
     block_score: Floats = field(default_factory=_nothing)
     hidden_max: Floats = field(default_factory=_nothing)
@@ -231,8 +236,8 @@ class Calibration:
 
 _ARRAYS = (
     "frequency", "routing_weight", "sq_error", "output_sq", "imatrix_in", "imatrix_mid", "ratio_quantiles",
-    "routing_sensitivity", "routing_curve", "nominal_error", "weight_error", "kld_per_error", "block_score",
-    "hidden_max", "down_max",
+    "routing_sensitivity", "routing_curve", "nominal_error", "relative_error", "weight_error",
+    "hessian_trace", "kld_per_error", "block_score", "hidden_max", "down_max",
 )  # fmt: skip
 
 

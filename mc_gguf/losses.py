@@ -14,9 +14,9 @@ is exact, the second and the diagonal of the third are sums over rows. Rows are 
 their expected share of the error (Horvitz-Thompson), systematically, the same rows for every type, so that
 types are compared on equal terms.
 
-Beside the plain sum over tokens there is one of relative errors, |y_t - y|^2 / |hidden state after the block|^2:
-RMS norms follow, so that what an error does depends on its size relative to the hidden state, and the few tokens
-with massive activations do not decide alone.
+Beside the plain sum over tokens there is one of relative errors, |y_t - y|^2 / |hidden state|^2: RMS norms
+follow, so that what an error does depends on its size relative to the hidden state, and the few tokens with
+massive activations do not decide alone.
 
 Budget. On one AVX-512 core a million weights take 2.7 s for the 11 default types together (Q3_K 26 M
 weights/s, IQ2_XS 1.5, the rest 2 to 9). Mixtral-8x7B has 45 G expert weights: 33 core-hours for all rows.
@@ -66,9 +66,9 @@ class Sample:
 class ExpertErrors:
     """Of one expert, summed over all of its tokens; inf where a row is not a whole number of blocks.
 
-    block, relative [3, T]: squared output error, and that relative to the hidden states; weight [3, T]: squared
-    change of the weights; trace [3]: trace of the relative error's Hessian (half of it, as |y|^2 has no 1/2)
-    with respect to the matrix, a weight on average.
+    block, relative [3, T]: squared output error, and that relative to the hidden states; weight [3, T]:
+    squared change of the weights; trace [3]: trace of half the relative error's Hessian with respect to the
+    matrix, a weight on average.
     """
 
     block: Floats
@@ -98,7 +98,7 @@ def expert_errors(
 ) -> ExpertErrors:
     """Errors of every projection (gate, up, down) in every type. `seed` picks the rows."""
     rng = np.random.default_rng(list(seed))
-    found = [np.full((len(PROJECTIONS), len(types)), np.inf) for _ in range(3)]
+    block, relative, weight = found = [np.full((len(PROJECTIONS), len(types)), np.inf) for _ in range(3)]
     trace = np.zeros(len(PROJECTIONS))
     with torch.inference_mode():
         scale = torch.ones_like(sample.g) if sample.scale is None else sample.scale
@@ -118,7 +118,7 @@ def expert_errors(
                     errors = (*change.squared_errors(rows, delta), _weighted_sum_sq(delta, rows.weight))
                     for values, error in zip(found, errors, strict=True):
                         values[p, t] = error
-    return ExpertErrors(*found, trace)
+    return ExpertErrors(block, relative, weight, trace)
 
 
 def fits(type_name: str, n_per_row: int) -> bool:

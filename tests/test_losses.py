@@ -78,7 +78,7 @@ def test_sampled_rows_are_unbiased_and_rank_experts_alike() -> None:
     exact = np.array([expert_errors(*case, types, EVERYTHING, threads=2).block for case in trained_layer()])
     sampled = np.array(
         [
-            [expert_errors(*case, types, 64, (seed,), threads=2).block for seed in range(4)]
+            [expert_errors(*case, types, 64, (s,), threads=2).block for s in range(4)]
             for case in trained_layer()
         ]
     )
@@ -115,7 +115,8 @@ def test_scaling_up_the_sampled_rows_alone_would_be_biased() -> None:
 def test_the_result_does_not_depend_on_threads_but_on_the_seed() -> None:
     case = random_case(256, 512, 20)
     one, two, other = (
-        expert_errors(*case, ("Q2_K",), 32, (seed,), threads).block for seed, threads in ((1, 1), (1, 2), (2, 2))
+        expert_errors(*case, ("Q2_K",), 32, (seed,), threads).block
+        for seed, threads in ((1, 1), (1, 2), (2, 2))
     )
     assert (one == two).all()
     assert (one != other).any()

@@ -106,11 +106,12 @@ def stand_in(model: ModelInfo, types: Sequence[str] | None) -> Calibration:
     wanted = [ggml_type(name).name for name in types or CANDIDATES]
     names = tuple(dict.fromkeys((*wanted, *published.NOMINAL_TYPES)))
     each = np.ones((len(model.expert_layers), model.n_expert))
+    by_type = np.ones((*each.shape, len(PROJECTIONS), len(names)))
     return replace(
         Calibration.blank(model), types=names, frequency=each, routing_weight=each, output_sq=each,
-        sq_error=np.ones((*each.shape, len(PROJECTIONS), len(names))),
-        nominal_error=np.ones((*each.shape, 3)), kld_per_error=np.ones((len(each), len(PROJECTIONS))),
-        weight_error=np.ones((*each.shape, len(PROJECTIONS), len(names))), block_score=np.ones(len(each)),
+        nominal_error=np.ones((*each.shape, 3)), kld_per_error=np.ones(len(each)),
+        block_score=np.ones(len(each)), hessian_trace=np.ones((*each.shape, len(PROJECTIONS))),
+        sq_error=by_type, relative_error=by_type, weight_error=by_type,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@
 The program minimises the sum over (layer, expert, projection), so an objective is an additive estimate of the
 damage. `inf`: this projection cannot have the type; `nan`: a type that was not measured. Two kinds:
 
-- errors that were measured under each type (block, published, f-norm, hessian, fisher, kld);
+- errors that were measured under each type (kld, relative, block, published, f-norm, hessian);
 - an importance of the expert times the rate of the type (frequency, routing-weight, bsp): what the published
   baselines know. The rate is the type's relative error, the median over the experts, so that all baselines
   spend the same bytes by the same program and differ only in who is important.
@@ -31,35 +31,40 @@ def block(calibration: Calibration, types: Sequence[str]) -> Floats:
     return measured(calibration, types, "sq_error")
 
 
+def relative(calibration: Calibration, types: Sequence[str]) -> Floats:
+    """As block, but every token's error relative to its hidden state, which is what the norms of later layers
+    see; a token on average.
+    """
+    tokens = calibration.frequency.sum(axis=1) / _n_used(calibration)
+    error = measured(calibration, types, "relative_error")
+    return np.asarray(error / np.maximum(tokens, 1.0)[:, None, None, None])
+
+
 def kld(calibration: Calibration, types: Sequence[str]) -> Floats:
-    """KL divergence of the model's output, nats a token: the block's squared error times what one unit of it
-    in this layer was measured to cost at the model's output (sensitivity.py).
+    """KL divergence of the model's output, nats a token: the relative error times what one unit of it in this
+    layer was measured to cost at the model's output (sensitivity.py).
     """
-    price = _required(calibration, "kld_per_error", "layers' divergences")
-    return np.asarray(block(calibration, types) * price[:, None, :, None])
-
-
-def fisher(calibration: Calibration, types: Sequence[str]) -> Floats:
-    """Second-order estimate of the same divergence, nats a token: e' F e / 2 of the block's output error e,
-    F the Fisher information of the model's output distribution with respect to the block's output at each
-    token (gradients.py).
-    """
-    _required(calibration, "fisher_error", "gradients")
-    return measured(calibration, types, "fisher_error")
+    price = _required(calibration, "kld_per_error")
+    return np.asarray(relative(calibration, types) * price[:, None, None, None])
 
 
 def hessian(calibration: Calibration, types: Sequence[str]) -> Floats:
-    """HAWQ-V2 (Dong et al., arXiv 1911.03852, eq. 10): the average trace of the loss's Hessian with respect to
-    the matrix times the squared change of the weights. The Hessian's expectation under the model is the Fisher
-    information, whose trace is a sum of squared gradients: no Hutchinson estimate is needed.
+    """HAWQ-V2 (arXiv 1911.03852): average trace of the loss's Hessian with respect to the matrix times the
+    squared change of its weights.
+
+    The loss is that of kld, whose Gauss-Newton Hessian is known from the forward pass: no backward pass and
+    no Hutchinson estimate are needed.
     """
-    trace = _required(calibration, "hessian_trace", "gradients")
+    tokens = calibration.frequency.sum(axis=1) / _n_used(calibration)
+    price = _required(calibration, "kld_per_error") / np.maximum(tokens, 1.0)
+    trace = _required(calibration, "hessian_trace") * price[:, None, None]
     return np.asarray(measured(calibration, types, "weight_error") * trace[..., None])
 
 
 def published(calibration: Calibration, types: Sequence[str]) -> Floats:
-    """phi^a * w^b * eps^g (Mixture Compressor, arXiv 2410.06270, eq. 4) with the exponents of the published
-    allocations; but one program for the whole model in real bytes. eps: Frobenius norm of the output's change.
+    """phi^a * w^b * eps^g (Mixture Compressor, arXiv 2410.06270) with the exponents of the published
+    allocations, but one program for the whole model in real bytes. eps: Frobenius norm of the output's
+    change.
     """
     a, b, g = EXPONENTS
     importance = share(calibration.frequency) ** a * share(calibration.routing_weight) ** b
@@ -67,13 +72,13 @@ def published(calibration: Calibration, types: Sequence[str]) -> Floats:
 
 
 def f_norm(calibration: Calibration, types: Sequence[str]) -> Floats:
-    """Frobenius norm of the block output's change: eps of the Mixture Compressor's cost alone, its baseline."""
+    """Frobenius norm of the block output's change: eps of the Mixture Compressor's cost alone."""
     return np.asarray(np.sqrt(np.maximum(block(calibration, types), 0.0)))
 
 
 def frequency(calibration: Calibration, types: Sequence[str]) -> Floats:
-    """Share of the layer's routed tokens that go to the expert (baseline of arXiv 2406.08155, section 3.2, and
-    of 2410.06270): the experts that are used most get the most bits.
+    """Share of the layer's routed tokens that go to the expert (baseline of arXiv 2406.08155 and 2410.06270):
+    the experts that are used most get the most bits.
     """
     return _rated(calibration, types, share(calibration.frequency))
 
@@ -84,11 +89,11 @@ def routing_weight(calibration: Calibration, types: Sequence[str]) -> Floats:
 
 
 def bsp(calibration: Calibration, types: Sequence[str]) -> Floats:
-    """Block score of QuantMoE-Bench (arXiv 2406.08155, section 4.2): a block whose output differs from its
+    """Block score of QuantMoE-Bench (arXiv 2406.08155): a block whose output differs from its
     input, 1 - mean cosine of the hidden states before and after the feed-forward block, is important; all
     experts of a layer alike. The paper trains a predictor of that cosine; here it is measured.
     """
-    score = _required(calibration, "block_score", "block scores")
+    score = _required(calibration, "block_score")
     return _rated(calibration, types, np.broadcast_to(score[:, None], calibration.frequency.shape))
 
 
@@ -96,28 +101,29 @@ def bsp(calibration: Calibration, types: Sequence[str]) -> Floats:
 DEFAULT_OBJECTIVES: tuple[tuple[str, str], ...] = (("kld", "kld_per_error"), ("block", "sq_error"))
 
 OBJECTIVES: dict[str, Objective] = {
-    "block": block, "kld": kld, "fisher": fisher, "hessian": hessian, "published": published, "f-norm": f_norm,
-    "frequency": frequency, "routing-weight": routing_weight, "bsp": bsp,
+    "kld": kld, "relative": relative, "block": block, "published": published, "f-norm": f_norm,
+    "hessian": hessian, "frequency": frequency, "routing-weight": routing_weight, "bsp": bsp,
 }  # fmt: skip
 
 
 def measured(calibration: Calibration, types: Sequence[str], name: str) -> Floats:
     """The calibration's array [L, E, 3, T] for `types`; nan for those that it did not measure."""
-    values: Floats = getattr(calibration, name)
+    values = _required(calibration, name)
     known = {kind: i for i, kind in enumerate(calibration.types)}
     missing = np.full((*values.shape[:3], 1), np.nan)
     parts = [values[..., [known[kind]]] if kind in known else missing for kind in types]
     return np.concatenate(parts, axis=-1)
 
 
-def _required(calibration: Calibration, name: str, what: str) -> Floats:
+def _required(calibration: Calibration, name: str) -> Floats:
     values: Floats = getattr(calibration, name)
     if not values.size:
-        raise ArtifactError(
-            f"this objective needs the {what}, which this calibration does not have; calibrate again"
-            + (" with --gradients" if what == "gradients" else "")
-        )
+        raise ArtifactError(f"this objective needs {name}, which this calibration lacks; calibrate again")
     return values
+
+
+def _n_used(calibration: Calibration) -> int:
+    return calibration.model.n_expert_used if calibration.model else 1
 
 
 def _rated(calibration: Calibration, types: Sequence[str], importance: Floats) -> Floats:

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.allocate.objectives import Objective, block
+from mc_gguf.allocate.objectives import Objective, block, kld
 from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, expert_tensor_name
 from mc_gguf.errors import ArtifactError, BudgetError, McError
 from mc_gguf.ggml_types import CANDIDATES, FALLBACKS, MAX_GROUPS, SIXTEEN_BIT, ggml_type
@@ -53,9 +53,9 @@ class Problem:
 
     An assignment is a column for every expert and projection, [L, E, 3].
 
-    `error` [L, E, 3, T]        what is minimised; inf: this projection cannot have the type; nan: not measured
+    `error` [L, E, 3, T]        what is minimised; inf: cannot have the type; nan: not measured
     `block_error` [L, E, 3, T]  squared output error, whatever is minimised
-    `price` [L, 3]              nats a token that one unit of block error costs; empty: not measured
+    `kld` [L, E, 3, T]          nats a token, as objective kld; None: not measured
     `size` [3, T]               bytes of one expert's matrix, 0 where it cannot have the type
     """
 
@@ -65,7 +65,7 @@ class Problem:
     types: tuple[str, ...]
     error: Floats
     block_error: Floats
-    price: Floats
+    kld: Floats | None
     size: Ints
     output_sq: float
 
@@ -86,26 +86,28 @@ class Problem:
         return 8 * self.expert_bytes(columns) / self.n_weight
 
     def total_error(self, columns: Ints) -> float:
-        return float(np.take_along_axis(self.error, columns[..., None], axis=-1).sum())
+        return _sum_of(self.error, columns)
 
     def predicted_error(self, columns: Ints) -> float | None:
         """Share of the experts' output energy that becomes error; None when a type was not measured."""
-        error = float(np.take_along_axis(self.block_error, columns[..., None], axis=-1).sum())
+        error = _sum_of(self.block_error, columns)
         if not np.isfinite(error):
             return None
         return error / self.output_sq if self.output_sq > 0 else 0.0
 
     def predicted_kld(self, columns: Ints) -> float | None:
         """KL divergence of the model's output, nats a token; None when it was not measured."""
-        error = np.take_along_axis(self.block_error, columns[..., None], axis=-1)[..., 0]
-        if not self.price.size or not np.isfinite(error).all():
-            return None
-        return float((error.sum(axis=1) * self.price).sum())
+        total = _sum_of(self.kld, columns) if self.kld is not None else np.nan
+        return total if np.isfinite(total) else None
 
     def experts(self, columns: Ints) -> dict[str, tuple[tuple[str, ...], ...]]:
         """The assignment by name: [projection][layer][expert]."""
         names = np.array(self.types, dtype=object)[columns]
         return {p: tuple(tuple(row) for row in names[:, :, i].tolist()) for i, p in enumerate(PROJECTIONS)}
+
+
+def _sum_of(error: Floats, columns: Ints) -> float:
+    return float(np.take_along_axis(error, columns[..., None], axis=-1).sum())
 
 
 def candidate_types(calibration: Calibration, types: Sequence[str] | None) -> tuple[str, ...]:
@@ -147,9 +149,10 @@ def build_problem(calibration: Calibration, types: Sequence[str], objective: Obj
     for i, t in zip(*np.nonzero(usable), strict=True):
         size[i, t] = _matrix_bytes(model, PROJECTIONS[i], columns[t])
     error, block_error = (_usable_errors(of(calibration, types), usable) for of in (objective, block))
+    divergence = _usable_errors(kld(calibration, types), usable) if calibration.kld_per_error.size else None
     return Problem(
-        model, calibration.layers, tuple(types), tuple(columns), error, block_error, calibration.kld_per_error,
-        size, float(calibration.output_sq.sum()),
+        model, calibration.layers, tuple(types), tuple(columns), error, block_error, divergence, size,
+        float(calibration.output_sq.sum()),
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ from mc_gguf.artifacts import PROJECTIONS, FixedTypes, Plan
 from mc_gguf.ggml_types import ggml_type
 from mc_gguf.units import format_size
 
-
 # Above this share of the error of a plan per layer and projection, going per expert hardly pays.
 PAYS = 0.95
 

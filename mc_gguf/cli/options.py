@@ -35,8 +35,8 @@ _OPTIONS = (
     ),
     click.option(
         "--objective", metavar="NAME",
-        help="What pmq, layer and the controls minimise: kld (divergence of the model's output), block (error "
-        "of the MoE block's output), published, fisher, or a baseline's.  [default: kld if it was measured]",
+        help="What pmq, layer and the controls minimise: kld (divergence of the model's output), block "
+        "(error of the MoE block's output), published, or a baseline's.  [default: kld]",
     ),
     click.option("--types", metavar="T,T,...", help="Expert types to choose from.  [default: all measured]"),
     click.option("--attn-type", metavar="T", help="Type of attention q and output.  [default: Q6_K]"),
