@@ -149,6 +149,7 @@ class Calibration:
                                 unit of relative error a token, when all experts of this layer are rounded
     block_score [L]             1 - mean cosine of the hidden states before and after the feed-forward block
     hidden_max [L]              largest magnitude in the hidden states after the layer
+    hidden_median [L]           median magnitude in them
     down_max [L, E]             largest magnitude in the outputs of the expert's down projection
 
     Published statistics have `model` None and empty arrays for what they do not carry.
@@ -174,6 +175,7 @@ class Calibration:
     kld_per_error: Floats = field(default_factory=_nothing)
     block_score: Floats = field(default_factory=_nothing)
     hidden_max: Floats = field(default_factory=_nothing)
+    hidden_median: Floats = field(default_factory=_nothing)
     down_max: Floats = field(default_factory=_nothing)
     fingerprint: str = ""
     tool: str = field(default=f"mc_gguf {__version__}")
@@ -237,7 +239,7 @@ class Calibration:
 _ARRAYS = (
     "frequency", "routing_weight", "sq_error", "output_sq", "imatrix_in", "imatrix_mid", "ratio_quantiles",
     "routing_sensitivity", "routing_curve", "nominal_error", "relative_error", "weight_error",
-    "hessian_trace", "kld_per_error", "block_score", "hidden_max", "down_max",
+    "hessian_trace", "kld_per_error", "block_score", "hidden_max", "hidden_median", "down_max",
 )  # fmt: skip
 
 

@@ -43,6 +43,7 @@ from mc_gguf.losses import MAX_ROWS, MAX_TOKENS, ExpertErrors, Sample, draw, exp
 from mc_gguf.progress import Progress, progress
 from mc_gguf.quantize import init
 from mc_gguf.sensitivity import SENSITIVITY_TOKENS, Branches, branch_rows
+from mc_gguf.super_experts import super_experts
 
 if TYPE_CHECKING:
     from mc_gguf.checkpoint import Checkpoint
@@ -240,7 +241,8 @@ class _Layer:
         flat += added
         del added
         self._check(flat)
-        stats.hidden_max[...] = float(flat.abs().max())
+        stats.hidden_max[...] = max(float(part.abs().max()) for part in torch.split(flat, CHUNK))
+        stats.hidden_median[...] = float(flat[:CHUNK].abs().median())
         ratios = (routing.probs[:, 1:] / routing.probs[:, :1]).double().numpy()
         stats.ratio_quantiles[:] = np.quantile(ratios, np.linspace(0, 1, N_QUANTILES), axis=0).T
         stats.routing_curve[:], stats.rounding_error[...] = branches.leave(stats.ratio_quantiles)
@@ -372,7 +374,8 @@ def _assemble(
         nominal_error=nominal_errors(sq_error, types), relative_error=stack("relative_error"),
         weight_error=stack("weight_error"), hessian_trace=stack("hessian_trace"),
         kld_per_error=divergences[:, 1] / np.maximum(rounding_error, np.finfo(np.float64).tiny),
-        block_score=stack("block_score"), hidden_max=stack("hidden_max"), down_max=stack("down_max"),
+        block_score=stack("block_score"), hidden_max=stack("hidden_max"),
+        hidden_median=stack("hidden_median"), down_max=stack("down_max"),
     )  # fmt: skip
 
 
@@ -394,6 +397,8 @@ def nominal_errors(sq_error: Floats, types: Sequence[str]) -> Floats:
 
 
 def _warn(calibration: Calibration) -> None:
+    for found in super_experts(calibration):
+        log.warning("super expert: %s", found)
     rare = calibration.frequency < FEW_TOKENS
     if not rare.any():
         return

@@ -55,12 +55,13 @@ class LayerStats:
     rounding_error: Floats
     block_score: Floats
     hidden_max: Floats
+    hidden_median: Floats
     down_max: Floats
 
     @classmethod
     def empty(cls, info: ModelInfo, n_types: int) -> LayerStats:
         e, p = info.n_expert, len(PROJECTIONS)
-        one = ("rounding_error", "block_score", "hidden_max")
+        one = ("rounding_error", "block_score", "hidden_max", "hidden_median")
         shapes: dict[str, tuple[int, ...]] = {
             "frequency": (e,), "routing_weight": (e,), "output_sq": (e,), "down_max": (e,),
             "imatrix_in": (e, info.n_embd), "imatrix_mid": (e, info.n_ff),

@@ -40,7 +40,7 @@ TYPES = ("IQ4_NL", "Q5_0", "Q8_0")
 ARRAYS = (
     "frequency", "routing_weight", "sq_error", "output_sq", "imatrix_in", "imatrix_mid", "ratio_quantiles",
     "routing_sensitivity", "routing_curve", "nominal_error", "relative_error", "weight_error",
-    "hessian_trace", "kld_per_error", "block_score", "hidden_max", "down_max",
+    "hessian_trace", "kld_per_error", "block_score", "hidden_max", "hidden_median", "down_max",
 )  # fmt: skip
 
 
@@ -255,7 +255,7 @@ def test_killed_run_continues_bit_for_bit(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not output.exists()
-    left = [f"working/{name}.npy" for name in ("0", "1", "added-0", "added-1")]
+    left = [f"working/{name}.npy" for name in ("0", "1", "2", "added-0", "added-1", "added-2")]
     assert files(tmp_path / ".calib.safetensors.partial") == STATE_AFTER_ONE + left
     checkpoint = MemoryCheckpoint(model)
     resumed = calibrate_to_file(checkpoint, corpus(), output, Options(types=TYPES, threads=2), quiet=True)

@@ -57,6 +57,41 @@ def test_all_rows_are_exact_against_brute_force() -> None:
             assert errors[p, t] == pytest.approx(expected, rel=1e-4)
 
 
+def test_relative_errors_weights_and_traces_are_exact_against_brute_force() -> None:
+    """Relative: every token's error by its own scale. Trace: sum of squares of the Jacobian's entries."""
+    expert, sample, imatrix_in, imatrix_mid = random_case(256, 256, 12)
+    scale = torch.rand(12) + 0.1
+    found = expert_errors(
+        expert, Sample(sample.x, sample.g, scale), imatrix_in, imatrix_mid, ("Q2_K",), EVERYTHING
+    )
+    x, g = sample.x.double(), sample.g.double()
+    matrices = {p: getattr(expert, p).double() for p in ("gate", "up", "down")}
+
+    def of(changed: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Scaled outputs [T, n_embd]."""
+        m = matrices | changed
+        hidden = torch.nn.functional.silu(x @ m["gate"].T) * (x @ m["up"].T)
+        return (hidden @ m["down"].T) * (g * scale)[:, None]
+
+    for p, projection in enumerate(("gate", "up", "down")):
+        original = getattr(expert, projection)
+        imatrix = imatrix_mid if projection == "down" else imatrix_in
+        delta = quantization_error(original, "Q2_K", imatrix, 1)
+        assert found.weight[p, 0] == pytest.approx(float(delta.square().sum()), rel=1e-4)
+        change = of({projection: (original + delta).double()}) - of({})
+        assert found.relative[p, 0] == pytest.approx(float(change.square().sum()), rel=1e-3)
+        # E |J z|^2 over random signs z is the sum of the squared entries of J.
+        rng = torch.Generator().manual_seed(0)
+        probes = [torch.randint(0, 2, original.shape, generator=rng) * 2.0 - 1 for _ in range(400)]
+        step = 1e-6
+        squares = [
+            ((of({projection: matrices[projection] + step * z.double()}) - of({})) / step).square().sum()
+            for z in probes
+        ]
+        estimate = float(torch.stack(squares).mean()) / original.numel()
+        assert found.trace[p] == pytest.approx(estimate, rel=0.05)
+
+
 @cache
 def trained_layer() -> list[tuple[Expert, Sample, NDArray[np.float32], NDArray[np.float32]]]:
     """The experts of layer 0 of the bundled model with 300 tokens each, random ids as text."""

@@ -89,6 +89,38 @@ def test_sensitivity_is_that_of_the_whole_model(name: str, layer: int) -> None:
     assert expected > 1e-5
 
 
+def rounded(matrix: torch.Tensor) -> torch.Tensor:
+    """Every row in multiples of 1.05 root mean squares, at most two of them."""
+    step = 1.05 * matrix.square().mean(-1, keepdim=True).sqrt()
+    return (matrix / step).round().clamp(-2, 2) * step
+
+
+@contextmanager
+def rounding(model: Any, layer: int) -> Iterator[None]:
+    """`model` with the experts of one layer rounded."""
+    experts = model.model.layers[layer].mlp.experts
+    before = [p.data for p in (experts.gate_up_proj, experts.down_proj)]
+    experts.gate_up_proj.data, experts.down_proj.data = (rounded(p) for p in before)
+    yield
+    experts.gate_up_proj.data, experts.down_proj.data = before
+
+
+@pytest.mark.parametrize(("name", "layer"), [("bundled", 0), ("bundled", 5), ("random", 0), ("random", 1)])
+def test_a_unit_of_error_costs_what_rounding_the_experts_costs(name: str, layer: int) -> None:
+    model, rows, calibration = case(name)
+    seen: list[torch.Tensor] = []
+    handle = model.model.layers[layer].register_forward_hook(
+        lambda _, inputs, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    base = log_probs(model, rows)
+    with rounding(model, layer):
+        changed = log_probs(model, rows)
+    handle.remove()
+    error = float(((seen[1] - seen[0]).square().sum(-1) / seen[0].square().sum(-1)).mean())
+    divergence = float((base.exp() * (base - changed)).sum(-1).mean())
+    assert calibration.kld_per_error[layer] == pytest.approx(divergence / error, rel=2e-3)
+
+
 @pytest.mark.parametrize(("name", "layer"), [("bundled", 1), ("bundled", 5), ("random", 0), ("random", 1)])
 def test_the_curve_is_the_error_of_the_block(name: str, layer: int) -> None:
     model, rows, calibration = case(name)
