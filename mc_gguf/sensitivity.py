@@ -74,6 +74,7 @@ class Branches:
         self._hidden = torch.empty(*rows.shape, decoder.checkpoint.info.n_embd)
         self._added = torch.empty_like(self._hidden)
         self._rounded = torch.empty_like(self._hidden)
+        self._error = 0.0
         self._routing: list[Routing]
         self._norm: Tensor
         self._outputs: Tensor
@@ -93,6 +94,7 @@ class Branches:
         self._working("").mkdir()
         self._added.zero_()
         self._rounded.zero_()
+        self._error = 0.0
         for i in range(self.count):
             _read(self._file(i), self._hidden)
             attention(self._hidden)
@@ -116,23 +118,35 @@ class Branches:
                 y = expert.hidden(x) @ expert.down.T
                 if i == 0:
                     self._outputs[tokens, ranks] = y
-                    changed = rounded_output(expert, x).mul_(routing.weights[tokens, ranks, None])
-                    self._rounded.flatten(0, 1).index_add_(0, tokens, changed)
+                    changed, weights = rounded_output(expert, x), routing.weights[tokens, ranks, None]
+                    self._round(flat[tokens], tokens, y, changed, weights)
                 added.index_add_(0, tokens, y.mul_(routing.weights[tokens, ranks, None]))
             np.save(self._working(f"added-{i}.npy"), self._added.numpy())
+
+    def _round(self, hidden: Tensor, tokens: Tensor, y: Tensor, changed: Tensor, weights: Tensor) -> None:
+        """An expert's outputs y [n, n_embd] and those of the rounded one for `tokens` of the base, which have
+        `hidden` before the block. Errors are relative to what calibrate's are: to the hidden state plus this
+        expert's share, the others being unknown there.
+        """
+        self._rounded.flatten(0, 1).index_add_(0, tokens, changed * weights)
+        error = ((changed - y) * weights).square().sum(1, dtype=torch.float64)
+        size = (hidden + y * weights).square().sum(1, dtype=torch.float64)
+        self._error += float((error / size.clamp(min=1e-30)).sum())
 
     def leave(self, ratio_quantiles: Floats) -> tuple[Floats, float]:
         """Ends the layer and starts its branches; `ratio_quantiles` [K-1, Q] are the layer's.
 
-        Returns the curve [Q], and the error of the rounded block's output relative to the hidden states, a
-        token on average.
+        Returns the curve [Q], and the relative errors of the rounded experts, summed over them, a token on
+        average.
         """
         probs, flat = self._routing[0].probs, self._hidden.flatten(0, 1)
         _read(self._working("0.npy"), self._hidden)
         kept = self._kept(probs, ratio_quantiles[:, ratio_quantiles.shape[1] // 2])
         flat += torch.einsum("tk,tke->te", kept, self._outputs)
         _write(self._working(f"{self.count}.npy"), self._hidden)
-        error = self._start_rounded()
+        _read(self._working("0.npy"), self._hidden)
+        self._hidden += self._rounded
+        _write(self._working(f"{self.count + 1}.npy"), self._hidden)
         for i in range(self.count):
             _read(self._working(f"{i}.npy"), self._hidden)
             _read(self._working(f"added-{i}.npy"), self._added)
@@ -143,18 +157,7 @@ class Branches:
         self._working("").rename(branches_directory(self._directory, self._done))
         curve = self._curve(probs, ratio_quantiles)
         del self._routing, self._outputs
-        return curve, error
-
-    def _start_rounded(self) -> float:
-        _read(self._working("0.npy"), self._hidden)
-        _read(self._working("added-0.npy"), self._added)
-        self._added += self._hidden  # the base after the layer
-        self._hidden += self._rounded
-        _write(self._working(f"{self.count + 1}.npy"), self._hidden)
-        size = self._added.square().sum(-1, dtype=torch.float64)
-        self._added -= self._hidden
-        change = self._added.square().sum(-1, dtype=torch.float64)
-        return float((change / size.clamp(min=1e-30)).mean())
+        return curve, self._error / len(flat)
 
     def _file(self, branch: int) -> Path:
         return branches_directory(self._directory, self._done) / f"{branch}.npy"
