@@ -25,7 +25,7 @@ from mc_gguf import __version__
 from mc_gguf.errors import ArtifactError
 
 PROJECTIONS: tuple[str, ...] = ("gate", "up", "down")
-CALIBRATION_VERSION = 2
+CALIBRATION_VERSION = 3
 PLAN_VERSION = 1
 NO_CALIBRATION = hashlib.sha256(b"").hexdigest()  # fingerprint where nothing had to be measured: 16-bit files
 
@@ -119,6 +119,10 @@ class ModelInfo:
         return cls(**{**data, "tensors": tensors})
 
 
+def _nothing() -> Floats:
+    return np.zeros(0)
+
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Statistics of every expert on a calibration text. L layers with experts, E experts, T candidate types.
@@ -136,6 +140,17 @@ class Calibration:
     routing_curve [L, Q]        squared error of the MoE block's output when all below quantile q is dropped,
                                 relative to that at the median
     nominal_error [L, E, 3]     Frobenius norm at nominal 1, 2, 3 bits; published statistics have only this
+    relative_error [L, E, 3, T] as sq_error, but every token's error divided by the squared norm of its hidden
+                                state after the expert
+    weight_error [L, E, 3, T]   squared change of the matrix's own weights under this type
+    hessian_trace [L, E, 3]     trace of half the Hessian of the relative error with respect to the matrix, a
+                                weight on average
+    kld_per_error [L]           increase of the mean KL divergence (nats a token) of the model's output for a
+                                unit of relative error a token, when all experts of this layer are rounded
+    block_score [L]             1 - mean cosine of the hidden states before and after the feed-forward block
+    hidden_max [L]              largest magnitude in the hidden states after the layer
+    hidden_median [L]           median magnitude in them
+    down_max [L, E]             largest magnitude in the outputs of the expert's down projection
 
     Published statistics have `model` None and empty arrays for what they do not carry.
     """
@@ -154,6 +169,14 @@ class Calibration:
     routing_sensitivity: Floats
     routing_curve: Floats
     nominal_error: Floats
+    relative_error: Floats = field(default_factory=_nothing)
+    weight_error: Floats = field(default_factory=_nothing)
+    hessian_trace: Floats = field(default_factory=_nothing)
+    kld_per_error: Floats = field(default_factory=_nothing)
+    block_score: Floats = field(default_factory=_nothing)
+    hidden_max: Floats = field(default_factory=_nothing)
+    hidden_median: Floats = field(default_factory=_nothing)
+    down_max: Floats = field(default_factory=_nothing)
     fingerprint: str = ""
     tool: str = field(default=f"mc_gguf {__version__}")
 
@@ -215,7 +238,8 @@ class Calibration:
 
 _ARRAYS = (
     "frequency", "routing_weight", "sq_error", "output_sq", "imatrix_in", "imatrix_mid", "ratio_quantiles",
-    "routing_sensitivity", "routing_curve", "nominal_error",
+    "routing_sensitivity", "routing_curve", "nominal_error", "relative_error", "weight_error",
+    "hessian_trace", "kld_per_error", "block_score", "hidden_max", "hidden_median", "down_max",
 )  # fmt: skip
 
 
@@ -278,8 +302,10 @@ class Plan:
 
     `experts[projection][i][expert]` is a ggml type name, i counting `layers`. `file_bytes` is exact when the
     calibration knows the model, else None. `predicted_error` is the sum over experts of the squared output
-    errors divided by the same sum of squared outputs (None for published statistics). `bits` is set by
-    strategy `mc` only.
+    errors divided by the same sum of squared outputs (None for published statistics); `predicted_kld` is in
+    nats a token, None when the calibration did not measure it. `objective` is what was minimised, and
+    `layer_ratio` its value relative to the best plan with one type per layer and projection in the same bytes
+    (strategy pmq only). `bits` is set by strategy `mc` only.
     """
 
     strategy: str
@@ -297,6 +323,9 @@ class Plan:
     optimality_gap: float | None
     seed: int = 0
     bits: tuple[tuple[int, ...], ...] | None = None
+    objective: str = "block"
+    predicted_kld: float | None = None
+    layer_ratio: float | None = None
     tool: str = field(default=f"mc_gguf {__version__}")
     fingerprint: str = ""
 

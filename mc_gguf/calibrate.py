@@ -39,10 +39,11 @@ from mc_gguf.corpus import Corpus
 from mc_gguf.errors import McError, SourceError
 from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
 from mc_gguf.ggml_types import CANDIDATES, FALLBACKS, TYPES, ggml_type
-from mc_gguf.losses import MAX_ROWS, MAX_TOKENS, Sample, draw, expert_errors, fits
+from mc_gguf.losses import MAX_ROWS, MAX_TOKENS, ExpertErrors, Sample, draw, expert_errors, fits
 from mc_gguf.progress import Progress, progress
 from mc_gguf.quantize import init
 from mc_gguf.sensitivity import SENSITIVITY_TOKENS, Branches, branch_rows
+from mc_gguf.super_experts import super_experts
 
 if TYPE_CHECKING:
     from mc_gguf.checkpoint import Checkpoint
@@ -129,9 +130,9 @@ def calibrate(
                 state.add(work.run(hidden, branches, bar), hidden)
             del hidden
             bar.advance(0, "sensitivity of the layers")
-            sensitivity = branches.sensitivity()
+            divergences = branches.divergences()
     corpus = text.to_json() | {"measured": _identity(info, text, types, options)}
-    calibration = _assemble(info, corpus, types, state.layers, sensitivity)
+    calibration = _assemble(info, corpus, types, state.layers, divergences)
     _warn(calibration)
     return calibration
 
@@ -237,12 +238,15 @@ class _Layer:
             branches.push(number, expert)
             del expert  # before the next one is read
             bar.advance(1, f"layer {self.layer}")
+        stats.block_score[...] = 1 - _mean_cosine(flat, added)
         flat += added
         del added
         self._check(flat)
+        stats.hidden_max[...] = max(float(part.abs().max()) for part in torch.split(flat, CHUNK))
+        stats.hidden_median[...] = float(flat[:CHUNK].abs().median())
         ratios = (routing.probs[:, 1:] / routing.probs[:, :1]).double().numpy()
         stats.ratio_quantiles[:] = np.quantile(ratios, np.linspace(0, 1, N_QUANTILES), axis=0).T
-        stats.routing_curve[:] = branches.leave(stats.ratio_quantiles)
+        stats.routing_curve[:], stats.rounding_error[...] = branches.leave(stats.ratio_quantiles)
         return stats
 
     def _check(self, hidden: Tensor) -> None:
@@ -260,13 +264,16 @@ class _Layer:
         stats: LayerStats,
     ) -> None:
         tokens = _routed(routing, number)
-        norms_sq = torch.zeros(len(tokens.index), dtype=torch.float64)
+        norms_sq, hidden_sq = (torch.zeros(len(tokens.index), dtype=torch.float64) for _ in range(2))
         for part in torch.split(torch.arange(len(tokens.index)), CHUNK):
             x = self.decoder.norm(flat[tokens.index[part]], norm)
             h = expert.hidden(x)
-            y = (h @ expert.down.T).mul_(tokens.weight[part, None])
+            y = h @ expert.down.T
+            stats.down_max[number] = max(stats.down_max[number], float(y.abs().max()))
+            y.mul_(tokens.weight[part, None])
             added.index_add_(0, tokens.index[part], y)
             norms_sq[part] = y.square().sum(1, dtype=torch.float64)
+            hidden_sq[part] = y.add_(flat[tokens.index[part]]).square().sum(1, dtype=torch.float64)
             stats.imatrix_in[number] += x.square().sum(0, dtype=torch.float64).numpy()
             stats.imatrix_mid[number] += h.square().sum(0, dtype=torch.float64).numpy()
         stats.frequency[number] = len(tokens.index)
@@ -274,25 +281,36 @@ class _Layer:
         stats.output_sq[number] = float(norms_sq.sum())
         for sums in (stats.imatrix_in, stats.imatrix_mid):
             sums[number] /= max(1, len(tokens.index))
-        sample = self._sample(number, flat, norm, routing, tokens, norms_sq)
-        stats.sq_error[number] = self._errors(number, expert, sample, stats)
+        sample = self._sample(number, flat, norm, routing, tokens, norms_sq, hidden_sq)
+        found = self._errors(number, expert, sample, stats)
+        stats.sq_error[number], stats.relative_error[number] = found.block, found.relative
+        stats.weight_error[number], stats.hessian_trace[number] = found.weight, found.trace
 
     def _sample(
-        self, number: int, flat: Tensor, norm: Tensor, routing: Routing, tokens: _Tokens, norms_sq: Tensor
-    ) -> Sample:
-        """Up to max_tokens of the expert's tokens; for an expert without any the nearest, worth one."""
+        self, number: int, flat: Tensor, norm: Tensor, routing: Routing, tokens: _Tokens, norms_sq: Tensor,
+        hidden_sq: Tensor,
+    ) -> Sample:  # fmt: skip
+        """Up to max_tokens of the expert's tokens; for an expert without any the nearest, worth one.
+
+        `hidden_sq` [n]: squared norm of the hidden state after the expert. Where an expert makes a massive
+        activation it is that which the next layer's norm divides by.
+        """
         limit = self.options.max_tokens
         if len(tokens.index) == 0:
             tokens = _nearest(self.decoder, routing, number, limit)
-            return Sample(
-                self.decoder.norm(flat[tokens.index], norm), tokens.weight / len(tokens.index) ** 0.5
-            )
+            hidden = flat[tokens.index]
+            weight = tokens.weight / len(tokens.index) ** 0.5
+            return Sample(self.decoder.norm(hidden, norm), weight, _inverse_norm(hidden.square().sum(1)))
         rng = np.random.default_rng([self.options.seed, self.layer, number, 1])
-        drawn = draw(norms_sq.numpy(), limit, rng)
+        relative = norms_sq / hidden_sq.clamp(min=1e-30)
+        # Tokens that matter to either sum of errors.
+        importance = norms_sq / norms_sq.sum().clamp(min=1e-30) + relative / relative.sum().clamp(min=1e-30)
+        drawn = draw(importance.numpy(), limit, rng)
         x = self.decoder.norm(flat[tokens.index[drawn.index]], norm)
-        return Sample(x, tokens.weight[drawn.index] * drawn.weight.sqrt())
+        scale = _inverse_norm(hidden_sq[drawn.index])
+        return Sample(x, tokens.weight[drawn.index] * drawn.weight.sqrt(), scale)
 
-    def _errors(self, number: int, expert: Expert, sample: Sample, stats: LayerStats) -> Floats:
+    def _errors(self, number: int, expert: Expert, sample: Sample, stats: LayerStats) -> ExpertErrors:
         seed = (self.options.seed, self.layer, number)
         importance = (
             stats.imatrix_in[number].astype(np.float32),
@@ -307,6 +325,17 @@ class _Layer:
             seed=seed,
             threads=self.threads,
         )
+
+
+def _mean_cosine(before: Tensor, added: Tensor) -> float:
+    """Of the hidden states [n, n_embd] before and after the feed-forward block adds to them."""
+    parts = zip(torch.split(before, CHUNK), torch.split(added, CHUNK), strict=True)
+    total = sum(float(torch.cosine_similarity(a, a + b, dim=-1).sum(dtype=torch.float64)) for a, b in parts)
+    return total / len(before)
+
+
+def _inverse_norm(sq: Tensor) -> Tensor:
+    return sq.clamp(min=1e-30).rsqrt().float()
 
 
 def _routed(routing: Routing, number: int) -> _Tokens:
@@ -328,19 +357,25 @@ def _assemble(
     corpus: dict[str, Any],
     types: tuple[str, ...],
     layers: Sequence[LayerStats],
-    sensitivity: Floats,
+    divergences: Floats,
 ) -> Calibration:
+    """`divergences` [L, 2]: of the layers with dropped and with rounded experts."""
+
     def stack(name: str) -> Floats:
         return np.stack([getattr(layer, name) for layer in layers])
 
-    sq_error = stack("sq_error")
+    sq_error, rounding_error = stack("sq_error"), stack("rounding_error")
     return Calibration(
         model=info, layers=info.expert_layers, types=types, corpus=corpus,
         frequency=stack("frequency"), routing_weight=stack("routing_weight"), sq_error=sq_error,
         output_sq=stack("output_sq"), imatrix_in=stack("imatrix_in").astype(np.float32),
         imatrix_mid=stack("imatrix_mid").astype(np.float32), ratio_quantiles=stack("ratio_quantiles"),
-        routing_sensitivity=sensitivity, routing_curve=stack("routing_curve"),
-        nominal_error=nominal_errors(sq_error, types),
+        routing_sensitivity=divergences[:, 0], routing_curve=stack("routing_curve"),
+        nominal_error=nominal_errors(sq_error, types), relative_error=stack("relative_error"),
+        weight_error=stack("weight_error"), hessian_trace=stack("hessian_trace"),
+        kld_per_error=divergences[:, 1] / np.maximum(rounding_error, np.finfo(np.float64).tiny),
+        block_score=stack("block_score"), hidden_max=stack("hidden_max"),
+        hidden_median=stack("hidden_median"), down_max=stack("down_max"),
     )  # fmt: skip
 
 
@@ -362,6 +397,8 @@ def nominal_errors(sq_error: Floats, types: Sequence[str]) -> Floats:
 
 
 def _warn(calibration: Calibration) -> None:
+    for found in super_experts(calibration):
+        log.warning("super expert: %s", found)
     rare = calibration.frequency < FEW_TOKENS
     if not rare.any():
         return

@@ -32,7 +32,7 @@ from mc_gguf.artifacts import PROJECTIONS, Floats, ModelInfo, atomic_write
 from mc_gguf.sensitivity import WORKING, branches_directory
 
 N_QUANTILES = 1001  # odd: the median is one of them
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 log = logging.getLogger(__name__)
 
@@ -44,21 +44,32 @@ class LayerStats:
     frequency: Floats
     routing_weight: Floats
     sq_error: Floats
+    relative_error: Floats
+    weight_error: Floats
+    hessian_trace: Floats
     output_sq: Floats
     imatrix_in: Floats
     imatrix_mid: Floats
     ratio_quantiles: Floats
     routing_curve: Floats
+    rounding_error: Floats
+    block_score: Floats
+    hidden_max: Floats
+    hidden_median: Floats
+    down_max: Floats
 
     @classmethod
     def empty(cls, info: ModelInfo, n_types: int) -> LayerStats:
-        e = info.n_expert
-        return cls(
-            frequency=np.zeros(e), routing_weight=np.zeros(e), sq_error=np.zeros((e, len(PROJECTIONS),
-            n_types)), output_sq=np.zeros(e), imatrix_in=np.zeros((e, info.n_embd)), imatrix_mid=np.zeros((e,
-            info.n_ff)), ratio_quantiles=np.zeros((info.n_expert_used - 1, N_QUANTILES)),
-            routing_curve=np.zeros(N_QUANTILES),
-        )  # fmt: skip
+        e, p = info.n_expert, len(PROJECTIONS)
+        one = ("rounding_error", "block_score", "hidden_max", "hidden_median")
+        shapes: dict[str, tuple[int, ...]] = {
+            "frequency": (e,), "routing_weight": (e,), "output_sq": (e,), "down_max": (e,),
+            "imatrix_in": (e, info.n_embd), "imatrix_mid": (e, info.n_ff),
+            "ratio_quantiles": (info.n_expert_used - 1, N_QUANTILES), "routing_curve": (N_QUANTILES,),
+            "hessian_trace": (e, p), **dict.fromkeys(one, ()),
+            **dict.fromkeys(("sq_error", "relative_error", "weight_error"), (e, p, n_types)),
+        }  # fmt: skip
+        return cls(**{name: np.zeros(shape) for name, shape in shapes.items()})
 
 
 _NAMES = tuple(f.name for f in fields(LayerStats))
@@ -108,7 +119,7 @@ class State:
                     raise ValueError("of another model, text or set of options")
                 arrays = {name: file.get_tensor(name) for name in _NAMES}
             done = len(arrays["frequency"])
-            for branch in range(done + 1):
+            for branch in range(2 * done + 1):
                 np.load(branches_directory(self.directory, done) / f"{branch}.npy", allow_pickle=False)
             # Copied into torch's own memory: the alignment of a buffer can change the last bit of a product.
             hidden = np.load(self.directory / f"hidden-{done}.npy", allow_pickle=False)

@@ -14,6 +14,10 @@ is exact, the second and the diagonal of the third are sums over rows. Rows are 
 their expected share of the error (Horvitz-Thompson), systematically, the same rows for every type, so that
 types are compared on equal terms.
 
+Beside the plain sum over tokens there is one of relative errors, |y_t - y|^2 / |hidden state|^2: RMS norms
+follow, so that what an error does depends on its size relative to the hidden state, and the few tokens with
+massive activations do not decide alone.
+
 Budget. On one AVX-512 core a million weights take 2.7 s for the 11 default types together (Q3_K 26 M
 weights/s, IQ2_XS 1.5, the rest 2 to 9). Mixtral-8x7B has 45 G expert weights: 33 core-hours for all rows.
 With MAX_ROWS = 256 it is 5.8 M weights an expert, 1.5 G in all, one core-hour; the matmuls (MAX_TOKENS = 1024
@@ -49,11 +53,28 @@ UNIFORM_SHARE = 0.2
 class Sample:
     """Tokens of one expert: x [T, n_embd] normalised inputs, g [T] final routing weights.
 
-    Errors go with g^2, so a token that stands for w tokens has g multiplied by sqrt(w).
+    Errors go with g^2, so a token that stands for w tokens has g multiplied by sqrt(w). `scale` [T]: what
+    relative errors are measured by, 1 / norm of the hidden state (None: ones).
     """
 
     x: Tensor
     g: Tensor
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertErrors:
+    """Of one expert, summed over all of its tokens; inf where a row is not a whole number of blocks.
+
+    block, relative [3, T]: squared output error, and that relative to the hidden states; weight [3, T]:
+    squared change of the weights; trace [3]: trace of half the relative error's Hessian with respect to the
+    matrix, a weight on average.
+    """
+
+    block: Floats
+    relative: Floats
+    weight: Floats
+    trace: Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,26 +95,30 @@ def expert_errors(
     max_rows: int = MAX_ROWS,
     seed: Sequence[int] = (0,),
     threads: int = 1,
-) -> Floats:
-    """Squared output errors [3, len(types)] (gate, up, down), summed over all of the expert's tokens.
-
-    inf where a row is not a whole number of the type's blocks. `seed` picks the rows.
-    """
+) -> ExpertErrors:
+    """Errors of every projection (gate, up, down) in every type. `seed` picks the rows."""
     rng = np.random.default_rng(list(seed))
+    block, relative, weight = found = [np.full((len(PROJECTIONS), len(types)), np.inf) for _ in range(3)]
+    trace = np.zeros(len(PROJECTIONS))
     with torch.inference_mode():
-        tokens = _Tokens(sample.x, sample.g[:, None], sample.x @ expert.gate.T, sample.x @ expert.up.T)
-        errors = np.full((len(PROJECTIONS), len(types)), np.inf)
+        scale = torch.ones_like(sample.g) if sample.scale is None else sample.scale
+        tokens = _Tokens(
+            sample.x, sample.g[:, None], sample.x @ expert.gate.T, sample.x @ expert.up.T, scale[:, None]
+        )
         kinds: tuple[Callable[[Expert, _Tokens], _Change], ...] = (_Gate, _Up, _Down)
         for p, kind in enumerate(kinds):
             change = kind(expert, tokens)
             imatrix = imatrix_mid if kind is _Down else imatrix_in
             rows = draw(change.row_importance(torch.from_numpy(imatrix)), max_rows, rng)
             weights = change.matrix[rows.index].contiguous()
+            trace[p] = change.trace() / change.matrix.numel()
             for t, name in enumerate(types):
                 if fits(name, weights.shape[1]):
                     delta = quantization_error(weights, name, imatrix, threads)
-                    errors[p, t] = change.squared_error(rows, delta)
-    return errors
+                    errors = (*change.squared_errors(rows, delta), _weighted_sum_sq(delta, rows.weight))
+                    for values, error in zip(found, errors, strict=True):
+                        values[p, t] = error
+    return ExpertErrors(block, relative, weight, trace)
 
 
 def fits(type_name: str, n_per_row: int) -> bool:
@@ -140,12 +165,13 @@ def _inclusion(share: Floats, count: int) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class _Tokens:
-    """x [T, n_embd], g [T, 1], z = x gate', u = x up' [T, n_ff]."""
+    """x [T, n_embd], g [T, 1], z = x gate', u = x up' [T, n_ff]; scale [T, 1] of relative errors."""
 
     x: Tensor
     g: Tensor
     z: Tensor
     u: Tensor
+    scale: Tensor
 
 
 class _Change(ABC):
@@ -158,8 +184,14 @@ class _Change(ABC):
         """[rows] squared effect on the output of a unit change of the row's product with its input."""
 
     @abstractmethod
-    def squared_error(self, rows: Drawn, delta: Tensor) -> float:
-        """|change of the output|^2 over the tokens when `rows` change by `delta`, scaled up to all rows."""
+    def squared_errors(self, rows: Drawn, delta: Tensor) -> tuple[float, float]:
+        """|change of the output|^2 over the tokens when `rows` change by `delta`, scaled up to all rows; and
+        the same relative to the hidden states.
+        """
+
+    @abstractmethod
+    def trace(self) -> float:
+        """Of half the Hessian of the relative squared error, with respect to the matrix."""
 
     def row_importance(self, imatrix: Tensor) -> Floats:
         """Expected share of the error of every row: its effect times its own weighted size."""
@@ -189,19 +221,34 @@ class _Inner(_Change):
         basis = self.basis()
         return basis, basis @ self.down.T
 
-    def squared_error(self, rows: Drawn, delta: Tensor) -> float:
+    @abstractmethod
+    def slopes(self) -> Tensor:
+        """[T, n_ff] derivative of g h with respect to the row's product with the input."""
+
+    def trace(self) -> float:
+        inputs = (self.tokens.x * self.tokens.scale).square().sum(1)
+        return float(((self.slopes().square() @ self.column_sq) * inputs).sum(dtype=torch.float64))
+
+    def squared_errors(self, rows: Drawn, delta: Tensor) -> tuple[float, float]:
         dh = self.change(rows.index, self.tokens.x @ delta.T)
-        columns = self.down[:, rows.index]
+        columns, scale = self.down[:, rows.index], self.tokens.scale
         if rows.complete:
-            return _sum_sq(dh @ columns.T)
-        basis, size = self.image[0][:, rows.index], self.column_sq[rows.index] * rows.weight
+            each = (dh @ columns.T).square().sum(1, keepdim=True, dtype=torch.float64)
+            return float(each.sum()), float((each * scale.square()).sum())
+        basis, image = self.image[0][:, rows.index], self.image[1]
+        one = torch.ones_like(scale)
+        plain, relative = (self._scaled_up(rows, dh * s, columns, basis * s, image * s) for s in (one, scale))
+        return plain, relative
+
+    def _scaled_up(self, rows: Drawn, dh: Tensor, columns: Tensor, basis: Tensor, image: Tensor) -> float:
+        size = self.column_sq[rows.index] * rows.weight
         common = float((dh * basis * size).sum() / (basis.square() * size).sum().clamp(min=1e-30))
         rest = dh - common * basis
-        cross = float(((rest * rows.weight @ columns.T) * self.image[1]).sum(dtype=torch.float64))
+        cross = float(((rest * rows.weight @ columns.T) * image).sum(dtype=torch.float64))
         diagonal = float((rest.square() * size).sum(dtype=torch.float64))
         # The cross term is a difference of large sums: without this bound noise could make the total
         # negative.
-        return max(common**2 * _sum_sq(self.image[1]) + 2 * common * cross, 0.0) + diagonal
+        return max(common**2 * _sum_sq(image) + 2 * common * cross, 0.0) + diagonal
 
 
 class _Gate(_Inner):
@@ -210,6 +257,9 @@ class _Gate(_Inner):
         self.matrix = expert.gate
         s = torch.sigmoid(tokens.z)
         self.slope = s.mul_(1 + tokens.z * (1 - s)).mul_(tokens.u).mul_(tokens.g)  # g u silu'(z)
+
+    def slopes(self) -> Tensor:
+        return self.slope
 
     def basis(self) -> Tensor:
         return self.slope * self.tokens.z
@@ -228,6 +278,9 @@ class _Up(_Inner):
         self.matrix = expert.up
         self.slope = F.silu(tokens.z).mul_(tokens.g)
 
+    def slopes(self) -> Tensor:
+        return self.slope
+
     def basis(self) -> Tensor:
         return self.slope * self.tokens.u
 
@@ -244,12 +297,22 @@ class _Down(_Change):
     def __init__(self, expert: Expert, tokens: _Tokens) -> None:
         self.matrix = expert.down
         self.hidden = F.silu(tokens.z).mul_(tokens.u).mul_(tokens.g)
+        self.scale_sq = tokens.scale[:, 0].square()
 
     def row_effect(self) -> float:
         return 1.0
 
-    def squared_error(self, rows: Drawn, delta: Tensor) -> float:
-        return float(((self.hidden @ delta.T).square().sum(0, dtype=torch.float64) * rows.weight).sum())
+    def squared_errors(self, rows: Drawn, delta: Tensor) -> tuple[float, float]:
+        each = (self.hidden @ delta.T).square() @ rows.weight
+        return float(each.sum(dtype=torch.float64)), float((each * self.scale_sq).sum(dtype=torch.float64))
+
+    def trace(self) -> float:
+        each = self.hidden.square().sum(1) * self.scale_sq
+        return len(self.matrix) * float(each.sum(dtype=torch.float64))
+
+
+def _weighted_sum_sq(rows: Tensor, weight: Tensor) -> float:
+    return float((rows.square().sum(1, dtype=torch.float64) * weight).sum())
 
 
 def _sum_sq(x: Tensor) -> float:

@@ -1,10 +1,14 @@
-"""What dropping experts does to a model, measured layer by layer beside calibration's own forward pass.
+"""What dropping and what quantizing experts does to a model, measured layer by layer beside calibration's own
+forward pass.
 
-Sensitivity. A branch is what the hidden states would be if one layer had dropped its experts at the median
-thresholds and no other any: branch 0, the base, drops nothing; layer l's branch starts at layer l as the base
-with its dropped experts, and goes through the later layers with all the others. Each expert's weights are
-read once for the statistics and the branches together. At the end the sensitivity of a layer is the mean KL
-divergence (nats a token) of its branch's next-token distribution from the base's.
+Sensitivity. A branch is what the hidden states would be if one layer alone were changed: branch 0, the base,
+changes nothing; a branch of layer l starts at layer l as the base with the change, and goes through the
+later layers with all the others. Each layer has two: one that drops its experts at the median thresholds and
+one whose experts are rounded (rounding.py). Each expert's weights are read once for the statistics and the
+branches together. At the end the sensitivity of a layer is the mean KL divergence (nats a token) of its
+branch's next-token distribution from the base's. For the rounded branch it is divided by the error that
+rounding made of the block's output, relative to the hidden states: what a unit of that error costs the
+model.
 
 Curve. At every layer, from the base, the squared error of the MoE block's output when all slots of the ranks
 from 1 on with w_j / w_0 below the quantile-q thresholds are dropped and the rest renormalised. With the
@@ -13,8 +17,8 @@ gives it for every quantile.
 
 Cost. A branch is tokens x n_embd x 4 bytes (34 MB for 2,048 tokens of Mixtral-8x7B). One at a time is in
 memory with what the layer adds to it; all are in files, up to three times (as the layer found them, after its
-attention, and what its experts have added so far): 3 x (L+1) branches of disk, 3.3 GB for Mixtral-8x7B. What
-grows in memory with the layers is the routing, 0.13 MB a branch. The time is that of (L/2 + 1) x tokens more
+attention, and what its experts have added so far): 3 x (2L+1) branches of disk, 6.5 GB for Mixtral-8x7B. What
+grows in memory with the layers is the routing, 0.13 MB a branch. The time is that of (L + 1) x tokens more
 tokens of calibration text.
 """
 
@@ -31,6 +35,7 @@ from torch import Tensor
 
 from mc_gguf.artifacts import Floats, atomic_write
 from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
+from mc_gguf.rounding import rounded_output
 
 SENSITIVITY_TOKENS = 2048
 # Directory of the layer under way: nothing that a killed run continues from.
@@ -49,11 +54,12 @@ def branch_rows(rows: NDArray[np.int32], tokens: int) -> NDArray[np.int32]:
 
 
 class Branches:
-    """Hidden states [n_rows, ctx, n_embd] float32 of the base and of one branch for every layer passed, in
+    """Hidden states [n_rows, ctx, n_embd] float32 of the base and of two branches for every layer passed, in
     files.
 
         branches-7/0.npy     the base after 7 layers
-        branches-7/3.npy     the branch that starts at layer 2
+        branches-7/5.npy     the branch that starts at layer 2 with dropped experts
+        branches-7/6.npy     the branch that starts at layer 2 with rounded experts
         working/3.npy        of the layer under way: the branch after attention, then after the layer
         working/added-3.npy  what the experts pushed so far add to it
 
@@ -68,6 +74,8 @@ class Branches:
         # last bit of a product.
         self._hidden = torch.empty(*rows.shape, decoder.checkpoint.info.n_embd)
         self._added = torch.empty_like(self._hidden)
+        self._rounded = torch.empty_like(self._hidden)
+        self._error = 0.0
         self._routing: list[Routing]
         self._norm: Tensor
         self._unrouted: Callable[[Tensor], Tensor]
@@ -76,18 +84,26 @@ class Branches:
             self._hidden.copy_(decoder.embed(rows))
             _write(self._file(0), self._hidden)
 
+    @property
+    def count(self) -> int:
+        """Of the branches, the base among them."""
+        return 2 * self._done + 1
+
     def enter(self, layer: int) -> None:
         """Attention and router of `layer`."""
         attention, route = self._decoder.attention_block(layer), self._decoder.router(layer)
         self._routing, self._norm = [], self._decoder.ffn_norm(layer)
         self._unrouted = self._decoder.unrouted(layer)
         self._working("").mkdir()
-        for i in range(self._done + 1):
+        self._error = 0.0
+        for i in range(self.count):
             _read(self._file(i), self._hidden)
             attention(self._hidden)
             flat = self._hidden.flatten(0, 1)
             self._routing.append(route(flat))
             self._added.copy_(self._unrouted(flat).view_as(self._added))
+            if i == 0:
+                self._rounded.copy_(self._added)
             np.save(self._working(f"{i}.npy"), self._hidden.numpy())
             np.save(self._working(f"added-{i}.npy"), self._added.numpy())
         n_embd = self._hidden.shape[-1]
@@ -103,20 +119,40 @@ class Branches:
             _read(self._working(f"{i}.npy"), self._hidden)
             _read(self._working(f"added-{i}.npy"), self._added)
             for tokens, ranks in zip(torch.split(index, CHUNK), torch.split(slots, CHUNK), strict=True):
-                y = expert.hidden(self._decoder.norm(flat[tokens], self._norm)) @ expert.down.T
+                x = self._decoder.norm(flat[tokens], self._norm)
+                y = expert.hidden(x) @ expert.down.T
                 if i == 0:
                     self._outputs[tokens, ranks] = y
+                    changed, weights = rounded_output(expert, x), routing.weights[tokens, ranks, None]
+                    self._round(flat[tokens], tokens, y, changed, weights)
                 added.index_add_(0, tokens, y.mul_(routing.weights[tokens, ranks, None]))
             np.save(self._working(f"added-{i}.npy"), self._added.numpy())
 
-    def leave(self, ratio_quantiles: Floats) -> Floats:
-        """Ends the layer and starts its branch; `ratio_quantiles` [K-1, Q] are the layer's. The curve [Q]."""
+    def _round(self, hidden: Tensor, tokens: Tensor, y: Tensor, changed: Tensor, weights: Tensor) -> None:
+        """An expert's outputs y [n, n_embd] and those of the rounded one for `tokens` of the base, which have
+        `hidden` before the block. Errors are relative to what calibrate's are: to the hidden state plus this
+        expert's share, the others being unknown there.
+        """
+        self._rounded.flatten(0, 1).index_add_(0, tokens, changed * weights)
+        error = ((changed - y) * weights).square().sum(1, dtype=torch.float64)
+        size = (hidden + y * weights).square().sum(1, dtype=torch.float64)
+        self._error += float((error / size.clamp(min=1e-30)).sum())
+
+    def leave(self, ratio_quantiles: Floats) -> tuple[Floats, float]:
+        """Ends the layer and starts its branches; `ratio_quantiles` [K-1, Q] are the layer's.
+
+        Returns the curve [Q], and the relative errors of the rounded experts, summed over them, a token on
+        average.
+        """
         probs, flat = self._routing[0].probs, self._hidden.flatten(0, 1)
         _read(self._working("0.npy"), self._hidden)
         kept = self._kept(probs, ratio_quantiles[:, ratio_quantiles.shape[1] // 2])
         flat += torch.einsum("tk,tke->te", kept, self._outputs) + self._unrouted(flat)
-        _write(self._working(f"{self._done + 1}.npy"), self._hidden)
-        for i in range(self._done + 1):
+        _write(self._working(f"{self.count}.npy"), self._hidden)
+        _read(self._working("0.npy"), self._hidden)
+        self._hidden += self._rounded
+        _write(self._working(f"{self.count + 1}.npy"), self._hidden)
+        for i in range(self.count):
             _read(self._working(f"{i}.npy"), self._hidden)
             _read(self._working(f"added-{i}.npy"), self._added)
             self._hidden += self._added
@@ -126,7 +162,7 @@ class Branches:
         self._working("").rename(branches_directory(self._directory, self._done))
         curve = self._curve(probs, ratio_quantiles)
         del self._routing, self._outputs, self._unrouted
-        return curve
+        return curve, self._error / len(flat)
 
     def _file(self, branch: int) -> Path:
         return branches_directory(self._directory, self._done) / f"{branch}.npy"
@@ -152,24 +188,24 @@ class Branches:
         middle = errors[n_quantile // 2]
         return np.asarray(errors / middle) if middle > 0 else np.linspace(0, 2, n_quantile)
 
-    def sensitivity(self) -> Floats:
-        """Mean KL(base || branch) in nats a token, of every layer [L]."""
+    def divergences(self) -> Floats:
+        """Mean KL(base || branch) in nats a token, of every layer's branches (dropped, rounded) [L, 2]."""
         logits, flat = self._decoder.output(), self._hidden.flatten(0, 1)
-        total = np.zeros(self._done)
+        total = np.zeros(self.count - 1)
         for first in range(0, len(flat), _LOGIT_TOKENS):
             part = flat[first : first + _LOGIT_TOKENS]
             _read(self._file(0), part, first)
             expected = torch.log_softmax(logits(part).double(), dim=-1)
             probs = expected.exp()
-            for i in range(self._done):
+            for i in range(len(total)):
                 _read(self._file(i + 1), part, first)
                 found = torch.log_softmax(logits(part).double(), dim=-1)
                 total[i] += float((probs * (expected - found)).sum())
-        return np.maximum(total / len(flat), 0.0)
+        return np.maximum(total / len(flat), 0.0).reshape(self._done, 2)
 
 
 def branches_directory(directory: Path, done: int) -> Path:
-    """Where in `directory` the branches are after `done` layers: 0.npy to `done`.npy."""
+    """Where in `directory` the branches are after `done` layers: 0.npy to 2 `done`.npy."""
     return directory / f"branches-{done}"
 
 

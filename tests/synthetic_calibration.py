@@ -74,5 +74,8 @@ def calibration(
         imatrix_mid=np.ones((*shape, n_ff), dtype=np.float32), **synthetic_routing(n_layer),
         nominal_error=np.sqrt(output_sq)[..., None] * np.array([0.5, 0.35, 0.2])
         * rng.uniform(0.9, 1.1, (*shape, 3)),
-        fingerprint="c" * 64,
+        relative_error=error * 1e-3, weight_error=error * 1e-4,
+        hessian_trace=np.ones((*shape, 3)), kld_per_error=np.full(n_layer, 0.3),
+        block_score=np.linspace(0.5, 0.1, n_layer), hidden_max=np.full(n_layer, 10.0),
+        hidden_median=np.ones(n_layer), down_max=np.ones(shape), fingerprint="c" * 64,
     )  # fmt: skip

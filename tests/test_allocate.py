@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_calibration import calibration, model_info
 
-from mc_gguf.allocate import STRATEGIES, Budget, Experts, FileBytes, fixed_types
-from mc_gguf.allocate import plan as make_plan
+from mc_gguf.allocate import BASELINES, STRATEGIES, Budget, Experts, FileBytes, fixed_types
+from mc_gguf.allocate import plan as any_plan
 from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, Plan
 from mc_gguf.container import file_bytes
 from mc_gguf.errors import ArtifactError, BudgetError, McError
 from mc_gguf.ggml_types import TYPES
 
 OPTIMISED = ("pmq", "layer")
-BUDGETED = ("pmq", "uniform", "layer", "random", "inverted")
+BUDGETED = ("pmq", "uniform", "layer", "random", "inverted", "frequency", "hessian")
+
+
+def make_plan(source: Calibration, budget: Budget, strategy: str = "pmq", **options: Any) -> Plan:
+    """plan(), minimising the block error unless the strategy has its own objective."""
+    if strategy != "mc" and strategy not in BASELINES:
+        options.setdefault("objective", "block")
+    return any_plan(source, budget, strategy, **options)
 
 
 def size_of(source: Calibration, fixed: FixedTypes = FixedTypes()) -> FileBytes:  # noqa: B008 - frozen
@@ -329,7 +337,7 @@ def test_types_that_fit_only_some_rows_are_used_there() -> None:
 
 def test_unknown_strategies_say_the_known_ones() -> None:
     with pytest.raises(
-        McError, match="unknown strategy 'best'; known: pmq, mc, uniform, layer, random, inverted"
+        McError, match="unknown strategy 'best'; known: pmq, mc, uniform, layer, random, inverted, bsp"
     ):
         make_plan(calibration(), Budget(bpw=2.5), "best")
 

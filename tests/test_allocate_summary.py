@@ -27,12 +27,13 @@ def test_the_summary_says_what_the_plan_says() -> None:
         for name, n in summary.type_counts[p].items():
             assert n == sum(row.count(name) for row in plan.experts[p])
     text = dict(line.split(maxsplit=1) for line in summary.lines())
-    assert text["plan"] == "pmq, budget 6,000,000 bytes (5.72 MiB)"
+    assert text["plan"] == "pmq, objective kld, budget 6,000,000 bytes (5.72 MiB)"
     assert f"{plan.file_bytes:,} bytes" in "\n".join(summary.lines())
     assert text["bits"] == f"{plan.expert_bpw:.4f} per expert weight"
     assert text["layers"] == "6 of 8 experts"
     assert text["others"] == "attn_kv Q8_0, attn Q6_K, token_embd Q6_K, output Q6_K"
-    assert text["predicted"].endswith("% of the experts' output energy")
+    assert text["predicted"] == f"KLD   {plan.predicted_kld:.4g} nats a token"
+    assert "% of the experts' output energy" in "\n".join(summary.lines())
     assert text["optimality"].startswith("gap")
 
 
@@ -52,7 +53,7 @@ def test_the_json_form_is_json() -> None:
 def test_published_statistics_are_noted_to_have_no_sizes() -> None:
     source = Calibration.load(DATA / "calibration.json")
     lines = summarize(make_plan(source, Budget(bits_per_layer=16), "mc")).lines()
-    assert lines[0].endswith("mc, budget 16 nominal bits per layer")
+    assert lines[0].endswith("mc, objective published, budget 16 nominal bits per layer")
     assert "no file can be made of this plan" in lines[-1]
     assert not any(line.startswith(("file size", "predicted")) for line in lines)
 

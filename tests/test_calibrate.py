@@ -39,7 +39,8 @@ pytestmark = pytest.mark.native
 TYPES = ("IQ4_NL", "Q5_0", "Q8_0")
 ARRAYS = (
     "frequency", "routing_weight", "sq_error", "output_sq", "imatrix_in", "imatrix_mid", "ratio_quantiles",
-    "routing_sensitivity", "routing_curve", "nominal_error",
+    "routing_sensitivity", "routing_curve", "nominal_error", "relative_error", "weight_error",
+    "hessian_trace", "kld_per_error", "block_score", "hidden_max", "hidden_median", "down_max",
 )  # fmt: skip
 
 
@@ -159,7 +160,7 @@ def assert_equal(one: Calibration, other: Calibration) -> None:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
 
 
-STATE_AFTER_ONE = ["branches-1/0.npy", "branches-1/1.npy", "hidden-1.npy", "stats.safetensors"]
+STATE_AFTER_ONE = [*(f"branches-1/{i}.npy" for i in range(3)), "hidden-1.npy", "stats.safetensors"]
 
 
 def files(folder: Path) -> list[str]:
@@ -224,7 +225,7 @@ def test_a_kill_between_two_layers_loses_at_most_one(
         calibrate(MemoryCheckpoint(model), corpus(), options, partial, quiet=True)
     shutil.rmtree(partial)
     seen.rename(partial)
-    assert {"branches-1/0.npy", "branches-2/2.npy", "hidden-1.npy"} <= set(files(partial))
+    assert {"branches-1/0.npy", "branches-2/4.npy", "hidden-1.npy"} <= set(files(partial))
     checkpoint = MemoryCheckpoint(model)
     assert_equal(calibrate_to_file(checkpoint, corpus(), output, options, quiet=True), expected)
     assert checkpoint.n_reads == (0 if last == "stats.safetensors" else 5 * 3)
@@ -254,7 +255,7 @@ def test_killed_run_continues_bit_for_bit(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not output.exists()
-    left = [f"working/{name}.npy" for name in ("0", "1", "added-0", "added-1")]
+    left = [f"working/{name}.npy" for name in ("0", "1", "2", "added-0", "added-1", "added-2")]
     assert files(tmp_path / ".calib.safetensors.partial") == STATE_AFTER_ONE + left
     checkpoint = MemoryCheckpoint(model)
     resumed = calibrate_to_file(checkpoint, corpus(), output, Options(types=TYPES, threads=2), quiet=True)

@@ -37,7 +37,7 @@ def test_a_plan_is_written_after_its_summary(source: Path, tmp_path: Path) -> No
     output = tmp_path / "new" / "plan.json"
     result = run(source, "-o", output, "--bpw", 2.5)
     assert result.exit_code == 0
-    assert result.stdout.startswith("plan            pmq, budget 2.5 bpw\nfile size")
+    assert result.stdout.startswith("plan            pmq, objective kld, budget 2.5 bpw\nfile size")
     assert f"wrote {output}" in result.stderr
     plan, loaded = Plan.load(output), Calibration.load(source)
     assert plan.experts == make_plan(loaded, Budget(bpw=2.5)).experts
@@ -63,7 +63,7 @@ def test_published_statistics_give_the_published_allocation(tmp_path: Path) -> N
     """--bits-per-layer alone is enough: only strategy mc has nominal bits."""
     output = tmp_path / "plan.json"
     result = run(PUBLISHED, "-o", output, "--bits-per-layer", 16)
-    assert "mc, budget 16 nominal bits per layer" in result.stdout
+    assert "mc, objective published, budget 16 nominal bits per layer" in result.stdout
     expected = json.loads((PUBLISHED.parent / "allocation-16.json").read_text())["bits"]
     assert json.loads(output.read_text())["bits"] == expected
 

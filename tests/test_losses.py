@@ -43,7 +43,7 @@ def test_all_rows_are_exact_against_brute_force() -> None:
     types = ("IQ1_S", "Q2_K", "Q4_K")
     errors = expert_errors(
         expert, Sample(sample.x, sample.g * 3**0.5), imatrix_in, imatrix_mid, types, EVERYTHING, threads=2
-    )
+    ).block
     x, g = sample.x.double().numpy(), sample.g.double().numpy()
     matrices = {p: getattr(expert, p).double().numpy() for p in ("gate", "up", "down")}
     exact = output(matrices, x, g)
@@ -55,6 +55,41 @@ def test_all_rows_are_exact_against_brute_force() -> None:
             replaced = dequantize_rows(data, name, original.shape[1], original.shape[0]).astype(np.float64)
             expected = 3.0 * ((output(matrices | {projection: replaced}, x, g) - exact) ** 2).sum()
             assert errors[p, t] == pytest.approx(expected, rel=1e-4)
+
+
+def test_relative_errors_weights_and_traces_are_exact_against_brute_force() -> None:
+    """Relative: every token's error by its own scale. Trace: sum of squares of the Jacobian's entries."""
+    expert, sample, imatrix_in, imatrix_mid = random_case(256, 256, 12)
+    scale = torch.rand(12) + 0.1
+    found = expert_errors(
+        expert, Sample(sample.x, sample.g, scale), imatrix_in, imatrix_mid, ("Q2_K",), EVERYTHING
+    )
+    x, g = sample.x.double(), sample.g.double()
+    matrices = {p: getattr(expert, p).double() for p in ("gate", "up", "down")}
+
+    def of(changed: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Scaled outputs [T, n_embd]."""
+        m = matrices | changed
+        hidden = torch.nn.functional.silu(x @ m["gate"].T) * (x @ m["up"].T)
+        return (hidden @ m["down"].T) * (g * scale)[:, None]
+
+    for p, projection in enumerate(("gate", "up", "down")):
+        original = getattr(expert, projection)
+        imatrix = imatrix_mid if projection == "down" else imatrix_in
+        delta = quantization_error(original, "Q2_K", imatrix, 1)
+        assert found.weight[p, 0] == pytest.approx(float(delta.square().sum()), rel=1e-4)
+        change = of({projection: (original + delta).double()}) - of({})
+        assert found.relative[p, 0] == pytest.approx(float(change.square().sum()), rel=1e-3)
+        # E |J z|^2 over random signs z is the sum of the squared entries of J.
+        rng = torch.Generator().manual_seed(0)
+        probes = [torch.randint(0, 2, original.shape, generator=rng) * 2.0 - 1 for _ in range(400)]
+        step = 1e-6
+        squares = [
+            ((of({projection: matrices[projection] + step * z.double()}) - of({})) / step).square().sum()
+            for z in probes
+        ]
+        estimate = float(torch.stack(squares).mean()) / original.numel()
+        assert found.trace[p] == pytest.approx(estimate, rel=0.05)
 
 
 @cache
@@ -75,10 +110,10 @@ def trained_layer() -> list[tuple[Expert, Sample, NDArray[np.float32], NDArray[n
 
 def test_sampled_rows_are_unbiased_and_rank_experts_alike() -> None:
     types = ("IQ1_S", "Q2_K", "Q4_K")
-    exact = np.array([expert_errors(*case, types, EVERYTHING, threads=2) for case in trained_layer()])
+    exact = np.array([expert_errors(*case, types, EVERYTHING, threads=2).block for case in trained_layer()])
     sampled = np.array(
         [
-            [expert_errors(*case, types, 64, (seed,), threads=2) for seed in range(4)]
+            [expert_errors(*case, types, 64, (s,), threads=2).block for s in range(4)]
             for case in trained_layer()
         ]
     )
@@ -99,13 +134,14 @@ def test_scaling_up_the_sampled_rows_alone_would_be_biased() -> None:
     from mc_gguf.losses import _Tokens, _Up
 
     expert, sample, _, _ = trained_layer()[0]
-    tokens = _Tokens(sample.x, sample.g[:, None], sample.x @ expert.gate.T, sample.x @ expert.up.T)
+    one = torch.ones(len(sample.x), 1)
+    tokens = _Tokens(sample.x, sample.g[:, None], sample.x @ expert.gate.T, sample.x @ expert.up.T, one)
     change = _Up(expert, tokens)
     whole = draw(np.ones(256), EVERYTHING, np.random.default_rng(0))
-    exact = change.squared_error(whole, -0.2 * expert.up)
+    exact, _ = change.squared_errors(whole, -0.2 * expert.up)
     rows = draw(np.ones(256), 64, np.random.default_rng(0))
     delta = -0.2 * expert.up[rows.index]
-    assert change.squared_error(rows, delta) == pytest.approx(exact, rel=1e-3)
+    assert change.squared_errors(rows, delta) == pytest.approx((exact, exact), rel=1e-3)
     dh = change.change(rows.index, sample.x @ delta.T)
     naive = float((dh @ expert.down[:, rows.index].T).square().sum()) * 4
     assert abs(naive / exact - 1) > 0.1
@@ -114,7 +150,8 @@ def test_scaling_up_the_sampled_rows_alone_would_be_biased() -> None:
 def test_the_result_does_not_depend_on_threads_but_on_the_seed() -> None:
     case = random_case(256, 512, 20)
     one, two, other = (
-        expert_errors(*case, ("Q2_K",), 32, (seed,), threads) for seed, threads in ((1, 1), (1, 2), (2, 2))
+        expert_errors(*case, ("Q2_K",), 32, (seed,), threads).block
+        for seed, threads in ((1, 1), (1, 2), (2, 2))
     )
     assert (one == two).all()
     assert (one != other).any()
@@ -122,7 +159,7 @@ def test_the_result_does_not_depend_on_threads_but_on_the_seed() -> None:
 
 def test_types_that_do_not_fit_are_infinite() -> None:
     case = random_case(64, 256, 8)
-    errors = expert_errors(*case, ("Q2_K", "Q8_0"))
+    errors = expert_errors(*case, ("Q2_K", "Q8_0")).block
     assert np.isinf(errors[:2, 0]).all()
     assert np.isfinite(errors[2]).all()
     assert np.isfinite(errors[:, 1]).all()

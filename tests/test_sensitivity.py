@@ -106,6 +106,60 @@ def test_sensitivity_is_that_of_the_whole_model(name: str, layer: int) -> None:
     assert expected > 1e-5
 
 
+def rounded(matrix: torch.Tensor) -> torch.Tensor:
+    """Every row in multiples of 1.05 root mean squares, at most two of them."""
+    step = 1.05 * matrix.square().mean(-1, keepdim=True).sqrt()
+    return (matrix / step).round().clamp(-2, 2) * step
+
+
+def expert_outputs(mlp: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted outputs [n, E, n_embd] of all experts for x, and the routing weights [n, E]; 0: not used."""
+    with torch.inference_mode():
+        probs, chosen = torch.softmax(x @ mlp.gate.weight.T, dim=-1).topk(mlp.top_k)
+        weights = torch.zeros(len(x), len(mlp.experts.gate_up_proj)).scatter_(
+            1, chosen, probs / probs.sum(1, keepdim=True)
+        )
+        found = []
+        for e in range(weights.shape[1]):
+            gate, up = mlp.experts.gate_up_proj[e].chunk(2)
+            y = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ mlp.experts.down_proj[e].T
+            found.append(y * weights[:, e, None])
+    return torch.stack(found, 1), weights
+
+
+@contextmanager
+def rounding(model: Any, layer: int) -> Iterator[None]:
+    """`model` with the experts of one layer rounded."""
+    experts = model.model.layers[layer].mlp.experts
+    before = [p.data for p in (experts.gate_up_proj, experts.down_proj)]
+    experts.gate_up_proj.data, experts.down_proj.data = (rounded(p) for p in before)
+    yield
+    experts.gate_up_proj.data, experts.down_proj.data = before
+
+
+@pytest.mark.parametrize(("name", "layer"), [("bundled", 0), ("bundled", 5), ("random", 0), ("random", 1)])
+def test_a_unit_of_error_costs_what_rounding_the_experts_costs(name: str, layer: int) -> None:
+    model, rows, calibration = case(name)
+    seen: list[torch.Tensor] = []
+    block_of = model.model.layers[layer]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+        for module in (block_of.post_attention_layernorm, block_of.mlp)
+    ]
+    base = log_probs(model, rows)
+    for hook in hooks:
+        hook.remove()
+    outputs = [expert_outputs(block_of.mlp, seen[1])]
+    with rounding(model, layer):
+        changed = log_probs(model, rows)
+        outputs.append(expert_outputs(block_of.mlp, seen[1]))
+    whole, used = outputs[0][0], outputs[0][1] > 0
+    errors = (outputs[1][0] - whole).square().sum(-1) / (seen[0][:, None] + whole).square().sum(-1)
+    error = float((errors * used).sum(1).mean())
+    divergence = float((base.exp() * (base - changed)).sum(-1).mean())
+    assert calibration.kld_per_error[layer] == pytest.approx(divergence / error, rel=2e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "layer"), [("bundled", 1), ("bundled", 5), ("random", 0), ("random", 1), *OTHERS]
 )

@@ -3,9 +3,9 @@
     plan(calibration, Budget(bpw=2.5))                              # PMQ: one program for the whole model
     plan(calibration, Budget(bits_per_layer=16), strategy="mc")     # the published allocation
 
-PMQ minimises the sum of the measured squared output errors over all (layer, expert, projection) under one
-limit in real bytes. Errors of projections are taken as additive: each was measured with everything else in
-full precision.
+PMQ minimises the sum of an objective (objectives.py) over all (layer, expert, projection) under one limit in
+real bytes. Errors of projections are taken as additive: each was measured with everything else in full
+precision. docs/allocation.md lists the strategies and what they are worth on the bundled model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from mc_gguf.allocate import published, strategies
+from mc_gguf.allocate.objectives import DEFAULT_OBJECTIVES, OBJECTIVES
 from mc_gguf.allocate.problem import (
     Budget,
     Experts,
@@ -35,9 +36,11 @@ from mc_gguf.errors import BudgetError, McError
 from mc_gguf.ggml_types import CANDIDATES, ggml_type
 from mc_gguf.units import format_size
 
-__all__ = ["STRATEGIES", "Budget", "Experts", "FileBytes", "fixed_types", "plan", "stand_in"]
+__all__ = ["OBJECTIVES", "STRATEGIES", "Budget", "Experts", "FileBytes", "fixed_types", "plan", "stand_in"]
 
-STRATEGIES: tuple[str, ...] = ("pmq", "mc", "uniform", "layer", "random", "inverted")
+# Published baselines: pmq's program, minimising what their authors measured (see the objectives).
+BASELINES: tuple[str, ...] = ("bsp", "frequency", "routing-weight", "f-norm", "hessian")
+STRATEGIES: tuple[str, ...] = ("pmq", "mc", "uniform", "layer", "random", "inverted", *BASELINES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,8 @@ class _Decision:
     predicted_error: float | None
     gap: float | None
     bits: tuple[tuple[int, ...], ...] | None = None
+    predicted_kld: float | None = None
+    layer_ratio: float | None = None
 
 
 def plan(
@@ -61,25 +66,28 @@ def plan(
     fixed: FixedTypes = FixedTypes(),  # noqa: B008 - frozen
     seed: int = 0,
     file_bytes: FileBytes | None = None,
+    objective: str | None = None,
 ) -> Plan:
     """The type of every expert's projection under `budget`.
 
     `types` are the candidates (default: all that the calibration measured); strategy mc has its own.
+    `objective` is what pmq, layer, random and inverted minimise (default: the best that the calibration has
+    data for); mc and the baselines have their own.
     `file_bytes` gives the exact size of the file that an assignment makes with
     `fixed_types(calibration.model, budget, fixed)`; a size budget needs it, other budgets only report it.
     `seed` is for strategy random. Raises BudgetError (with the feasible range), McError for unknown
     strategies and types, ArtifactError.
     """
-    _check_request(budget, strategy, types, fixed)
+    _check_request(budget, strategy, types, fixed, objective)
+    objective = _objective_of(strategy, objective, calibration)
     if budget.is_sixteen_bit:
         decided = _sixteen_bit(calibration)
     elif strategy == "mc":
         decided = _mc(calibration, budget, file_bytes)
     else:
         check_has_model(calibration)
-        problem = build_problem(calibration, candidate_types(calibration, types))
-        columns, gap = _decide(problem, _limit(problem, budget, file_bytes), strategy, seed)
-        decided = _decision(problem, columns, gap)
+        problem = build_problem(calibration, candidate_types(calibration, types), OBJECTIVES[objective])
+        decided = _decide(problem, _limit(problem, budget, file_bytes), strategy, seed)
     has_size = file_bytes is not None and calibration.model is not None
     return Plan(
         strategy=strategy, budget=budget.to_json(), layers=calibration.layers, experts=decided.experts,
@@ -88,6 +96,7 @@ def plan(
         calibration_fingerprint=calibration.fingerprint, expert_bpw=decided.bpw, expert_bytes=decided.n_byte,
         file_bytes=file_bytes(decided.experts) if file_bytes and has_size else None,
         predicted_error=decided.predicted_error, optimality_gap=decided.gap, seed=seed, bits=decided.bits,
+        objective=objective, predicted_kld=decided.predicted_kld, layer_ratio=decided.layer_ratio,
     )  # fmt: skip
 
 
@@ -97,16 +106,24 @@ def stand_in(model: ModelInfo, types: Sequence[str] | None) -> Calibration:
     wanted = [ggml_type(name).name for name in types or CANDIDATES]
     names = tuple(dict.fromkeys((*wanted, *published.NOMINAL_TYPES)))
     each = np.ones((len(model.expert_layers), model.n_expert))
+    by_type = np.ones((*each.shape, len(PROJECTIONS), len(names)))
     return replace(
         Calibration.blank(model), types=names, frequency=each, routing_weight=each, output_sq=each,
-        sq_error=np.ones((*each.shape, len(PROJECTIONS), len(names))),
-        nominal_error=np.ones((*each.shape, 3)),
+        nominal_error=np.ones((*each.shape, 3)), kld_per_error=np.ones(len(each)),
+        block_score=np.ones(len(each)), hessian_trace=np.ones((*each.shape, len(PROJECTIONS))),
+        sq_error=by_type, relative_error=by_type, weight_error=by_type,
     )  # fmt: skip
 
 
-def _check_request(budget: Budget, strategy: str, types: Sequence[str] | None, fixed: FixedTypes) -> None:
+def _check_request(
+    budget: Budget, strategy: str, types: Sequence[str] | None, fixed: FixedTypes, objective: str | None
+) -> None:
     if strategy not in STRATEGIES:
         raise McError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
+    if objective is not None and objective not in OBJECTIVES:
+        raise McError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
+    if objective is not None and (strategy == "mc" or strategy in BASELINES):
+        raise McError(f"strategy {strategy} has its own objective; leave --objective away")
     if strategy == "mc" and types is not None:
         own = ", ".join(published.NOMINAL_TYPES)
         raise McError(f"strategy mc has its own types ({own}); leave --types away")
@@ -119,28 +136,38 @@ def _check_request(budget: Budget, strategy: str, types: Sequence[str] | None, f
         ggml_type(name)
 
 
-def _decide(problem: Problem, limit: Limit, strategy: str, seed: int) -> tuple[Ints, float | None]:
-    """Assignment and optimality gap (None where nothing is optimised)."""
+def _objective_of(strategy: str, wanted: str | None, calibration: Calibration) -> str:
+    if strategy == "mc":
+        return "published"
+    if strategy in BASELINES:
+        return strategy
+    return wanted or next((o for o, array in DEFAULT_OBJECTIVES if getattr(calibration, array).size), "block")
+
+
+def _decide(problem: Problem, limit: Limit, strategy: str, seed: int) -> _Decision:
     if strategy == "uniform":
-        return strategies.uniform(problem, limit), None
+        return _decision(problem, strategies.uniform(problem, limit), None)
     if strategy == "layer":
-        return strategies.solve_program(strategies.layer_items(problem), limit)
+        return _decision(problem, *strategies.solve_program(strategies.layer_items(problem), limit))
     items = strategies.expert_items(problem)
     columns, gap = strategies.solve_program(items, limit)
-    if strategy == "pmq":
-        return columns, gap
-    if strategy == "random":
-        control = strategies.shuffled(columns, seed)
-    else:
-        control = strategies.inverted(problem, columns)
-    # More groups in a layer can need larger headers than pmq's.
-    return items.columns(strategies.shrink(items, limit, control.reshape(-1))), None
+    if strategy in ("random", "inverted"):
+        control = (
+            strategies.shuffled(columns, seed)
+            if strategy == "random"
+            else strategies.inverted(problem, columns)
+        )
+        # More groups in a layer can need larger headers than pmq's.
+        return _decision(problem, items.columns(strategies.shrink(items, limit, control.reshape(-1))), None)
+    ratio = strategies.ratio_to_layers(problem, limit, columns) if strategy == "pmq" else None
+    return replace(_decision(problem, columns, gap), layer_ratio=ratio)
 
 
 def _decision(problem: Problem, columns: Ints, gap: float | None, bits: Ints | None = None) -> _Decision:
     return _Decision(
         problem.candidates, problem.experts(columns), problem.bpw(columns), problem.expert_bytes(columns),
         problem.predicted_error(columns), gap, _rows(bits) if bits is not None else None,
+        problem.predicted_kld(columns),
     )  # fmt: skip
 
 

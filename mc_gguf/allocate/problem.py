@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_gguf.allocate.objectives import Objective, block, kld
 from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, expert_tensor_name
 from mc_gguf.errors import ArtifactError, BudgetError, McError
 from mc_gguf.ggml_types import CANDIDATES, FALLBACKS, MAX_GROUPS, SIXTEEN_BIT, ggml_type
@@ -52,8 +53,10 @@ class Problem:
 
     An assignment is a column for every expert and projection, [L, E, 3].
 
-    `error` [L, E, 3, T]  squared output error; inf: this projection cannot have the type; nan: not measured
-    `size` [3, T]         bytes of one expert's matrix, 0 where it cannot have the type
+    `error` [L, E, 3, T]        what is minimised; inf: cannot have the type; nan: not measured
+    `block_error` [L, E, 3, T]  squared output error, whatever is minimised
+    `kld` [L, E, 3, T]          nats a token, as objective kld; None: not measured
+    `size` [3, T]               bytes of one expert's matrix, 0 where it cannot have the type
     """
 
     model: ModelInfo
@@ -61,6 +64,8 @@ class Problem:
     candidates: tuple[str, ...]
     types: tuple[str, ...]
     error: Floats
+    block_error: Floats
+    kld: Floats | None
     size: Ints
     output_sq: float
 
@@ -81,19 +86,28 @@ class Problem:
         return 8 * self.expert_bytes(columns) / self.n_weight
 
     def total_error(self, columns: Ints) -> float:
-        return float(np.take_along_axis(self.error, columns[..., None], axis=-1).sum())
+        return _sum_of(self.error, columns)
 
     def predicted_error(self, columns: Ints) -> float | None:
         """Share of the experts' output energy that becomes error; None when a type was not measured."""
-        error = self.total_error(columns)
+        error = _sum_of(self.block_error, columns)
         if not np.isfinite(error):
             return None
         return error / self.output_sq if self.output_sq > 0 else 0.0
+
+    def predicted_kld(self, columns: Ints) -> float | None:
+        """KL divergence of the model's output, nats a token; None when it was not measured."""
+        total = _sum_of(self.kld, columns) if self.kld is not None else np.nan
+        return total if np.isfinite(total) else None
 
     def experts(self, columns: Ints) -> dict[str, tuple[tuple[str, ...], ...]]:
         """The assignment by name: [projection][layer][expert]."""
         names = np.array(self.types, dtype=object)[columns]
         return {p: tuple(tuple(row) for row in names[:, :, i].tolist()) for i, p in enumerate(PROJECTIONS)}
+
+
+def _sum_of(error: Floats, columns: Ints) -> float:
+    return float(np.take_along_axis(error, columns[..., None], axis=-1).sum())
 
 
 def candidate_types(calibration: Calibration, types: Sequence[str] | None) -> tuple[str, ...]:
@@ -114,23 +128,14 @@ def candidate_types(calibration: Calibration, types: Sequence[str] | None) -> tu
     return tuple(t.name for t in sorted(set(wanted), key=lambda t: (t.bpw, t.id)))
 
 
-def build_problem(calibration: Calibration, types: Sequence[str]) -> Problem:
+def build_problem(calibration: Calibration, types: Sequence[str], objective: Objective = block) -> Problem:
     """Bytes and errors of `types` for every expert's projection; a fallback where none can be used.
 
     Types that the calibration did not measure get unknown errors (nan). Raises ArtifactError for inconsistent
     arrays.
     """
     model = _checked_model(calibration)
-    known = {name: i for i, name in enumerate(calibration.types)}
-    shape = (len(calibration.layers), calibration.n_expert, len(PROJECTIONS), 1)
-    missing = np.full(shape, np.nan)
-    # An error estimated from a sample of rows can come out below zero.
-    measured = np.maximum(calibration.sq_error, 0.0)
-    parts = [measured[..., [known[name]]] if name in known else missing for name in types]
     usable = np.array([[_fits(model, p, name) for name in types] for p in PROJECTIONS])
-    error = np.where(usable, np.concatenate(parts, axis=-1), np.inf)
-    if np.isposinf(error[:, :, usable]).any():
-        raise ArtifactError("the calibration has infinite errors for types that can be used; calibrate again")
     columns = list(types)
     for p, projection in enumerate(PROJECTIONS):
         if usable[p].any():
@@ -138,15 +143,28 @@ def build_problem(calibration: Calibration, types: Sequence[str]) -> Problem:
         name = fallback_type(model, projection)
         if name not in columns:
             columns.append(name)
-            error = np.concatenate([error, np.full(shape, np.inf)], axis=-1)
             usable = np.pad(usable, ((0, 0), (0, 1)))
-        # No error is known of it, and none is needed: there is nothing to choose.
-        error[:, :, p, columns.index(name)], usable[p, columns.index(name)] = 0.0, True
+        usable[p, columns.index(name)] = True
     size = np.zeros(usable.shape, dtype=np.int64)
     for i, t in zip(*np.nonzero(usable), strict=True):
         size[i, t] = _matrix_bytes(model, PROJECTIONS[i], columns[t])
-    output_sq = float(calibration.output_sq.sum())
-    return Problem(model, calibration.layers, tuple(types), tuple(columns), error, size, output_sq)
+    error, block_error = (_usable_errors(of(calibration, types), usable) for of in (objective, block))
+    divergence = _usable_errors(kld(calibration, types), usable) if calibration.kld_per_error.size else None
+    return Problem(
+        model, calibration.layers, tuple(types), tuple(columns), error, block_error, divergence, size,
+        float(calibration.output_sq.sum()),
+    )  # fmt: skip
+
+
+def _usable_errors(error: Floats, usable: NDArray[np.bool_]) -> Floats:
+    """[L, E, 3, T] with the fallbacks' columns, of which no error is known: none is needed, there is nothing
+    to choose. An error estimated from a sample of rows can come out below zero.
+    """
+    shape = (*error.shape[:3], usable.shape[1] - error.shape[3])
+    whole = np.concatenate([np.maximum(error, 0.0), np.zeros(shape)], axis=-1)
+    if np.isposinf(whole[:, :, usable]).any():
+        raise ArtifactError("the calibration has infinite errors for types that can be used; calibrate again")
+    return np.where(usable, whole, np.inf)
 
 
 def check_has_model(calibration: Calibration) -> ModelInfo:

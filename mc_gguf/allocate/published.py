@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.allocate.problem import Floats, Ints
+from mc_gguf.allocate.solver import Floats, Ints
 from mc_gguf.artifacts import Calibration
 from mc_gguf.errors import ArtifactError, BudgetError
 
@@ -40,13 +40,14 @@ def published_cost(calibration: Calibration) -> Floats:
             "this calibration has no errors at nominal 1, 2 and 3 bits, which strategy mc needs: "
             f"calibrate again with {', '.join(NOMINAL_TYPES)} among the types"
         )
-    token_share = _share(calibration.frequency)
-    weight_share = _share(calibration.routing_weight)
+    token_share = share(calibration.frequency)
+    weight_share = share(calibration.routing_weight)
     a, b, g = EXPONENTS
     return np.asarray((token_share**a * weight_share**b)[..., None] * error**g)
 
 
-def _share(values: Floats) -> Floats:
+def share(values: Floats) -> Floats:
+    """Each expert's share [L, E] of its layer's sum."""
     total = values.sum(axis=1, keepdims=True)
     return np.asarray(values / np.maximum(total, np.finfo(np.float64).tiny))
 

@@ -106,6 +106,15 @@ def solve_program(items: Items, limit: Limit) -> tuple[Ints, float]:
 _LARGER = "; --bpw 16 makes the plain 16-bit file, and calibrate --types measures larger types"
 
 
+def ratio_to_layers(problem: Problem, limit: Limit, columns: Ints) -> float | None:
+    """Objective of `columns` relative to that of the best plan with one type per layer and projection within
+    the same limit: what going per expert is worth. None where such a plan is not better than nothing.
+    """
+    layers, _ = solve_program(layer_items(problem), limit)
+    best = problem.total_error(layers)
+    return problem.total_error(columns) / best if best > 0 else None
+
+
 def _overhead(items: Items, limit: Limit, choice: Ints) -> int:
     """Measured bytes that are not the items' own."""
     return limit.measure(items.columns(choice)) - items.knapsack.total_size(choice)

@@ -10,6 +10,9 @@ from mc_gguf.artifacts import PROJECTIONS, FixedTypes, Plan
 from mc_gguf.ggml_types import ggml_type
 from mc_gguf.units import format_size
 
+# Above this share of the error of a plan per layer and projection, going per expert hardly pays.
+PAYS = 0.95
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -24,7 +27,10 @@ class Summary:
     expert_bpw: float
     type_counts: dict[str, dict[str, int]]
     fixed: FixedTypes
+    objective: str
     predicted_error: float | None
+    predicted_kld: float | None
+    layer_ratio: float | None
     optimality_gap: float | None
     notes: tuple[str, ...]
 
@@ -33,7 +39,7 @@ class Summary:
 
     def lines(self) -> list[str]:
         """The summary as text, one fact a line."""
-        rows = [("plan", f"{self.strategy}, budget {_budget(self.budget)}")]
+        rows = [("plan", f"{self.strategy}, objective {self.objective}, budget {_budget(self.budget)}")]
         if self.file_bytes is not None:
             rows.append(("file size", f"{self.file_bytes:,} bytes ({format_size(self.file_bytes)})"))
         if self.expert_bytes is not None:
@@ -47,6 +53,10 @@ class Summary:
         if self.predicted_error is not None:
             error = f"{100 * self.predicted_error:.4g} % of the experts' output energy"
             rows.append(("predicted error", error))
+        if self.predicted_kld is not None:
+            rows.append(("predicted KLD", f"{self.predicted_kld:.4g} nats a token"))
+        if self.layer_ratio is not None:
+            rows.append(("per expert", _worth(self.layer_ratio)))
         if self.optimality_gap is not None:
             rows.append(("optimality gap", f"at most {100 * self.optimality_gap:.2g} %"))
         rows += [("note", note) for note in self.notes]
@@ -58,8 +68,8 @@ def summarize(plan: Plan) -> Summary:
     counts = {p: _counts(plan, p) for p in PROJECTIONS}
     return Summary(
         plan.strategy, plan.budget, len(plan.layers), len(plan.experts["gate"][0]), plan.file_bytes,
-        plan.expert_bytes, plan.expert_bpw, counts, plan.fixed, plan.predicted_error, plan.optimality_gap,
-        _notes(plan, counts),
+        plan.expert_bytes, plan.expert_bpw, counts, plan.fixed, plan.objective, plan.predicted_error,
+        plan.predicted_kld, plan.layer_ratio, plan.optimality_gap, _notes(plan, counts),
     )  # fmt: skip
 
 
@@ -78,6 +88,12 @@ def _notes(plan: Plan, counts: dict[str, dict[str, int]]) -> tuple[str, ...]:
     if not plan.model_fingerprint:
         notes.append("published statistics name no model: no sizes, and no file can be made of this plan")
     return tuple(notes)
+
+
+def _worth(ratio: float) -> str:
+    """Whether going per expert pays on this model at this size."""
+    text = f"{ratio:.2f} of the error of one type per layer and projection"
+    return f"{text}: --strategy layer, for stock llama.cpp, is nearly as good" if ratio > PAYS else text
 
 
 def _budget(budget: dict[str, float]) -> str:

@@ -33,10 +33,13 @@ def command(
     A killed run is continued by the same command. The file is what plan and quantize read.
     """
     from mc_gguf.checkpoint import open_checkpoint
+    from mc_gguf.super_experts import super_experts
 
     names = tuple(t.strip() for t in types.split(",") if t.strip()) if types is not None else None
     result = calibration.calibrate(open_checkpoint(source), output, names, seed, resume, quiet)
+    found = super_experts(result)
     n_tokens, n_layer = result.corpus["tokens"], len(result.layers)
     click.echo(
         f"{output}: {n_layer} layers, {result.n_expert} experts, {len(result.types)} types, {n_tokens} tokens"
     )
+    click.echo("super experts: " + ("; ".join(map(str, found)) or "none"))

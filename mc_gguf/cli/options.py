@@ -30,8 +30,13 @@ _OPTIONS = (
     click.option(
         "--strategy", metavar="NAME",
         help="pmq (one program over the whole model), mc (as published, per layer), uniform (one type), "
-        "layer (one type per layer and projection, for stock llama.cpp), random, inverted (controls).  "
-        "[default: pmq]",
+        "layer (one type per layer and projection, for stock llama.cpp), random, inverted (controls), "
+        "bsp, frequency, routing-weight, f-norm, hessian (published baselines).  [default: pmq]",
+    ),
+    click.option(
+        "--objective", metavar="NAME",
+        help="What pmq, layer and the controls minimise: kld (divergence of the model's output), block "
+        "(error of the MoE block's output), published, or a baseline's.  [default: kld]",
     ),
     click.option("--types", metavar="T,T,...", help="Expert types to choose from.  [default: all measured]"),
     click.option("--attn-type", metavar="T", help="Type of attention q and output.  [default: Q6_K]"),
@@ -57,6 +62,7 @@ class PlanOptions:
     types: tuple[str, ...] | None
     fixed: FixedTypes
     seed: int
+    objective: str | None = None
 
     def check(self, model: ModelInfo) -> None:
         """Refuses what no calibration of `model` could make feasible: a plan on made-up errors is tried."""
@@ -77,7 +83,10 @@ class PlanOptions:
             fixed = fixed_types(calibration.model, self.budget, self.fixed)
             routing = of_calibration(calibration)
             file_bytes = partial(of_file, calibration.model, fixed=fixed, routing=routing)
-        return plan(calibration, self.budget, self.strategy, self.types, self.fixed, self.seed, file_bytes)
+        return plan(
+            calibration, self.budget, self.strategy, self.types, self.fixed, self.seed, file_bytes,
+            self.objective,
+        )  # fmt: skip
 
 
 def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,7 +94,7 @@ def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def wrapped(**arguments: Any) -> Any:
-        names = ("bpw", "size", "bits_per_layer", "strategy", "types", "seed", *_FIELDS)
+        names = ("bpw", "size", "bits_per_layer", "strategy", "types", "seed", "objective", *_FIELDS)
         return function(options=_collect(**{name: arguments.pop(name) for name in names}), **arguments)
 
     for option in reversed(_OPTIONS):
@@ -95,7 +104,7 @@ def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _collect(
     bpw: float | None, size: str | None, bits_per_layer: int | None, strategy: str | None, types: str | None,
-    seed: int, **fixed: str | None,
+    seed: int, objective: str | None = None, **fixed: str | None,
 ) -> PlanOptions:  # fmt: skip
     from mc_gguf.allocate import Budget
     from mc_gguf.artifacts import FixedTypes
@@ -105,4 +114,4 @@ def _collect(
     implied = "mc" if bits_per_layer is not None else "pmq"
     names = tuple(t.strip().upper() for t in types.split(",") if t.strip()) if types is not None else None
     given = {_FIELDS[option]: t.upper() for option, t in fixed.items() if t is not None}
-    return PlanOptions(budget, strategy or implied, names, FixedTypes(**given), seed)
+    return PlanOptions(budget, strategy or implied, names, FixedTypes(**given), seed, objective)

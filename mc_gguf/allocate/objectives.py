@@ -1,0 +1,141 @@
+"""What a plan minimises: each objective turns a calibration into the error [L, E, 3, T] of every type.
+
+    OBJECTIVES["kld"](calibration, types)
+
+The program minimises the sum over (layer, expert, projection), so an objective is an additive estimate of the
+damage. `inf`: this projection cannot have the type; `nan`: a type that was not measured. Two kinds:
+
+- errors that were measured under each type (kld, relative, block, published, f-norm, hessian);
+- an importance of the expert times the rate of the type (frequency, routing-weight, bsp): what the published
+  baselines know. The rate is the type's relative error, the median over the experts, so that all baselines
+  spend the same bytes by the same program and differ only in who is important.
+
+docs/allocation.md compares them on the bundled model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mc_gguf.allocate.published import EXPONENTS, share
+from mc_gguf.artifacts import PROJECTIONS, Calibration, Floats
+from mc_gguf.errors import ArtifactError
+
+Objective = Callable[[Calibration, Sequence[str]], Floats]
+
+
+def block(calibration: Calibration, types: Sequence[str]) -> Floats:
+    """Squared error of the MoE block's output, summed over the tokens that were routed to the expert."""
+    return measured(calibration, types, "sq_error")
+
+
+def relative(calibration: Calibration, types: Sequence[str]) -> Floats:
+    """As block, but every token's error relative to its hidden state, which is what the norms of later layers
+    see; a token on average.
+    """
+    tokens = calibration.frequency.sum(axis=1) / _n_used(calibration)
+    error = measured(calibration, types, "relative_error")
+    return np.asarray(error / np.maximum(tokens, 1.0)[:, None, None, None])
+
+
+def kld(calibration: Calibration, types: Sequence[str]) -> Floats:
+    """KL divergence of the model's output, nats a token: the relative error times what one unit of it in this
+    layer was measured to cost at the model's output (sensitivity.py).
+    """
+    price = _required(calibration, "kld_per_error")
+    return np.asarray(relative(calibration, types) * price[:, None, None, None])
+
+
+def hessian(calibration: Calibration, types: Sequence[str]) -> Floats:
+    """HAWQ-V2 (arXiv 1911.03852): average trace of the loss's Hessian with respect to the matrix times the
+    squared change of its weights.
+
+    The loss is that of kld, whose Gauss-Newton Hessian is known from the forward pass: no backward pass and
+    no Hutchinson estimate are needed.
+    """
+    tokens = calibration.frequency.sum(axis=1) / _n_used(calibration)
+    price = _required(calibration, "kld_per_error") / np.maximum(tokens, 1.0)
+    trace = _required(calibration, "hessian_trace") * price[:, None, None]
+    return np.asarray(measured(calibration, types, "weight_error") * trace[..., None])
+
+
+def published(calibration: Calibration, types: Sequence[str]) -> Floats:
+    """phi^a * w^b * eps^g (Mixture Compressor, arXiv 2410.06270) with the exponents of the published
+    allocations, but one program for the whole model in real bytes. eps: Frobenius norm of the output's
+    change.
+    """
+    a, b, g = EXPONENTS
+    importance = share(calibration.frequency) ** a * share(calibration.routing_weight) ** b
+    return np.asarray(importance[..., None, None] * f_norm(calibration, types) ** g)
+
+
+def f_norm(calibration: Calibration, types: Sequence[str]) -> Floats:
+    """Frobenius norm of the block output's change: eps of the Mixture Compressor's cost alone."""
+    return np.asarray(np.sqrt(np.maximum(block(calibration, types), 0.0)))
+
+
+def frequency(calibration: Calibration, types: Sequence[str]) -> Floats:
+    """Share of the layer's routed tokens that go to the expert (baseline of arXiv 2406.08155 and 2410.06270):
+    the experts that are used most get the most bits.
+    """
+    return _rated(calibration, types, share(calibration.frequency))
+
+
+def routing_weight(calibration: Calibration, types: Sequence[str]) -> Floats:
+    """Share of the layer's routing weight that the expert gets (baseline of arXiv 2410.06270)."""
+    return _rated(calibration, types, share(calibration.routing_weight))
+
+
+def bsp(calibration: Calibration, types: Sequence[str]) -> Floats:
+    """Block score of QuantMoE-Bench (arXiv 2406.08155): a block whose output differs from its
+    input, 1 - mean cosine of the hidden states before and after the feed-forward block, is important; all
+    experts of a layer alike. The paper trains a predictor of that cosine; here it is measured.
+    """
+    score = _required(calibration, "block_score")
+    return _rated(calibration, types, np.broadcast_to(score[:, None], calibration.frequency.shape))
+
+
+# What pmq minimises unless told otherwise: the first one whose array the calibration has.
+DEFAULT_OBJECTIVES: tuple[tuple[str, str], ...] = (("kld", "kld_per_error"), ("block", "sq_error"))
+
+OBJECTIVES: dict[str, Objective] = {
+    "kld": kld, "relative": relative, "block": block, "published": published, "f-norm": f_norm,
+    "hessian": hessian, "frequency": frequency, "routing-weight": routing_weight, "bsp": bsp,
+}  # fmt: skip
+
+
+def measured(calibration: Calibration, types: Sequence[str], name: str) -> Floats:
+    """The calibration's array [L, E, 3, T] for `types`; nan for those that it did not measure."""
+    values = _required(calibration, name)
+    known = {kind: i for i, kind in enumerate(calibration.types)}
+    missing = np.full((*values.shape[:3], 1), np.nan)
+    parts = [values[..., [known[kind]]] if kind in known else missing for kind in types]
+    return np.concatenate(parts, axis=-1)
+
+
+def _required(calibration: Calibration, name: str) -> Floats:
+    values: Floats = getattr(calibration, name)
+    if not values.size:
+        raise ArtifactError(f"this objective needs {name}, which this calibration lacks; calibrate again")
+    return values
+
+
+def _n_used(calibration: Calibration) -> int:
+    return calibration.model.n_expert_used if calibration.model else 1
+
+
+def _rated(calibration: Calibration, types: Sequence[str], importance: Floats) -> Floats:
+    """[L, E, 3, T] importance [L, E] of the expert times the rate of the type."""
+    return np.asarray(importance[..., None, None] * type_rates(calibration, types))
+
+
+def type_rates(calibration: Calibration, types: Sequence[str]) -> Floats:
+    """[3, T] relative squared error of a type, the median over all experts that saw text."""
+    used = (calibration.frequency > 0) & (calibration.output_sq > 0)
+    if not used.any():
+        raise ArtifactError("no expert of this calibration saw any text; calibrate again")
+    relative = block(calibration, types)[used] / calibration.output_sq[used][:, None, None]
+    assert relative.shape[1:] == (len(PROJECTIONS), len(types))
+    return np.asarray(np.median(np.maximum(relative, 0.0), axis=0))

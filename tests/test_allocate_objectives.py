@@ -1,0 +1,155 @@
+"""Objectives against sums written out, and the strategies that are made of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from synthetic_calibration import calibration, model_info
+
+from mc_gguf.allocate import BASELINES, OBJECTIVES, Budget, plan
+from mc_gguf.allocate.objectives import type_rates
+from mc_gguf.allocate.published import EXPONENTS
+from mc_gguf.artifacts import PROJECTIONS, Calibration
+from mc_gguf.errors import ArtifactError, McError
+from mc_gguf.ggml_types import TYPES
+
+SOURCE = calibration()
+L, E, P, T = SOURCE.sq_error.shape
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_one_value_for_every_type(name: str) -> None:
+    asked = ("Q4_K", "IQ1_S", "Q8_0")
+    error = OBJECTIVES[name](SOURCE, asked)
+    assert error.shape == (L, E, P, 3)
+    assert np.isfinite(error[..., :2]).all()
+    assert np.isnan(error[..., 2]).all()  # not measured
+    assert (error[..., 0] < error[..., 1]).all()
+
+
+def test_kld_is_the_price_of_a_layer_times_its_error_a_token() -> None:
+    price = np.linspace(1, 2, L)
+    source = replace(SOURCE, kld_per_error=price)
+    n_token = SOURCE.frequency[3].sum() / model_info().n_expert_used
+    expected = SOURCE.relative_error[3, 5, 1, 0] / n_token * price[3]
+    assert OBJECTIVES["kld"](source, SOURCE.types)[3, 5, 1, 0] == pytest.approx(expected)
+    found = plan(source, Budget(bpw=2.5))
+    assert found.objective == "kld"
+    assert found.predicted_kld == pytest.approx(
+        sum(
+            OBJECTIVES["kld"](source, [name])[i, e, p, 0]
+            for p, projection in enumerate(PROJECTIONS)
+            for i, row in enumerate(found.experts[projection])
+            for e, name in enumerate(row)
+        )
+    )
+
+
+def test_published_is_the_papers_cost_for_each_projection() -> None:
+    a, b, g = EXPONENTS
+    phi = SOURCE.frequency[2, 4] / SOURCE.frequency[2].sum()
+    w = SOURCE.routing_weight[2, 4] / SOURCE.routing_weight[2].sum()
+    expected = phi**a * w**b * np.sqrt(SOURCE.sq_error[2, 4, 0, 3]) ** g
+    assert OBJECTIVES["published"](SOURCE, SOURCE.types)[2, 4, 0, 3] == pytest.approx(expected)
+
+
+def test_hessian_is_trace_times_change_of_the_weights() -> None:
+    error = OBJECTIVES["hessian"](SOURCE, SOURCE.types)
+    doubled = replace(SOURCE, hessian_trace=2 * SOURCE.hessian_trace)
+    assert OBJECTIVES["hessian"](doubled, SOURCE.types) == pytest.approx(2 * error)
+    ratio = error[1, 2, 0, 0] / error[1, 2, 0, 4]
+    assert ratio == pytest.approx(SOURCE.weight_error[1, 2, 0, 0] / SOURCE.weight_error[1, 2, 0, 4])
+
+
+def test_the_rate_of_a_type_is_the_median_of_the_experts_that_saw_text() -> None:
+    frequency = SOURCE.frequency.copy()
+    frequency[0] = 0
+    rates = type_rates(replace(SOURCE, frequency=frequency), SOURCE.types)
+    relative = SOURCE.sq_error[1:] / SOURCE.output_sq[1:, :, None, None]
+    assert rates == pytest.approx(np.median(relative, axis=(0, 1)))
+    with pytest.raises(ArtifactError, match="no expert of this calibration saw any text"):
+        type_rates(replace(SOURCE, frequency=0 * frequency), SOURCE.types)
+
+
+@pytest.mark.parametrize("name", ["frequency", "routing-weight", "bsp"])
+def test_baselines_give_the_bits_to_who_is_important(name: str) -> None:
+    found = plan(SOURCE, Budget(bpw=2.5), name)
+    assert found.objective == found.strategy == name
+    bits = np.array([[[TYPES[n].bpw for n in row] for row in found.experts[p]] for p in PROJECTIONS]).sum(0)
+    scores = {
+        "frequency": SOURCE.frequency / SOURCE.frequency.sum(1, keepdims=True),
+        "routing-weight": SOURCE.routing_weight / SOURCE.routing_weight.sum(1, keepdims=True),
+        "bsp": np.broadcast_to(SOURCE.block_score[:, None], (L, E)),
+    }
+    order = np.argsort(scores[name].ravel(), kind="stable")
+    assert np.corrcoef(np.argsort(order), bits.ravel())[0, 1] > 0.7
+
+
+@pytest.mark.parametrize("strategy", BASELINES)
+def test_baselines_spend_the_same_bytes(strategy: str) -> None:
+    found = plan(SOURCE, Budget(bpw=2.31), strategy)
+    ours = plan(SOURCE, Budget(bpw=2.31))
+    assert found.expert_bytes == pytest.approx(ours.expert_bytes, rel=1e-3)
+    assert found.predicted_kld is not None
+    assert ours.predicted_kld is not None
+    assert found.predicted_kld >= ours.predicted_kld
+
+
+def test_a_layers_plan_is_compared_with() -> None:
+    ours = plan(SOURCE, Budget(bpw=2.5), objective="block")
+    layers = plan(SOURCE, Budget(bpw=2.5), "layer", objective="block")
+    assert ours.layer_ratio is not None
+    assert ours.predicted_error is not None
+    assert layers.predicted_error is not None
+    assert ours.layer_ratio == pytest.approx(ours.predicted_error / layers.predicted_error)
+    assert layers.layer_ratio is None
+
+
+def test_objectives_that_lack_their_data_say_so() -> None:
+    old = replace(SOURCE, kld_per_error=np.zeros(0), block_score=np.zeros(0))
+    assert plan(old, Budget(bpw=2.5)).objective == "block"
+    assert plan(old, Budget(bpw=2.5)).predicted_kld is None
+    for name, what in (("kld", "kld_per_error"), ("bsp", "block_score")):
+        with pytest.raises(ArtifactError, match=f"needs {what}, which this calibration lacks"):
+            OBJECTIVES[name](old, old.types)
+
+
+def test_objectives_belong_to_strategies_that_have_none() -> None:
+    with pytest.raises(McError, match="unknown objective 'best'; known: kld, "):
+        plan(SOURCE, Budget(bpw=2.5), objective="best")
+    for strategy in ("mc", "frequency"):
+        with pytest.raises(McError, match=f"strategy {strategy} has its own objective"):
+            plan(SOURCE, Budget(bpw=2.5), strategy, objective="block")
+
+
+def bench() -> ModuleType:
+    path = Path(__file__).parent.parent / "tools" / "bench_allocate.py"
+    spec = importlib.util.spec_from_file_location("bench_allocate", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_allocate"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("n_layer", "gap", "seconds"), [(1, 1e-9, 20), (58, 1e-3, 240)])
+def test_large_programs_are_solved_to_their_gap(n_layer: int, gap: float, seconds: float) -> None:
+    """Ten times what a quiet machine is allowed, twice for the large one (which takes half a second)."""
+    found = bench().measure("test", n_layer, 256, 2.2)
+    assert found.n_item == n_layer * 768
+    assert found.gap <= gap
+    assert found.seconds < seconds
+
+
+def test_made_up_calibrations_are_calibrations() -> None:
+    source: Calibration = bench().made_up(2, 256)
+    assert source.sq_error.shape == (2, 256, 3, 10)
+    tail = source.output_sq / np.median(source.output_sq)
+    assert tail.max() > 10
