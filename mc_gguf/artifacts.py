@@ -279,7 +279,7 @@ class Plan:
     `experts[projection][i][expert]` is a ggml type name, i counting `layers`. `file_bytes` is exact when the
     calibration knows the model, else None. `predicted_error` is the sum over experts of the squared output
     errors divided by the same sum of squared outputs (None for published statistics). `bits` is set by
-    strategy `mc` only.
+    strategy `mc` only; `refinement` by refine: mean KL divergences (nats a token) before and after.
     """
 
     strategy: str
@@ -297,6 +297,7 @@ class Plan:
     optimality_gap: float | None
     seed: int = 0
     bits: tuple[tuple[int, ...], ...] | None = None
+    refinement: dict[str, float] | None = None
     tool: str = field(default=f"mc_gguf {__version__}")
     fingerprint: str = ""
 

@@ -1,11 +1,16 @@
 """Second-order expansion of the KL divergence around an incumbent, for all types of all experts at once.
 
-    KLD(new) - KLD(incumbent) ~ sum_i g[i, t_i] + 1/2 sum_s (sum_i a[s, i, t_i])^2
+    KLD(new) - KLD(incumbent) ~ sum_i (g[i, t_i] - g[i, c_i])
+                                + 1/2 sum_s (sum_i v[s, i, t_i] - v[s, i, c_i])^2
 
-g is the gradient of the divergence times the change of the weights; a are the same products with the
-gradients of the log-likelihood of tokens that are drawn from the incumbent's own distribution, one set for
-every row and draw: E[a a'] is the Fisher (Gauss-Newton) matrix of the divergence. One backward pass gives
-every type of every matrix, where finite differences would need a forward pass for each.
+g is the gradient of the divergence times the matrix's change from the source (t_i: the new type, c_i: the
+incumbent's); v are the same products with the gradients of the log-likelihood of tokens that are drawn from
+the incumbent's own distribution, one set for every row and draw: E[v v'] is the Fisher (Gauss-Newton) matrix
+of the divergence. One backward pass gives every type of every matrix, where finite differences would need a
+forward pass for each.
+
+v hardly depends on the incumbent, so it is collected over rounds; and it tells how g changes from one
+incumbent to the next, so that gradients of earlier rounds still count (Memory).
 
 Layers are streamed: hidden states of all layers are kept, and weights are read for one layer forwards and
 once more backwards, one expert at a time.
@@ -24,26 +29,22 @@ from mc_gguf.artifacts import PROJECTIONS, Floats
 from mc_gguf.forward import Expert
 from mc_gguf.refine.passes import Assignment, Evaluator, Layers
 
+Ints = NDArray[np.int64]
+Singles = NDArray[np.float32]
 # Rows whose weight gradients of one matrix are held at once (times the number of draws + 1).
 ROWS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
-    """N matrices, T types, relative to the incumbent's type, whose entries are 0. Unmeasured types: inf.
+    """N matrices, T types: gradient [N, T] (inf: not wanted) at `choice` [N] and draws [S, N, T], a token."""
 
-    gradient [N, T], gradient_se [N, T] its standard error over rows, draws [S, N, T] scaled so that the
-    curvature is 1/2 sum_s (draws . change)^2.
-    """
-
+    choice: Ints
     gradient: Floats
-    gradient_se: Floats
-    draws: NDArray[np.float32]
+    draws: Singles
 
 
-def expand(
-    evaluator: Evaluator, rows: slice, wanted: NDArray[np.bool_], n_draw: int, seed: int
-) -> Expansion:
+def expand(evaluator: Evaluator, rows: Ints, wanted: NDArray[np.bool_], n_draw: int, seed: int) -> Expansion:
     """The expansion at the evaluator's incumbent on some of its rows; `wanted` [L, E, 3, T] are measured."""
     states = [s[rows] for s in evaluator.states]
     n_row, ctx = states[0].shape[:2]
@@ -51,17 +52,14 @@ def expand(
     products = np.zeros((1 + n_draw, n_row, *wanted.shape), dtype=np.float32)
     for layer in reversed(range(wanted.shape[0])):
         back = _Backward(evaluator.layers, evaluator.incumbent, layer, wanted[layer])
-        each = ROWS_AT_ONCE
-        for first in range(0, n_row, each):
-            part = slice(first, first + each)
+        for first in range(0, n_row, ROWS_AT_ONCE):
+            part = slice(first, first + ROWS_AT_ONCE)
             products[:, part, layer] = back.run(states[layer][part], signal[:, part])
     flat = products.reshape(1 + n_draw, n_row, -1, wanted.shape[-1])
-    gradient = flat[0].astype(np.float64) / ctx  # per row: the mean over its tokens
-    draws = flat[1:].reshape(-1, *flat.shape[2:]) / (n_draw * n_row * ctx) ** 0.5
-    mean = gradient.mean(axis=0)
-    spread = gradient.std(axis=0, ddof=1) / n_row**0.5 if n_row > 1 else np.zeros_like(mean)
-    mean[~wanted.reshape(mean.shape)] = np.inf
-    return Expansion(mean, spread, draws)
+    gradient = flat[0].sum(axis=0, dtype=np.float64) / (n_row * ctx)
+    gradient[~wanted.reshape(gradient.shape)] = np.inf
+    draws = flat[1:].reshape(-1, *flat.shape[2:]) / ctx**0.5
+    return Expansion(evaluator.incumbent.columns.reshape(-1), gradient, draws)
 
 
 def _output_signal(layers: Layers, reference: Tensor, final: Tensor, n_draw: int, seed: int) -> Tensor:
@@ -139,12 +137,11 @@ class _Backward:
         result = np.zeros((len(left), len(counts), self.wanted.shape[-1]), dtype=np.float32)
         if not len(wanted) or not len(right):
             return result
-        get, projection = self.layers.matrices.get, PROJECTIONS[p]
-        own = get(self.layer, projection, expert, self.incumbent.name(self.layer, expert, p))
-        changes = torch.stack(
-            [(get(self.layer, projection, expert, self.incumbent.types[t]) - own).flatten() for t in wanted]
-        )
-        gradients = torch.zeros(len(left), len(counts), own.numel())
+        get, projection, names = self.layers.matrices.get, PROJECTIONS[p], self.incumbent.types
+        source = get(self.layer, projection, expert, None)
+        changed = [get(self.layer, projection, expert, names[t]) for t in wanted]
+        changes = torch.stack([(matrix - source).flatten() for matrix in changed])
+        gradients = torch.zeros(len(left), len(counts), source.numel())
         first = 0
         for r, count in enumerate(counts):
             part = slice(first, first + count)
@@ -173,4 +170,5 @@ def _expert_backward(expert: Expert, x: Tensor, weight: Tensor, signal: Tensor) 
     d_weight = (unweighted * mid).sum(-1)
     d_mid = unweighted * weight[:, None]
     d_a, d_b = d_mid * b * (sigmoid * (1 + a * (1 - sigmoid))), d_mid * silu
-    return _Factors(d_a @ expert.gate + d_b @ expert.up, d_weight, ((d_a, x), (d_b, x), (signal * weight[:, None], mid)))
+    d_y = signal * weight[:, None]
+    return _Factors(d_a @ expert.gate + d_b @ expert.up, d_weight, ((d_a, x), (d_b, x), (d_y, mid)))

@@ -61,7 +61,8 @@ class Matrices:
             return _aligned(self.checkpoint.expert(layer, projection, expert))
         info = self.checkpoint.info
         rows, cols = info.expert_shape(projection)
-        return _aligned(dequantize_rows(self.blocks(layer, projection, expert, type_name), type_name, cols, rows))
+        blocks = self.blocks(layer, projection, expert, type_name)
+        return _aligned(dequantize_rows(blocks, type_name, cols, rows))
 
     def blocks(self, layer: int, projection: str, expert: int, type_name: str) -> NDArray[np.uint8]:
         """From the bank; what it lacks is quantized and stored."""

@@ -7,6 +7,7 @@ it differs. Only experts are quantized: what the other tensors lose is the same 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,16 +90,16 @@ class Layers:
 class Evaluator:
     """Mean KL divergence of assignments on token rows [R, ctx], from the hidden states of an incumbent."""
 
-    def __init__(self, layers: Layers, rows: NDArray[np.int32], n_type_names: Sequence[str]) -> None:
-        self.layers, self.rows = layers, rows
+    def __init__(self, layers: Layers, rows: NDArray[np.int32], types: Sequence[str]) -> None:
+        self.layers, self.rows, began = layers, rows, time.monotonic()
         info = layers.decoder.checkpoint.info
         shape = (info.n_layer, info.n_expert, len(PROJECTIONS))
         self._embedded = layers.decoder.embed(rows)
-        plain = Assignment(tuple(n_type_names), np.full(shape, -1, dtype=np.int64))
+        plain = Assignment(tuple(types), np.full(shape, -1, dtype=np.int64))
         states = self._embedded.clone()
         for layer in range(info.n_layer):
             layers.advance(layer, [states], [plain])
-        self.reference = states
+        self.reference, self.seconds_per_row = states, (time.monotonic() - began) / len(rows)
         self.incumbent = plain
         self.states: list[Tensor] = []
 
@@ -111,7 +112,7 @@ class Evaluator:
             self.layers.advance(layer, [following], [incumbent])
             states.append(following)
         self.incumbent, self.states = incumbent, states
-        return self.divergence([states[-1]])[0]
+        return np.asarray(self.divergence([states[-1]])[0])
 
     def sweep(self, candidates: Sequence[Assignment], n_row: int | None = None) -> Floats:
         """Divergence [candidates, rows] (of the first `n_row` rows), nats a token."""
