@@ -305,7 +305,8 @@ class Plan:
     errors divided by the same sum of squared outputs (None for published statistics); `predicted_kld` is in
     nats a token, None when the calibration did not measure it. `objective` is what was minimised, and
     `layer_ratio` its value relative to the best plan with one type per layer and projection in the same bytes
-    (strategy pmq only). `bits` is set by strategy `mc` only.
+    (strategy pmq only). `bits` is set by strategy `mc` only; `refinement` by refine: mean KL divergences
+    (nats a token) before and after.
     """
 
     strategy: str
@@ -326,6 +327,7 @@ class Plan:
     objective: str = "block"
     predicted_kld: float | None = None
     layer_ratio: float | None = None
+    refinement: dict[str, float] | None = None
     tool: str = field(default=f"mc_gguf {__version__}")
     fingerprint: str = ""
 

@@ -174,36 +174,44 @@ class Decoder:
 
     def attention_block(self, layer: int) -> Callable[[Tensor], None]:
         """attention() of `layer` with its weights, read now."""
+        added = self.attention_added(layer)
+
+        @torch.inference_mode()
+        def block(hidden: Tensor) -> None:
+            for rows in _row_chunks(hidden):
+                rows += added(rows)
+
+        return block
+
+    def attention_added(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """What the attention block of `layer` adds to a few rows of hidden states; differentiable."""
         norm = self._tensor(f"blk.{layer}.attn_norm.weight")
         q, k, v, out = (self._linear(f"blk.{layer}.attn_{part}") for part in ("q", "k", "v", "output"))
         q_norm, k_norm = (self._optional(f"blk.{layer}.attn_{part}_norm.weight") for part in ("q", "k"))
         shared, neox = self.shape.n_head // self.shape.n_head_kv, self.shape.architecture.neox
 
-        @torch.inference_mode()
-        def block(hidden: Tensor) -> None:
-            cos, sin = self._rotation(hidden.shape[1])
-            for rows in _row_chunks(hidden):
-                x = self.norm(rows, norm)
-                queries = _rotate(self._heads(_apply(x, q), q_norm), cos, sin, neox)
-                keys = _rotate(self._heads(_apply(x, k), k_norm), cos, sin, neox)
-                values = self._heads(_apply(x, v))
-                keys, values = (t.repeat_interleave(shared, dim=1) for t in (keys, values))
-                mixed = F.scaled_dot_product_attention(
-                    queries, keys, values, is_causal=True, scale=self.shape.attn_scale
-                )
-                rows += _apply(mixed.transpose(1, 2).flatten(2), out)
+        def added(rows: Tensor) -> Tensor:
+            cos, sin = self._rotation(rows.shape[1])
+            x = self.norm(rows, norm)
+            queries = _rotate(self._heads(_apply(x, q), q_norm), cos, sin, neox)
+            keys = _rotate(self._heads(_apply(x, k), k_norm), cos, sin, neox)
+            values = self._heads(_apply(x, v))
+            keys, values = (t.repeat_interleave(shared, dim=1) for t in (keys, values))
+            mixed = F.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, scale=self.shape.attn_scale
+            )
+            return _apply(mixed.transpose(1, 2).flatten(2), out)
 
-        return block
+        return added
 
     def route(self, layer: int, hidden: Tensor) -> Routing:
         """Router of `layer` for `hidden` [N, n_embd] as it is after attention (not normalised yet)."""
         return self.router(layer)(hidden)
 
     def router(self, layer: int) -> Callable[[Tensor], Routing]:
-        """route() of `layer` with its weights, read now."""
+        """route() of `layer` with its weights, read now; differentiable (the choice is constant)."""
         norm, matrix = self.ffn_norm(layer), self._tensor(f"blk.{layer}.ffn_gate_inp.weight")
 
-        @torch.inference_mode()
         def route(hidden: Tensor) -> Routing:
             logits = torch.cat([self.norm(part, norm) @ matrix.T for part in torch.split(hidden, CHUNK)])
             all_probs = torch.softmax(logits, dim=-1)

@@ -1,4 +1,6 @@
-"""What people write: sizes ("15.5GiB", "750MB", 123456), shares ("15%", 0.15), layers ("auto", "0,2,5")."""
+"""What people write: sizes ("15.5GiB", "750MB", 123456), durations ("90s", "10m"), shares ("15%", 0.15),
+layers ("auto", "0,2,5").
+"""
 
 from __future__ import annotations
 
@@ -40,6 +42,15 @@ def format_size(size: int) -> str:
             break
         value, unit = value / 1024, larger
     return f"{size} B" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def parse_duration(text: str) -> float:
+    """Seconds meant by "90", "90s", "1.5m", "2h". Raises McError for anything that is not a positive time."""
+    match = _PATTERN.fullmatch(text.strip().lower())
+    factor = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}.get(match[2]) if match else None
+    if match is None or factor is None or not float(match[1]) > 0:
+        raise McError(f"{text!r} is not a duration; write seconds or a number with a unit: 90s, 10m, 2h")
+    return float(Fraction(match[1].rstrip(".")) * factor)
 
 
 def parse_share(text: str) -> float:

@@ -1,0 +1,90 @@
+"""Expert matrices in every type, as float32: quantized once (bank), dequantized when needed, kept while there
+is room.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mc_gguf.artifacts import Calibration
+from mc_gguf.checkpoint import Checkpoint
+from mc_gguf.ggml_types import ggml_type
+from mc_gguf.quantize import dequantize_rows, quantize_rows
+from mc_gguf.quantize.bank import Bank
+
+# (layer of the model, projection, expert); and the name of a type, or None: as in the source.
+Place = tuple[int, str, int]
+Quantizer = Callable[[int, str, int, str], NDArray[np.uint8]]
+
+
+class GgmlQuantizer:
+    """ggml's quantizers with the calibration's importance matrices, as quantize uses them."""
+
+    def __init__(self, checkpoint: Checkpoint, calibration: Calibration, threads: int = 1) -> None:
+        self.checkpoint, self.calibration, self.threads = checkpoint, calibration, threads
+
+    def __call__(self, layer: int, projection: str, expert: int, type_name: str) -> NDArray[np.uint8]:
+        table = self.calibration.imatrix_mid if projection == "down" else self.calibration.imatrix_in
+        row: NDArray[np.float32] = table[self.calibration.layers.index(layer), expert]
+        weights = self.checkpoint.expert(layer, projection, expert)
+        return quantize_rows(weights, type_name, row if row.any() else np.ones_like(row), self.threads)
+
+
+class Matrices:
+    """get() of what quantize would write, dequantized. At most `limit_bytes` of them are kept."""
+
+    def __init__(self, checkpoint: Checkpoint, quantizer: Quantizer, bank: Bank, limit_bytes: int) -> None:
+        self.checkpoint, self.quantizer, self.bank = checkpoint, quantizer, bank
+        self.limit_bytes = limit_bytes
+        self._kept: OrderedDict[tuple[Place, str | None], Tensor] = OrderedDict()
+        self._n_byte = 0
+
+    def get(self, layer: int, projection: str, expert: int, type_name: str | None) -> Tensor:
+        """The matrix (rows, cols), float32: in the type, or None: as the source has it."""
+        key = ((layer, projection, expert), type_name)
+        found = self._kept.get(key)
+        if found is None:
+            found = self._make(layer, projection, expert, type_name)
+            self._keep(key, found)
+        else:
+            self._kept.move_to_end(key)
+        return found
+
+    def _make(self, layer: int, projection: str, expert: int, type_name: str | None) -> Tensor:
+        if type_name is None:
+            return _aligned(self.checkpoint.expert(layer, projection, expert))
+        info = self.checkpoint.info
+        rows, cols = info.expert_shape(projection)
+        blocks = self.blocks(layer, projection, expert, type_name)
+        return _aligned(dequantize_rows(blocks, type_name, cols, rows))
+
+    def blocks(self, layer: int, projection: str, expert: int, type_name: str) -> NDArray[np.uint8]:
+        """From the bank; what it lacks is quantized and stored."""
+        rows, cols = self.checkpoint.info.expert_shape(projection)
+        blocks = self.bank.get(layer, projection, expert, type_name)
+        if blocks is None or blocks.shape != (rows, ggml_type(type_name).row_bytes(cols)):
+            blocks = self.quantizer(layer, projection, expert, type_name)
+            self.bank.put(layer, projection, expert, type_name, blocks)
+        return blocks
+
+    def _keep(self, key: tuple[Place, str | None], matrix: Tensor) -> None:
+        n_byte = matrix.numel() * matrix.element_size()
+        if n_byte > self.limit_bytes:
+            return
+        self._kept[key] = matrix
+        self._n_byte += n_byte
+        while self._n_byte > self.limit_bytes:
+            _, old = self._kept.popitem(last=False)
+            self._n_byte -= old.numel() * old.element_size()
+
+
+def _aligned(array: NDArray[np.float32]) -> Tensor:
+    """On a 64-byte boundary: elsewhere the last bits of a product depend on where it lies."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
