@@ -80,7 +80,7 @@ def _measure(
     name, start = scorer.model.name, time.perf_counter()
     with progress(f"{name} on {text.name}", chunks.size, "tokens", quiet) as bar:
         if scorer.n_ctx > scorer.n_ctx_train:
-            bar.say(f"warning: --ctx is {scorer.n_ctx}, but {name} was trained on {scorer.n_ctx_train} tokens")
+            bar.say(f"warning: context {scorer.n_ctx}, but {name} was trained on {scorer.n_ctx_train} tokens")
         scorer.llm.reset_routing_stats()
         scores = scorer.score(chunks, reference, bar.advance)
     routed = scorer.llm.routing.policy != "off"

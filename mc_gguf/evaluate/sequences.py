@@ -22,15 +22,15 @@ from mc_gguf.routing import Routing
 import llama_cpp  # isort: skip
 from llama_cpp import _internals  # isort: skip
 
-MAX_SEQUENCES = 64
 UBATCH = 512  # tokens computed at once; llama.cpp's default
 
 
 class Sequences(Llama):
     """`n_seq` sequences with room for `n_ctx` tokens each.
 
-    unified: they share one cache, so that a token may belong to several; else each has its own, which is
-    faster when they have nothing in common. Raises what Llama raises, McError when memory is lacking.
+    unified: they share one cache, of n_ctx tokens in all, so that a token may belong to several; else each
+    has its own, which is faster when they have nothing in common. as_trained: n_ctx is at most the context
+    that the model was trained with. Raises what Llama raises, McError when memory is lacking.
     """
 
     def __init__(
@@ -41,16 +41,19 @@ class Sequences(Llama):
         n_seq: int = 1,
         n_batch: int = 2048,
         unified: bool = False,
+        as_trained: bool = False,
         n_threads: int | None = None,
         routing: Routing | str = "off",
     ) -> None:
         # llama_cpp makes a context with one sequence; a small one, which is replaced.
         super().__init__(model_path, n_ctx=CONTEXT_STEP, n_batch=32, n_threads=n_threads)
         params = self.context_params
-        params.n_ctx = n_seq * -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP
+        self.n_ctx_seq = min(n_ctx, self._model.n_ctx_train()) if as_trained else n_ctx
+        params.n_ctx = (1 if unified else n_seq) * -(-self.n_ctx_seq // CONTEXT_STEP) * CONTEXT_STEP
         params.n_batch = self.n_batch = min(n_batch, params.n_ctx)
         params.n_ubatch = min(n_batch, UBATCH)
-        params.n_seq_max, params.kv_unified = n_seq, unified
+        self.n_seq = params.n_seq_max = n_seq
+        params.kv_unified = unified
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
         self._ctx.close()  # type: ignore[no-untyped-call]  # llama_cpp has no type information
         try:
