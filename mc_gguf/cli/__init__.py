@@ -18,7 +18,7 @@ from mc_gguf import __version__
 from mc_gguf.errors import McError
 
 COMMANDS: tuple[str, ...] = (
-    "calibrate", "plan", "refine", "quantize", "convert", "inspect", "routing", "chat", "runtime",
+    "calibrate", "plan", "refine", "quantize", "convert", "inspect", "routing", "chat", "eval", "runtime",
 )  # fmt: skip
 # What the system refuses for reasons that the user can change; other OSErrors are bugs with a traceback.
 USER_ERRNOS = frozenset(

@@ -1,0 +1,83 @@
+"""Stored references of the user's models: found, or made, in <cache>/references.
+
+A file's name carries a key over the content of the model file, the text, the context, the number of tokens
+and the runtime, so a changed file never meets an old reference; and whoever uses one compares its tokens with
+those of the model that is evaluated. References are always computed with routing off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from mc_gguf import upstream
+from mc_gguf.errors import ArtifactError, McError
+from mc_gguf.evaluate.files import fingerprint
+from mc_gguf.evaluate.reference import Reference, file_size, is_reference
+from mc_gguf.evaluate.scorer import Scorer
+from mc_gguf.evaluate.text import Text
+from mc_gguf.progress import progress
+from mc_gguf.units import format_size
+
+SPARE_BYTES = 256 << 20  # left free on the disk
+FORMAT = 1  # raised when the same inputs would give another file
+
+
+def references(
+    source: Path, texts: Sequence[Text], n_ctx: int = 512, n_tokens: int | None = None, n_threads: int = 0
+) -> list[Reference]:
+    """One open reference for each text. `source`: the reference model, a GGUF, whose log-probabilities are
+    computed unless they are stored; or, for a single text, a file of stored ones, llama-perplexity's too.
+
+    Raises McError, before anything is computed, when the disk lacks the space.
+    """
+    if not source.is_file():
+        raise ArtifactError(f"{source}: no such file; give a 16-bit GGUF, or stored log-probabilities")
+    if is_reference(source):
+        if len(texts) != 1:
+            raise McError(f"{source} belongs to one text, but {len(texts)} are given: evaluate them apart")
+        return [Reference.open(source)]
+    found = []
+    with ExitStack() as stack:
+        scorer: Scorer | None = None
+        for text in texts:
+            path = cached_path(source, text, n_ctx, n_tokens)
+            if not path.is_file():
+                scorer = scorer or stack.enter_context(Scorer(source, n_ctx, n_threads=n_threads))
+                store(scorer, text, n_tokens, path)
+            found.append(Reference.open(path))
+    return found
+
+
+def store(scorer: Scorer, text: Text, n_tokens: int | None, path: Path) -> None:
+    """Computes and writes one reference, after a word about its size."""
+    chunks = scorer.cut(text, n_tokens)
+    size = file_size(scorer.n_ctx, scorer.llm.vocabulary, len(chunks))
+    check_space(path.parent, size)
+    with progress(f"reference on {text.name}", chunks.size, "tokens") as bar:
+        bar.say(f"storing log-probabilities of {scorer.model.name}, {format_size(size)}, in {path}")
+        scorer.store(chunks, path, bar.advance)
+
+
+def cached_path(model: Path, text: Text, n_ctx: int, n_tokens: int | None) -> Path:
+    """Where the reference of `model` on `text` belongs."""
+    runtime = (upstream.pin().commit, upstream.patchset_digest())
+    parts = (FORMAT, fingerprint(model), text.sha256, n_ctx, n_tokens, *runtime)
+    key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
+    names = [re.sub(r"[^\w.-]+", "_", name)[:40] for name in (model.stem, text.name)]
+    return upstream.cache_dir() / "references" / f"{'-'.join(names)}-{key}.logits"
+
+
+def check_space(folder: Path, size: int) -> None:
+    """McError unless the disk has room for `size` bytes and a little more."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if size + SPARE_BYTES > free:
+        raise McError(
+            f"the reference's log-probabilities need {format_size(size)}, but only {format_size(free)} are "
+            f"free under {existing}: score fewer tokens (--tokens), or set MC_GGUF_CACHE to another disk"
+        )

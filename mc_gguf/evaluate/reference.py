@@ -1,0 +1,98 @@
+"""Log-probabilities of the reference model, stored once and reused: llama-perplexity's own file format.
+
+    "_logits_", int32 n_ctx, n_vocab, n_chunk, then int32 tokens [n_chunk, n_ctx],
+    then rows (kernels.py) [n_chunk, n_ctx - 1 - n_ctx // 2, row_words(n_vocab)]: the scored positions
+
+So `llama-perplexity --kl-divergence-base FILE` writes what Reference.open reads, and its --kl-divergence
+reads what is written here. All little-endian.
+
+Where mc_gguf keeps its own: cache.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf.errors import ArtifactError, McError
+from mc_gguf.evaluate.kernels import Words, row_words
+from mc_gguf.evaluate.text import n_scored
+
+MAGIC = b"_logits_"
+HEADER_BYTES = len(MAGIC) + 3 * 4
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """An open file. tokens int32 [n_chunk, n_ctx] as the text has them (BOS is put in when they are
+    evaluated); rows uint16 [n_chunk, n_scored, row_words], mapped from the disk, read as they are used.
+    """
+
+    path: Path
+    n_vocab: int
+    tokens: NDArray[np.int32]
+    rows: Words
+
+    @property
+    def n_ctx(self) -> int:
+        return int(self.tokens.shape[1])
+
+    @classmethod
+    def open(cls, path: Path) -> Reference:
+        """Raises ArtifactError when the file is of another kind or incomplete."""
+        hint = "make it again, or give the 16-bit GGUF itself as --reference"
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                if file.read(len(MAGIC)) != MAGIC:
+                    raise ArtifactError(f"{path} does not hold log-probabilities of a model: {hint}")
+                header = file.read(12)
+                n_ctx, n_vocab, n_chunk = np.frombuffer(header, "<i4") if len(header) == 12 else (0, 0, 0)
+                if min(n_ctx - 2, n_vocab, n_chunk) < 1 or size != (
+                    wanted := file_size(int(n_ctx), int(n_vocab), int(n_chunk))
+                ):
+                    raise ArtifactError(f"{path} is damaged or was not written to its end: {hint}")
+                tokens = np.fromfile(file, "<i4", n_chunk * n_ctx).reshape(n_chunk, n_ctx)
+        except OSError as error:
+            raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+        shape = (int(n_chunk), n_scored(int(n_ctx)), row_words(int(n_vocab)))
+        offset = wanted - 2 * shape[0] * shape[1] * shape[2]
+        rows: Words = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=shape)
+        return cls(path, int(n_vocab), tokens.astype(np.int32), rows)
+
+    def check(self, chunks: NDArray[np.int32], n_vocab: int, model: str) -> None:
+        """McError unless the first chunks of this reference are `chunks` [n, n_ctx]."""
+        if n_vocab != self.n_vocab:
+            raise McError(
+                f"{model} has a vocabulary of {n_vocab} tokens, the reference {self.path} one of "
+                f"{self.n_vocab}: they can only be compared when both come from the same model"
+            )
+        if chunks.shape[1] != self.n_ctx:
+            raise McError(
+                f"{self.path} was made with a context of {self.n_ctx} tokens, not {chunks.shape[1]}: "
+                f"give --ctx {self.n_ctx}"
+            )
+        if len(chunks) > len(self.tokens) or not np.array_equal(chunks, self.tokens[: len(chunks)]):
+            raise McError(
+                f"{model} does not have the tokens that are stored in {self.path}: the text or the "
+                "vocabulary is another one; compare models with one tokenizer, on the text of the reference"
+            )
+
+
+def is_reference(path: Path) -> bool:
+    """Whether the file begins like a stored reference (and not, for instance, like a GGUF)."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def file_size(n_ctx: int, n_vocab: int, n_chunk: int) -> int:
+    return HEADER_BYTES + n_chunk * (4 * n_ctx + 2 * n_scored(n_ctx) * row_words(n_vocab))
+
+
+def header(tokens: NDArray[np.int32], n_vocab: int) -> bytes:
+    """What stands in front of the rows; `tokens` [n_chunk, n_ctx]."""
+    n_chunk, n_ctx = tokens.shape
+    return MAGIC + np.array([n_ctx, n_vocab, n_chunk], "<i4").tobytes() + tokens.astype("<i4").tobytes()

@@ -1,0 +1,133 @@
+"""Result: what evaluating one model on one text found. Statistics as in llama-perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf.evaluate.scorer import Scores
+from mc_gguf.units import format_size
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model on one text. KL divergence and log-ratio in nats a token, probabilities and shares 0..1.
+
+    tokens: those that were scored. perplexity_se: standard error. The fields from base_perplexity to
+    top1_agreement_se compare with the reference and are None without one: ln_ppl_ratio is
+    ln(perplexity / base_perplexity) with the standard error of the paired difference; p01, p99: quantiles;
+    p_diff: change of the probability of the right token (negative: less probable than in the reference).
+    dropped_share: of all slots of routed experts that ran while the text was evaluated, context tokens
+    included; None with routing off. model_sha256: None unless asked for.
+    """
+
+    model: str
+    file_bytes: int
+    text: str
+    ctx: int
+    tokens: int
+    perplexity: float
+    perplexity_se: float
+    base_perplexity: float | None = None
+    ln_ppl_ratio: float | None = None
+    ln_ppl_ratio_se: float | None = None
+    mean_kld: float | None = None
+    mean_kld_se: float | None = None
+    median_kld: float | None = None
+    p99_kld: float | None = None
+    max_kld: float | None = None
+    mean_p_diff: float | None = None
+    mean_p_diff_se: float | None = None
+    p01_p_diff: float | None = None
+    p99_p_diff: float | None = None
+    rms_p_diff: float | None = None
+    top1_agreement: float | None = None
+    top1_agreement_se: float | None = None
+    dropped_share: float | None = None
+    routing: str = "off"
+    seconds: float = 0.0
+    model_sha256: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def statistics(scores: Scores) -> dict[str, Any]:
+    """The fields of Result that come from the scores."""
+    nll = scores.nll.astype(np.float64)
+    value = math.exp(nll.mean())
+    found: dict[str, Any] = {
+        "tokens": nll.size, "perplexity": value, "perplexity_se": value * standard_error(nll)
+    }  # fmt: skip
+    if scores.kld is None or scores.nll_base is None or scores.p_diff is None or scores.same_top is None:
+        return found
+    kld, p_diff = scores.kld.astype(np.float64), scores.p_diff.astype(np.float64)
+    ratio, same = nll - scores.nll_base, float(scores.same_top.mean())
+    return found | {
+        "base_perplexity": math.exp(scores.nll_base.astype(np.float64).mean()),
+        "ln_ppl_ratio": float(ratio.mean()), "ln_ppl_ratio_se": standard_error(ratio),
+        "mean_kld": float(kld.mean()), "mean_kld_se": standard_error(kld),
+        "median_kld": float(np.median(kld)), "p99_kld": float(np.quantile(kld, 0.99)),
+        "max_kld": float(kld.max()),
+        "mean_p_diff": float(p_diff.mean()), "mean_p_diff_se": standard_error(p_diff),
+        "p01_p_diff": float(np.quantile(p_diff, 0.01)), "p99_p_diff": float(np.quantile(p_diff, 0.99)),
+        "rms_p_diff": float(np.sqrt((p_diff**2).mean())),
+        "top1_agreement": same,
+        "top1_agreement_se": math.sqrt(same * (1 - same) / max(1, nll.size - 1)),
+    }  # fmt: skip
+
+
+def standard_error(values: NDArray[np.float64]) -> float:
+    """Of the mean; 0 for a single value."""
+    return float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else 0.0
+
+
+# heading, whether it is text (aligned left), and the cell
+Column = tuple[str, bool, Any]
+
+
+def columns(results: Sequence[Result]) -> list[Column]:
+    """What a table of the results shows: comparisons and routing only where there are any."""
+
+    def percent(name: str, digits: int = 2) -> Any:
+        return lambda r: _cell(getattr(r, name), lambda v: f"{100 * v:.{digits}f} %")
+
+    def number(name: str) -> Any:
+        return lambda r: _cell(getattr(r, name), lambda v: f"{v:.5f}")
+
+    found: list[Column] = [
+        ("model", True, lambda r: r.model), ("size", False, lambda r: format_size(r.file_bytes)),
+        ("text", True, lambda r: r.text), ("tokens", False, lambda r: f"{r.tokens:,}"),
+        ("perplexity", False, lambda r: f"{r.perplexity:.4f} ± {r.perplexity_se:.4f}"),
+    ]  # fmt: skip
+    if any(r.mean_kld is not None for r in results):
+        found += [
+            ("mean KLD", False, lambda r: _cell(r.mean_kld, lambda v: f"{v:.5f} ± {r.mean_kld_se:.5f}")),
+            ("median", False, number("median_kld")), ("99 %", False, number("p99_kld")),
+            ("same top-1", False, percent("top1_agreement")), ("mean Δp", False, percent("mean_p_diff", 3)),
+            ("99 % Δp", False, percent("p99_p_diff")), ("RMS Δp", False, percent("rms_p_diff")),
+        ]  # fmt: skip
+    if any(r.dropped_share is not None for r in results):
+        found.append(("dropped", False, percent("dropped_share", 1)))
+    return found
+
+
+def table(results: Sequence[Result]) -> str:
+    """Aligned text, a line for each result."""
+    chosen = columns(results)
+    rows = [[heading for heading, _, _ in chosen], *([cell(r) for _, _, cell in chosen] for r in results)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        [c.ljust(w) if left else c.rjust(w) for c, w, (_, left, _) in zip(row, widths, chosen, strict=True)]
+        for row in rows
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+
+def _cell(value: float | None, text: Any) -> str:
+    return "" if value is None else str(text(value))
