@@ -78,6 +78,9 @@ def encode(logits: Float32s, targets: NDArray[np.int32], out: Words) -> Float32s
     scale = (top - low) / np.float32(65535)
     p = np.exp(logits - top)
     log_sum = np.log(p.sum(axis=1, keepdims=True))
+    nll: Float32s = (top + log_sum - np.take_along_axis(logits, targets[:, None], axis=1))[:, 0]
+    if not np.isfinite(log_sum).all():
+        return nll  # the caller refuses it
     codes = np.maximum(logits - low, 0)
     codes *= np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)
     np.rint(codes, out=codes)
@@ -90,7 +93,6 @@ def encode(logits: Float32s, targets: NDArray[np.int32], out: Words) -> Float32s
     out[:, HEAD : HEAD + n_vocab] = codes
     out[:, HEAD + n_vocab :] = 0
     out[:, :HEAD].view(np.float32)[:] = np.hstack([scale, smallest])
-    nll: Float32s = (top + log_sum - np.take_along_axis(logits, targets[:, None], axis=1))[:, 0]
     return nll
 
 

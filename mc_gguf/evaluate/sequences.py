@@ -76,6 +76,21 @@ class Sequences(Llama):
     def adds_bos(self) -> bool:
         return bool(self._model.add_bos_token())
 
+    def tokens(self, text: bytes) -> NDArray[np.int32]:
+        """The text's tokens, with BOS in front where the model adds one; special tokens are plain text.
+
+        Llama.tokenize does it twice where there are more than fit its first guess.
+        """
+        found = np.empty(len(text) + 8, dtype=np.int32)
+        room = found.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        add_special, parse_special = True, False
+        n = llama_cpp.llama_tokenize(
+            self._model.vocab, text, len(text), room, len(found), add_special, parse_special
+        )
+        if n < 0:
+            raise McError(f"{self.model_path}: llama.cpp cannot tokenize {len(text)} bytes of text")
+        return found[:n].copy()
+
     def clear(self) -> None:
         """Forgets all sequences."""
         self._ctx.kv_cache_clear()  # type: ignore[no-untyped-call]

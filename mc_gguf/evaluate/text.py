@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.errors import McError, SourceError
+from mc_gguf.errors import FormatError, McError, SourceError
+from mc_gguf.gguf_file import read_header
 
 if TYPE_CHECKING:
     from mc_gguf.evaluate.sequences import Sequences
 
-SMALLEST_CTX = 16
+REMEMBERED = 8  # texts whose tokens are kept
+
+_tokens: dict[tuple[str, str], NDArray[np.int32]] = {}  # by text and tokenizer, oldest first
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def cut(llm: Sequences, text: Text, n_ctx: int, n_tokens: int | None = None) -> 
     """The text as chunks [n_chunk, n_ctx]: as many as `n_tokens` scored tokens need (None: all), or as there
     are. McError when there is not even one.
     """
-    found = llm.tokenize(text.content, add_bos=True, special=False)  # BOS: only where the model adds one
+    found = tokens_of(llm, text)
     n_chunk = len(found) // n_ctx
     if n_chunk == 0:
         raise McError(
@@ -63,4 +66,34 @@ def cut(llm: Sequences, text: Text, n_ctx: int, n_tokens: int | None = None) -> 
         )
     if n_tokens is not None:
         n_chunk = min(n_chunk, -(-n_tokens // n_scored(n_ctx)))
-    return np.asarray(found[: n_chunk * n_ctx], dtype=np.int32).reshape(n_chunk, n_ctx)
+    return found[: n_chunk * n_ctx].reshape(n_chunk, n_ctx)
+
+
+def tokens_of(llm: Sequences, text: Text) -> NDArray[np.int32]:
+    """All tokens of the text, with BOS in front where the model adds one. They are remembered: a megabyte
+    takes llama.cpp a second, and often many files with one tokenizer are evaluated.
+    """
+    key = (text.sha256, tokenizer_fingerprint(Path(llm.model_path)))
+    if (found := _tokens.pop(key, None)) is None:
+        found = llm.tokens(text.content)
+        found.setflags(write=False)
+    if key[1]:
+        _tokens[key] = found  # the latest is the last to go
+        while len(_tokens) > REMEMBERED:
+            del _tokens[next(iter(_tokens))]
+    return found
+
+
+def tokenizer_fingerprint(model: Path) -> str:
+    """SHA-256 of all that the file says about its tokenizer; nothing for a file that we cannot read."""
+    digest = hashlib.sha256()
+    try:
+        spans = read_header(model).kv_spans
+    except FormatError:  # llama.cpp reads more than we do
+        return ""
+    with model.open("rb") as file:
+        for key, (start, end) in sorted(spans.items()):
+            if key.startswith("tokenizer.") or key == "general.architecture":
+                file.seek(start)
+                digest.update(file.read(end - start))
+    return digest.hexdigest()
