@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from mc_gguf.errors import McError
-from mc_gguf.evaluate import Scorer, Text, evaluate, perplexity, references, table
+from mc_gguf.evaluate import Scorer, Text, evaluate, files, perplexity, references, table
 
 pytestmark = pytest.mark.native
 
@@ -89,6 +90,26 @@ def test_chunks_in_one_batch_do_not_see_each_other(tiny_gguf: Path, text: Text) 
 def test_threads_change_nothing(tiny_gguf: Path, text: Text) -> None:
     one, two = (evaluate(tiny_gguf, [text], n_tokens=500, n_threads=n)[0] for n in (1, 2))
     assert one.perplexity == pytest.approx(two.perplexity, rel=1e-6)
+
+
+def test_a_model_without_bos(tiny_gguf: Path, tmp_path: Path, text: Text) -> None:
+    """No token is put in front, and none is replaced: what a chunk begins with counts."""
+    from gguf_models import take_apart, write_parts
+
+    from mc_gguf.gguf_file import Value
+
+    bool_type = 7
+    kv, parts = take_apart(tiny_gguf)
+    write_parts(tmp_path / "m.gguf", kv | {"tokenizer.ggml.add_bos_token": Value(bool_type, False)}, parts)
+    with Scorer(tiny_gguf, 64, n_threads=1) as usual, Scorer(tmp_path / "m.gguf", 64, n_threads=1) as scorer:
+        chunks = scorer.cut(text, 31)
+        assert chunks[0, 0] != usual.llm.token_bos()
+        assert usual.cut(text, 31)[0, 0] == usual.llm.token_bos()
+        assert (usual.cut(text, 31)[0, 1:] == chunks[0, :-1]).all()
+        other = chunks.copy()
+        other[0, 0] += 1
+        assert (scorer.score(other).nll != scorer.score(chunks).nll).any()
+        assert (usual.score(other).nll == usual.score(chunks).nll).all()
 
 
 def test_a_context_larger_than_a_batch(tiny_gguf: Path, tmp_path: Path, text: Text) -> None:
@@ -201,3 +222,58 @@ def test_routing_is_counted_for_what_is_evaluated(tiny_gguf: Path, text: Text) -
 def test_as_many_references_as_texts(tiny_gguf: Path, text: Text) -> None:
     with pytest.raises(McError, match="1 texts need as many references, not 0"):
         evaluate(tiny_gguf, [text], [])
+
+
+def test_interrupted_or_without_space_nothing_is_left(
+    tiny_gguf: Path, tmp_path: Path, text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(n: int) -> None:
+        raise KeyboardInterrupt
+
+    with Scorer(tiny_gguf, 512, n_threads=1) as scorer, pytest.raises(KeyboardInterrupt):
+        scorer.store(scorer.cut(text, 600), tmp_path / "cache" / "r.logits", interrupt)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+    usage = type("Usage", (), {"free": 260 << 20})()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    message = r"need 4\d\.\d+ MiB, but only 260\.00 MiB are free .*--tokens.*MC_GGUF_CACHE"
+    with pytest.raises(McError, match=message):
+        references(tiny_gguf, [text], n_tokens=6000, n_threads=1)
+    assert stored(tmp_path) == []
+
+
+def test_a_large_file_is_hashed_once_and_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MEMOISED_BYTES", 0)
+    monkeypatch.setattr(files, "SETTLED_SECONDS", -1.0)
+    read: list[Path] = []
+
+    def hexadecimal(path: Path) -> str:
+        read.append(path)
+        return path.read_bytes().hex()
+
+    monkeypatch.setattr(files, "sha256_of", hexadecimal)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"one")
+    found = [files.fingerprint(path), files.fingerprint(path)]
+    assert found == [b"one".hex()] * 2
+    assert len(read) == 1
+    before = path.stat()
+    path.write_bytes(b"two")  # as many bytes, and the time of change set back
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert files.fingerprint(path) == b"two".hex()
+    next((tmp_path / "cache" / "hashes").iterdir()).write_text("{")
+    assert files.fingerprint(path) == b"two".hex()
+    assert len(read) == 3
+
+
+def test_shards_are_one_model(tmp_path: Path) -> None:
+    for i in (1, 2, 3):
+        (tmp_path / f"m-{i:05}-of-00003.gguf").write_bytes(bytes(i))
+    first = tmp_path / "m-00001-of-00003.gguf"
+    assert len(files.files_of(first)) == 3
+    assert files.file_bytes(first) == 6
+    before = files.fingerprint(first)
+    (tmp_path / "m-00003-of-00003.gguf").write_bytes(b"abc")
+    assert files.fingerprint(first) != before

@@ -23,7 +23,7 @@ from typing import Any
 
 from mc_gguf.errors import McError
 from mc_gguf.evaluate.cache import references
-from mc_gguf.evaluate.fingerprint import file_bytes, fingerprint
+from mc_gguf.evaluate.files import file_bytes, fingerprint
 from mc_gguf.evaluate.reference import Reference
 from mc_gguf.evaluate.result import Result, statistics, table
 from mc_gguf.evaluate.scorer import Scorer, Scores

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mc_gguf import upstream
 from mc_gguf.errors import ArtifactError, McError
-from mc_gguf.evaluate.fingerprint import fingerprint
+from mc_gguf.evaluate.files import fingerprint
 from mc_gguf.evaluate.reference import Reference, file_size, is_reference
 from mc_gguf.evaluate.scorer import Scorer
 from mc_gguf.evaluate.text import Text

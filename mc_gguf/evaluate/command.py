@@ -13,7 +13,7 @@ import click
 
 from mc_gguf.errors import McError
 from mc_gguf.evaluate import Result, Text, evaluate, references, table
-from mc_gguf.evaluate.fingerprint import fingerprint
+from mc_gguf.evaluate.files import fingerprint
 from mc_gguf.evaluate.report import Report, write_report
 from mc_gguf.evaluate.tasks import TaskRequest, TaskResult, check_tasks, run_tasks, task_table
 from mc_gguf.llama import check_file

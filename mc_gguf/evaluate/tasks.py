@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mc_gguf.errors import McError
-from mc_gguf.evaluate.fingerprint import file_bytes
+from mc_gguf.evaluate.files import file_bytes
 
 DEFAULT_CTX = 4096  # tokens of context for a task, or what the model was trained on if that is less
 
