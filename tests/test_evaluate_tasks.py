@@ -78,8 +78,6 @@ def test_log_likelihoods_equal_one_by_one(llm: Sequences) -> None:
     expected = [plainly(llm, context, continuation) for context, continuation in pairs]
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=0.01)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    best = [int(np.argmax([value for value, _ in found[i : i + 3]])) for i in (0, 3, 6)]
-    assert best[2] == 0  # "In the United States"
 
 
 def test_what_is_shared_is_computed_once(llm: Sequences) -> None:

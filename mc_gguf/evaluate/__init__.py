@@ -10,7 +10,8 @@
 - sequences.py  a Llama with several sequences   - scorer.py     a loaded model that scores chunks
 - reference.py  stored log-probabilities         - cache.py      where they are kept, when they are made
 - result.py     Result, table                    - report.py     the HTML report
-- harness.py    lm-evaluation-harness (imported only for tasks)
+- files.py      a model's files and their hash   - command.py    what `mc-gguf eval` does
+- tasks.py      lm-evaluation-harness: harness.py is the model class, branches.py the computing behind it
 """
 
 from __future__ import annotations

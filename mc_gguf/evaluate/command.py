@@ -83,7 +83,7 @@ def as_text(results: Sequence[Result], tasks: Sequence[TaskResult], as_json: boo
     """What goes to stdout."""
     if as_json:
         return json.dumps([r.to_json() for r in results] + [t.to_json() for t in tasks], indent=1)
-    return "\n\n".join(part for part in (table(results), task_table(tasks)) if part)
+    return "\n\n".join([table(results)] * bool(results) + [task_table(tasks)] * bool(tasks))
 
 
 def make_report(

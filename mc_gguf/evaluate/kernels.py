@@ -1,8 +1,8 @@
 """Numbers from logits, by the definitions of llama.cpp's llama-perplexity (tools/perplexity/perplexity.cpp).
 
 A row is the logits at one position, float32 over the vocabulary, V of them. Work is done in blocks of rows
-that fit a core's cache, without a Python loop over tokens; numpy lets go of the interpreter meanwhile, so
-blocks run on as many threads as the caller's pool has.
+of a megabyte, without a Python loop over tokens; numpy lets go of the interpreter meanwhile, so blocks run
+on as many threads as the caller's pool has.
 
 A stored row is llama-perplexity's: float32 scale, float32 smallest log-probability, then V codes, uint16
 (padded to an even number):
@@ -29,7 +29,7 @@ Words = NDArray[np.uint16]
 HEAD = 4  # words before a stored row's codes: two float32
 STORED_NATS = np.float32(16)  # below the largest logit
 IGNORED = np.float32(-16)  # reference log-probabilities from here down count as probability 0
-BLOCK_FLOATS = 1 << 16  # of one array; a block uses three
+BLOCK_FLOATS = 1 << 18  # of one array, three are used; smaller ones make threads wait for the interpreter
 
 
 def row_words(n_vocab: int) -> int:

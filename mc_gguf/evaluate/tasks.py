@@ -107,9 +107,7 @@ def _number(values: dict[str, Any], metric: str, suffix: str) -> float | None:
 
 
 def task_table(results: Sequence[TaskResult]) -> str:
-    """Aligned text, a line for each result; nothing without any."""
-    if not results:
-        return ""
+    """Aligned text, a line for each result."""
     rows = [("model", "task", "metric", "value", "documents")]
     rows += [(r.model, r.task, r.metric, value_text(r), f"{r.documents:,}") for r in results]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
