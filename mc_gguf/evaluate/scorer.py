@@ -25,7 +25,7 @@ from mc_gguf.evaluate import kernels
 from mc_gguf.evaluate.kernels import Float32s, by_blocks
 from mc_gguf.evaluate.reference import Reference, header
 from mc_gguf.evaluate.sequences import UBATCH, Sequences
-from mc_gguf.evaluate.text import Text, cut, n_scored
+from mc_gguf.evaluate.text import Text, cut
 from mc_gguf.routing import Routing
 
 BATCH = 2048  # tokens, llama-perplexity's default
@@ -161,8 +161,3 @@ class Scorer:
                     for j, rows in enumerate(logits.reshape(len(group), -1, logits.shape[1])):
                         yield _Piece(i + j, max(start, first), rows)
                 advance(tokens.size)
-
-
-def scored(chunks: Chunks) -> int:
-    """How many tokens of the chunks are scored."""
-    return len(chunks) * n_scored(chunks.shape[1])

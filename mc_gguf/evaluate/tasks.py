@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ def check_tasks(request: TaskRequest) -> None:
         )
 
 
+@cache
 def _manager(request: TaskRequest) -> Any:
+    """The harness's index of tasks; reading its thousands of files takes seconds."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
