@@ -190,11 +190,11 @@ def test_what_is_no_calibration_is_refused(tmp_path: Path, content: bytes) -> No
         (None, "format field is None"),
         ("[]", "holds no JSON object"),
         ("{", "not a calibration file"),
-        ('{"format": "mc_gguf.calibration", "version": 1}', "reads version 2; make it again"),
+        ('{"format": "mc_gguf.calibration", "version": 1}', "reads version 3; make it again"),
         ('{"format": "other", "version": 1}', "format field is 'other'"),
         (
             '{"format": "mc_gguf.calibration", "version": 99}',
-            "format version 99, this mc_gguf reads version 2",
+            "format version 99, this mc_gguf reads version 3",
         ),
     ],
 )
@@ -210,7 +210,7 @@ def test_a_calibration_without_its_description_is_refused(tmp_path: Path) -> Non
     calibration(n_layer=1).save(path)
     with safe_open(path, framework="numpy") as reader:
         arrays = {name: reader.get_tensor(name) for name in reader.keys()}
-    path.write_bytes(save(arrays, metadata={"mc_gguf": '{"format": "mc_gguf.calibration", "version": 2}'}))
+    path.write_bytes(save(arrays, metadata={"mc_gguf": '{"format": "mc_gguf.calibration", "version": 3}'}))
     with pytest.raises(ArtifactError, match=r"not a calibration file.*'model'"):
         Calibration.load(path)
 
@@ -218,7 +218,7 @@ def test_a_calibration_without_its_description_is_refused(tmp_path: Path) -> Non
 def test_a_calibration_without_an_array_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c"
     path.write_bytes(
-        save({"x": np.zeros(3)}, metadata={"mc_gguf": '{"format": "mc_gguf.calibration", "version": 2}'})
+        save({"x": np.zeros(3)}, metadata={"mc_gguf": '{"format": "mc_gguf.calibration", "version": 3}'})
     )
     with pytest.raises(ArtifactError, match="frequency"):
         Calibration.load(path)
@@ -350,10 +350,13 @@ GOLDEN = """{
   "file_bytes": 2000,
   "fixed": {"attn": "Q6_K", "attn_kv": "Q8_0", "output": "Q6_K", "token_embd": "Q6_K"},
   "format": "mc_gguf.plan",
+  "layer_ratio": null,
   "layers": [1, 3],
   "model_fingerprint": "mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm",
+  "objective": "block",
   "optimality_gap": 0.0,
   "predicted_error": 0.125,
+  "predicted_kld": null,
   "seed": 0,
   "strategy": "pmq",
   "tool": "t",
