@@ -1,7 +1,7 @@
 import pytest
 
 from mc_gguf.errors import BudgetError, McError
-from mc_gguf.units import format_size, parse_layers, parse_share, parse_size
+from mc_gguf.units import format_size, parse_duration, parse_layers, parse_share, parse_size
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,17 @@ def test_layers() -> None:
     for text in ("", "none", "1,", "0-3", "-1", "1.5"):
         with pytest.raises(McError, match="names no layers; write auto, all, or numbers such as 0,2,5"):
             parse_layers(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("1.5m", 90), (" 2 H ", 7200), ("10min", 600), (".5s", 0.5)],
+)
+def test_durations_are_read(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "0", "0s", "-1m", "5 days", "1e3", "soon"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(McError, match="is not a duration"):
+        parse_duration(text)

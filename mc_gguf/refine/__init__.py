@@ -184,6 +184,8 @@ class _Work:
             search.run(bar)
         except KeyboardInterrupt:
             bar.say("stopped; checking the best plan so far (Ctrl-C again to write nothing)")
+        if not self.state.rounds:
+            log.warning("no round was finished: give more --time, or fewer --tokens")
         found = self.state.columns
         search_kld = evaluator.settle(search.assignment(found))
         del evaluator
