@@ -1,6 +1,6 @@
 """How close to the 16-bit model every allocation and quantizer comes, at equal file bytes.
 
-    python tools/quality_experiment.py run DIR [--model HF_DIR] [--tokens 4096] [--seeds 3] [--jobs 2]
+    python tools/quality_experiment.py run DIR [--model HF_DIR] [--tokens 2048] [--seeds 3] [--jobs 2]
     python tools/quality_experiment.py report DIR
 
 Sizes: the files that one stock type makes (IQ1_M 1.75 bits an expert weight, IQ2_XXS 2.06, IQ2_XS 2.31,
@@ -42,6 +42,7 @@ RECIPES = {
     "IQ1_S": 24, "IQ1_M": 31, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ2_S": 28, "Q2_K": 10, "IQ3_XXS": 23,
     "Q3_K_M": 12,
 }  # fmt: skip
+ONLY_UNIFORM = ("Q3_K",)  # as large as IQ3_S, at which the other arms are measured
 MAIN = ("pmq", "layer", "mc")
 CONTROLS = ("bsp", "frequency", "routing-weight", "f-norm", "hessian", "random", "inverted")
 FIXED_PATTERNS = {r"attn_[kv]\.weight": "attn_kv", r"attn_(q|output)\.weight": "attn"}
@@ -67,21 +68,20 @@ class Arm:
         )
 
 
-def arms(n_seed: int, sizes: Sequence[str]) -> Iterator[Arm]:
-    """The arms, in the order in which they are measured: what gives the bytes first."""
-    for size in sizes:
-        is_recipe = size.startswith("recipe ")
-        for seed in range(1 if is_recipe else n_seed):
-            first = "llama-quantize" if is_recipe else "uniform"
-            yield Arm(size, first, False, seed)
-            if not is_recipe:
-                yield Arm(size, "uniform", True, seed)
-            for strategy in ("pmq",) if is_recipe else MAIN:
-                for compensated in (False, True):
-                    yield Arm(size, strategy, compensated, seed)
-        for strategy in () if is_recipe else CONTROLS:
-            for compensated in (False, True):
-                yield Arm(size, strategy, compensated, 0)
+def arms(n_seed: int, sizes: Sequence[str], compensate: bool) -> Iterator[Arm]:
+    """The arms, in the order in which they are measured: what gives the bytes comes first."""
+    for seed in range(n_seed):
+        for size in sizes:
+            is_recipe = size.startswith("recipe ")
+            if is_recipe and seed:
+                continue
+            others: tuple[str, ...] = () if size in ONLY_UNIFORM else ("pmq",) if is_recipe else MAIN
+            if others == MAIN and seed == 0:
+                others += CONTROLS
+            for strategy in ("llama-quantize" if is_recipe else "uniform", *others):
+                yield Arm(size, strategy, False, seed)
+                if compensate and strategy != "llama-quantize":
+                    yield Arm(size, strategy, True, seed)
 
 
 class Workshop:
@@ -275,27 +275,37 @@ def main() -> None: ...
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--model", type=click.Path(path_type=Path), default=MODEL, show_default=True)
-@click.option("--tokens", "n_tokens", default=4096, show_default=True, help="Scored tokens of each text.")
+@click.option("--tokens", "n_tokens", default=2048, show_default=True, help="Scored tokens of each text.")
 @click.option("--ctx", "n_ctx", default=512, show_default=True)
 @click.option("--seeds", default=3, show_default=True, help="Calibrations, each from other token rows.")
 @click.option("--sizes", default=",".join([*UNIFORM, *(f"recipe {r}" for r in RECIPES)]), show_default=True)
+@click.option("--compensate/--no-compensate", default=True, show_default=True)
 @click.option("--jobs", default=1, show_default=True, help="Files that are measured at once, a thread each.")
-def run(folder: Path, model: Path, n_tokens: int, n_ctx: int, seeds: int, sizes: str, jobs: int) -> None:
+def run(
+    folder: Path, model: Path, n_tokens: int, n_ctx: int, seeds: int, sizes: str, compensate: bool, jobs: int
+) -> None:
     """Make and measure what is not in FOLDER yet."""
+    from mc_gguf.errors import BudgetError
+
     shop = Workshop(folder, model, jobs)
     texts, results = text_files(folder), folder / "results.json"
     for name, path in texts.items():
         click.echo(f"{name}: {overlap(path):.2%} of the 8-word sequences are in the calibration text")
     records = json.loads(results.read_text()) if results.exists() else []
     done = {(r["size"], r["arm"], r["seed"]) for r in records}
-    todo = [a for a in arms(seeds, sizes.split(",")) if (a.size, a.name, a.seed) not in done]
+    todo = [a for a in arms(seeds, sizes.split(","), compensate) if (a.size, a.name, a.seed) not in done]
     sixteen = shop.sixteen_bit()
     measure(sixteen, sixteen, texts, n_ctx, n_tokens)  # stores the reference before the workers need it
     work = partial(measure, sixteen=sixteen, texts=texts, n_ctx=n_ctx, n_tokens=n_tokens)
     with ProcessPoolExecutor(jobs) as pool, click.progressbar(todo, label="files", file=sys.stderr) as bar:
         waiting: list[tuple[Arm, Any]] = []
         for arm in bar:
-            waiting.append((arm, pool.submit(work, shop.make(arm))))
+            try:
+                path = shop.make(arm)
+            except BudgetError as error:  # mc reaches from 1.81 to 2.94 bits
+                click.echo(f"\n{arm.name} at {arm.size}: {error}", err=True)
+                continue
+            waiting.append((arm, pool.submit(work, path)))
             while len(waiting) > 2 * jobs:
                 _collect(*waiting.pop(0), records, results)
         for arm, future in waiting:
