@@ -181,8 +181,10 @@ class Workshop:
         params.token_embedding_type = ggml_type(fixed.token_embd).id
         kept = upstream_imatrix(llama_cpp, self.checkpoint.info, self.calibration(arm.seed))
         params.imatrix = kept
-        overrides = _overrides({p: ggml_type(getattr(fixed, n)).id for p, n in FIXED_PATTERNS.items()})
-        params.tt_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        overrides = _overrides(
+            llama_cpp, {p: ggml_type(getattr(fixed, n)).id for p, n in FIXED_PATTERNS.items()}
+        )
+        params.tt_overrides = overrides
         source, partial_path = self.sixteen_bit(), path.with_suffix(".partial")
         if llama_cpp.llama_model_quantize(
             str(source).encode(), str(partial_path).encode(), ctypes.byref(params)
@@ -191,15 +193,11 @@ class Workshop:
         partial_path.replace(path)
 
 
-class _Override(ctypes.Structure):
-    """struct llama_model_tensor_override of llama.h."""
-
-    _fields_ = (("pattern", ctypes.c_char_p), ("type", ctypes.c_int))
-
-
-def _overrides(types: dict[str, int]) -> Any:
-    entries = [_Override(pattern.encode(), kind) for pattern, kind in types.items()]
-    return (_Override * (len(entries) + 1))(*entries, _Override(None, 0))
+def _overrides(llama_cpp: Any, types: dict[str, int]) -> Any:
+    """Null-terminated array of llama_model_tensor_override."""
+    kind = llama_cpp.llama_model_tensor_override
+    entries = [kind(pattern.encode(), number) for pattern, number in types.items()]
+    return (kind * (len(entries) + 1))(*entries)
 
 
 def _bpw(type_name: str) -> float:
