@@ -269,7 +269,8 @@ class _Layer:
             x = self.decoder.norm(flat[tokens.index[part]], norm)
             h = expert.hidden(x)
             y = h @ expert.down.T
-            stats.down_max[number] = max(stats.down_max[number], float(y.abs().max()))
+            if len(y):
+                stats.down_max[number] = max(stats.down_max[number], float(y.abs().max()))
             y.mul_(tokens.weight[part, None])
             added.index_add_(0, tokens.index[part], y)
             norms_sq[part] = y.square().sum(1, dtype=torch.float64)
