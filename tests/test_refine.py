@@ -71,6 +71,8 @@ def test_a_search_improves_within_the_budget(tmp_path: Path) -> None:
     scope, columns = scope_of(start_plan(), replace(small()[2], fingerprint="c" * 64))
     assert scope.fits(one.state.columns)
     assert one.state.accepted >= 1
+    again = Evaluator(layers(tmp_path / "bank"), rows(16), TYPES).settle(one.assignment(one.state.columns))
+    np.testing.assert_array_equal(again, one.here)
     fresh = Evaluator(layers(tmp_path / "bank"), rows(32, seed=5), TYPES)
     before = fresh.settle(one.assignment(columns))
     after = fresh.settle(one.assignment(one.state.columns))

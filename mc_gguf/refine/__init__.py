@@ -40,6 +40,7 @@ __all__ = ["Options", "Refined", "refine_to_file"]
 
 HELD_OUT = 4  # every fourth row
 MIN_ROWS = 8
+NEAR = 2  # sizes up and down where not all of them can be kept
 _MEMORY_BYTES = 4 << 30
 
 log = logging.getLogger(__name__)
@@ -177,8 +178,9 @@ class _Work:
         directory, types = partial_directory(self.output), self.scope.problem.types
         evaluator = Evaluator(self.layers, self.search_rows, types)
         search = Search(
-            self.scope, evaluator, self.state, directory, self.options.seed, self.options.seconds, began=began
-        )
+            self.scope, evaluator, self.state, directory, self.options.seed, self.options.seconds, began,
+            reach=self.reach(),
+        )  # fmt: skip
         search_start = evaluator.settle(search.assignment(self.start))
         try:
             search.run(bar)
@@ -199,6 +201,13 @@ class _Work:
             )  # fmt: skip
             found, after, search_kld = self.start, before, search_start
         return self._result(found, search_start, search_kld, before, after)
+
+    def reach(self) -> int:
+        """Sizes up and down that are tried: all when all matrices fit into the memory, else the nearest, so
+        that less is quantized and dequantized in every round."""
+        problem = self.scope.problem
+        needed = 4 * problem.n_weight * len(problem.types)
+        return len(problem.types) if needed <= self.layers.matrices.limit_bytes else NEAR
 
     def _result(
         self, found: np.ndarray[Any, np.dtype[np.int64]], search_start: Floats, search_kld: Floats,

@@ -13,11 +13,12 @@ v hardly depends on the incumbent, so it is collected over rounds; and it tells 
 incumbent to the next, so that gradients of earlier rounds still count (Memory).
 
 Layers are streamed: hidden states of all layers are kept, and weights are read for one layer forwards and
-once more backwards, one expert at a time.
+once more backwards, one expert at a time, every type of a matrix once.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +32,8 @@ from mc_gguf.refine.passes import Assignment, Evaluator, Layers
 
 Ints = NDArray[np.int64]
 Singles = NDArray[np.float32]
-# Rows whose weight gradients of one matrix are held at once (times the number of draws + 1).
-ROWS_AT_ONCE = 8
+# Gradients of one matrix, one for each row, that are held at once.
+GRADIENT_BYTES = 1 << 27
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +53,7 @@ def expand(evaluator: Evaluator, rows: Ints, wanted: NDArray[np.bool_], n_draw: 
     products = np.zeros((1 + n_draw, n_row, *wanted.shape), dtype=np.float32)
     for layer in reversed(range(wanted.shape[0])):
         back = _Backward(evaluator.layers, evaluator.incumbent, layer, wanted[layer])
-        for first in range(0, n_row, ROWS_AT_ONCE):
-            part = slice(first, first + ROWS_AT_ONCE)
-            products[:, part, layer] = back.run(states[layer][part], signal[:, part])
+        products[:, :, layer] = back.run(states[layer], signal)
     flat = products.reshape(1 + n_draw, n_row, -1, wanted.shape[-1])
     gradient = flat[0].sum(axis=0, dtype=np.float64) / (n_row * ctx)
     gradient[~wanted.reshape(gradient.shape)] = np.inf
@@ -139,15 +138,16 @@ class _Backward:
             return result
         get, projection, names = self.layers.matrices.get, PROJECTIONS[p], self.incumbent.types
         source = get(self.layer, projection, expert, None)
-        changed = [get(self.layer, projection, expert, names[t]) for t in wanted]
-        changes = torch.stack([(matrix - source).flatten() for matrix in changed])
-        gradients = torch.zeros(len(left), len(counts), source.numel())
-        first = 0
-        for r, count in enumerate(counts):
-            part = slice(first, first + count)
-            gradients[:, r] = (left[:, part].mT @ right[part]).flatten(1)
-            first += count
-        result[:, :, wanted] = (gradients @ changes.T).numpy()
+        changes = torch.empty(len(wanted), *source.shape)
+        for i, t in enumerate(wanted):
+            torch.sub(get(self.layer, projection, expert, names[t]), source, out=changes[i])
+        ends = np.cumsum([0, *counts])
+        each = max(1, GRADIENT_BYTES // (4 * source.numel()))
+        for s, first in itertools.product(range(len(left)), range(0, len(counts), each)):
+            parts = [slice(ends[r], ends[r + 1]) for r in range(first, min(first + each, len(counts)))]
+            gradients = torch.stack([left[s, part].T @ right[part] for part in parts])
+            found = gradients.flatten(1) @ changes.flatten(1).T
+            result[s, first : first + each, wanted] = found.numpy().T
         return result
 
 
