@@ -23,7 +23,8 @@ def make_inputs(n: int, tokens: int = 1500, seed: int = 0) -> Matrix:
     rng = np.random.default_rng(seed)
     mixing = rng.standard_normal((n // 4, n)) * rng.lognormal(size=n)
     noise = rng.standard_normal((tokens, n))
-    return (rng.standard_normal((tokens, n // 4)) @ mixing / n**0.5 + 0.3 * noise).astype(np.float32)
+    inputs = rng.standard_normal((tokens, n // 4)) @ mixing / n**0.5 + 0.3 * noise
+    return np.asarray(inputs, dtype=np.float32)
 
 
 def make_weights(rows: int, n: int, seed: int = 1) -> Matrix:
@@ -73,9 +74,26 @@ def test_every_step_gains(name: str) -> None:
     h = damped(torch.from_numpy(hessian), 0.01).numpy()
     losses = [
         loss(weights, quantize_compensated(weights, name, hessian, importance, options), name, h)
-        for options in (Options(passes=0, sweeps=0), Options(passes=3, sweeps=0), Options(passes=3, sweeps=2))
+        for options in (Options(0.01, p, s, unbiased=False) for p, s in ((0, 0), (3, 0), (3, 2)))
     ]
     assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_outputs_are_as_large_as_they_were(name: str) -> None:
+    x = make_inputs(512)
+    hessian, weights, importance = x.T @ x, make_weights(16, 512), (x**2).mean(0)
+    exact = x @ weights.T
+    gains = []
+    for unbiased in (False, True):
+        blocks = quantize_compensated(
+            weights, name, hessian, importance, Options(damping=1e-6, unbiased=unbiased)
+        )
+        outputs = x @ dequantize_rows(blocks, name, 512, 16).T
+        gains.append((outputs * exact).sum(0) / (exact**2).sum(0))
+    np.testing.assert_allclose(gains[1], 1, atol=1e-3)
+    if TYPES[name].bpw < 4:
+        assert gains[0].mean() < 0.999
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "IQ2_XS"])

@@ -33,7 +33,7 @@ from mc_gguf.forward import Decoder, Expert, Routing
 from mc_gguf.progress import Progress, progress
 from mc_gguf.quantize.bank import Bank, bank_key
 from mc_gguf.quantize.compensate import DEFAULT, Options, quantize_compensated, supports
-from mc_gguf.quantize.hessian import Collector, Inputs, Tokens, run_expert
+from mc_gguf.quantize.hessian import Collector, Inputs, Tokens, held_out_tokens, run_expert
 from mc_gguf.quantize.kernels import dequantize_rows, init, quantize_rows
 from mc_gguf.quantize.output import check_inputs
 
@@ -194,10 +194,11 @@ class _Pass:
             self.decoder.attention(layer, hidden)
             flat = hidden.view(-1, hidden.shape[-1])
             routing, norm = self.decoder.route(layer, flat), self.decoder.ffn_norm(layer)
+            held_out = held_out_tokens(*hidden.shape[:2])
             added = torch.zeros_like(flat)
             for expert in range(self.decoder.shape.n_expert):
                 kinds = self.missing.get((layer, expert), frozenset())
-                self._expert(layer, expert, kinds, flat, norm, routing, added)
+                self._expert(layer, expert, kinds, flat, norm, routing, held_out, added)
                 if bar:
                     bar.update(bar.done + len(kinds), total, note=f"layer {layer}")
             flat += added
@@ -206,11 +207,12 @@ class _Pass:
 
     def _expert(
         self, layer: int, number: int, kinds: frozenset[tuple[str, str]], flat: Tensor, norm: Tensor,
-        routing: Routing, added: Tensor,
+        routing: Routing, held_out: Tensor, added: Tensor,
     ) -> None:  # fmt: skip
-        expert, tokens, collector = self.decoder.expert(layer, number), Tokens.of(routing, number), None
+        expert, collector = self.decoder.expert(layer, number), None
+        tokens = Tokens.of(routing, number, held_out)
         if kinds:
-            tokens = tokens.enough(routing, number, max(expert.gate.shape))
+            tokens = tokens.enough(routing, number, max(expert.gate.shape), held_out)
             projections = {p for p, _ in kinds}
             collector = Collector(expert, bool(projections & {"gate", "up"}), "down" in projections)
         run_expert(self.decoder, expert, flat, norm, tokens, added, collector)
@@ -228,7 +230,8 @@ class _Pass:
         table = self.calibration.imatrix_mid if projection == "down" else self.calibration.imatrix_in
         importance = table[self.calibration.layers.index(layer), number]
         plain = quantize_rows(weights, name, importance, self.threads)
-        best = quantize_compensated(weights, name, inputs.hessian, importance, self.options, self.threads)
+        options = self.options.for_tokens(inputs.n_tokens, weights.shape[1])
+        best = quantize_compensated(weights, name, inputs.hessian, importance, options, self.threads)
         losses = [output_error(weights, blocks, name, inputs.held_out) for blocks in (best, plain)]
         if losses[1] > 0:
             self.outcome.ratios.append(losses[0] / losses[1])

@@ -4,8 +4,9 @@ inputs.
 Per expert: x [tokens, n_embd], the normalised inputs of gate and up, and h = silu(gate x) * (up x) [tokens,
 n_ff], that of down, each times the token's final routing weight g: the error of the block's output goes
 with g^2. (For gate and up it goes through down as well, differently for every row; the weight of a row does
-not change what is best for it.) Every HELD_OUT_EVERY-th token, up to HELD_OUT of them, is kept aside to
-judge the result.
+not change what is best for it.) Every HELD_OUT_EVERY-th row of the text is kept aside; up to HELD_OUT of its
+tokens judge the result. Whole rows: a token has near copies among those of its own row, and a solution that
+is bad on other text would pass.
 
 An expert with few tokens has a Hessian with directions that nothing was seen of; a solution that puts its
 error there is worthless on other text. It is therefore shrunk towards the layer's: the tokens of the layer
@@ -37,6 +38,7 @@ class Inputs:
 
     hessian: Tensor
     held_out: Tensor
+    n_tokens: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,28 +53,33 @@ class Tokens:
     n_routed: int
 
     @classmethod
-    def of(cls, routing: Routing, expert: int) -> Tokens:
-        """Those that are routed there."""
+    def of(cls, routing: Routing, expert: int, held_out: Tensor) -> Tokens:
+        """Those that are routed there; `held_out` [N]: which of all tokens are kept aside."""
         index, slots = torch.nonzero(routing.experts == expert, as_tuple=True)
-        position = torch.arange(len(index))
-        held_out = (position % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) & (position < HELD_OUT_EVERY * HELD_OUT)
-        return cls(index, routing.weights[index, slots], held_out, len(index))
+        return cls(index, routing.weights[index, slots], held_out[index], len(index))
 
-    def enough(self, routing: Routing, expert: int, n_cols: int, shrinkage: float = SHRINKAGE) -> Tokens:
-        """These and, if they are fewer than ENOUGH * n_cols, the nearest others."""
-        missing = min(ENOUGH * n_cols - len(self.index), len(routing.all_probs) - len(self.index))
-        if missing <= 0 or shrinkage <= 0:
-            return self
+    def enough(self, routing: Routing, expert: int, n_cols: int, held_out: Tensor) -> Tokens:
+        """These and, if they are fewer than ENOUGH * n_cols, the nearest others that are not held out."""
         prob = routing.all_probs[:, expert].clone()
         prob[self.index] = -1
+        prob[held_out] = -1
+        missing = min(ENOUGH * n_cols - len(self.index), int((prob >= 0).sum()))
+        if missing <= 0 or SHRINKAGE <= 0:
+            return self
         prob, index = torch.topk(prob, missing)
         others = routing.probs[index, :-1].sum(1)  # the expert would take the last place
         weight = prob / (others + prob).clamp(min=1e-30) * routing.weights[index].sum(1)
         nothing = torch.zeros(missing, dtype=torch.bool)
         return Tokens(
-            torch.cat([self.index, index]), torch.cat([self.weight, weight * shrinkage**0.5]),
+            torch.cat([self.index, index]), torch.cat([self.weight, weight * SHRINKAGE**0.5]),
             torch.cat([self.held_out, nothing]), self.n_routed,
         )  # fmt: skip
+
+
+def held_out_tokens(n_rows: int, ctx: int) -> Tensor:
+    """[n_rows * ctx]: which tokens are kept aside; none of a single row."""
+    every = min(HELD_OUT_EVERY, max(2, n_rows))
+    return (torch.arange(n_rows) % every == every - 1).repeat_interleave(ctx)
 
 
 class Collector:
@@ -82,9 +89,11 @@ class Collector:
         n_ff, n_embd = expert.gate.shape
         self._sums = [torch.zeros(n, n) if wanted else None for n, wanted in ((n_embd, inner), (n_ff, down))]
         self._aside: list[list[Tensor]] = [[], []]
+        self._n_tokens = 0
 
     def add(self, inputs: tuple[Tensor, Tensor], weight: Tensor, held_out: Tensor) -> None:
         """x and h of some tokens, [tokens, n_embd] and [tokens, n_ff]."""
+        self._n_tokens += int((~held_out).sum())
         for total, aside, values in zip(self._sums, self._aside, inputs, strict=True):
             if total is not None:
                 weighted = values * weight[:, None]
@@ -96,7 +105,8 @@ class Collector:
         """What was collected."""
         total, aside = self._sums[down], self._aside[down]
         assert total is not None
-        return Inputs(total, torch.cat([torch.zeros(0, len(total)), *aside]))
+        held_out = torch.cat([torch.zeros(0, len(total)), *aside])[:HELD_OUT]
+        return Inputs(total, held_out, self._n_tokens)
 
 
 def run_expert(

@@ -36,12 +36,24 @@ def _library() -> ctypes.CDLL:
         pointer, size, pointer, size, pointer, size, pointer, size, number, number,
     ]  # fmt: skip
     library.mc_quantize_rows.restype = None
+    library.mc_scale_rows.argtypes = [number, size, size, pointer, size, pointer]
+    library.mc_scale_rows.restype = None
     return library
 
 
 def supports(type_name: str) -> bool:
     """Whether weights of this type can be chosen with error compensation."""
     return bool(_library().mc_quantize_supports(ggml_type(type_name).id))
+
+
+def scale_rows(blocks: NDArray[np.uint8], type_name: str, cols: int, factors: NDArray[np.float32]) -> None:
+    """Multiply what every row of `blocks` stands for by its factor, in place, through the blocks' scales."""
+    values = np.ascontiguousarray(factors, dtype=np.float32)
+    assert blocks.flags.c_contiguous
+    assert values.shape == (len(blocks),)
+    _library().mc_scale_rows(
+        ggml_type(type_name).id, len(blocks), cols, blocks.ctypes.data, blocks.strides[0], values.ctypes.data
+    )
 
 
 class Metric:

@@ -34,6 +34,9 @@ MC_QUANTIZE_API void mc_quantize_rows(
         const mc_metric * metric, int64_t rows, const float * w, int64_t ldw, uint8_t * blocks, int64_t stride, float * q,
         int64_t ldq, int greedy, int passes);
 
+// Multiply the scales (and mins) of every block of row i by factor[i]; blocks [rows, block bytes of n], stride in bytes.
+MC_QUANTIZE_API void mc_scale_rows(int type, int64_t rows, int64_t n, uint8_t * blocks, int64_t stride, const float * factor);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1327,3 +1327,21 @@ void mc_quantize_rows(
         Work(*metric, w + i * ldw).run(blocks + i * stride, q + i * ldq, greedy != 0, passes);
     }
 }
+
+void mc_scale_rows(int type, int64_t rows, int64_t n, uint8_t * blocks, int64_t stride, const float * factor) {
+    const Format * f = find_format(type);
+    if (!f) {
+        return;
+    }
+    const size_t bytes = ggml_type_size(f->type);
+    for (int64_t i = 0; i < rows; i++) {
+        for (int64_t b = 0; b < n / f->block; b++) {
+            uint8_t * block = blocks + i * stride + b * bytes;
+            Row       row   = {};
+            Codec{ true, row }.block(f->type, block, 0);
+            row.d[0] *= factor[i];
+            row.dmin *= factor[i];
+            Codec{ false, row }.block(f->type, block, 0);
+        }
+    }
+}
