@@ -74,7 +74,7 @@ def test_every_step_gains(name: str) -> None:
     h = damped(torch.from_numpy(hessian), 0.01).numpy()
     losses = [
         loss(weights, quantize_compensated(weights, name, hessian, importance, options), name, h)
-        for options in (Options(0.01, passes=p, sweeps=s, unbiased=False) for p, s in ((0, 0), (3, 0), (3, 2)))
+        for options in (Options(0.01, p, s, unbiased=False) for p, s in ((0, 0), (3, 0), (3, 2)))
     ]
     assert losses[0] > losses[1] > losses[2]
 

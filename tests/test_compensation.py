@@ -195,10 +195,10 @@ def test_command_line(tiny_model: Path, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         return result.output
 
-    quick = ("--tokens", 1024, "--ctx", 128, "--rows", 8, "--types", "Q2_K,Q3_K", "--text", text)
+    quick = ("--tokens", 1024, "--ctx", 128, "--rows", 8, "--types", "Q3_K,Q4_K", "--text", text)
     model = tmp_path / "m.gguf"
     assert "error compensation: squared error on held-out tokens" in run(
-        "convert", tiny_model, "-o", model, "--bpw", 3.0, *quick
+        "convert", tiny_model, "-o", model, "--bpw", 4.0, *quick
     )
     plan = tmp_path / "m.plan.json"
     names = {path.name for path in tmp_path.iterdir()}
