@@ -11,6 +11,7 @@ import torch
 from refine_models import TYPES, divergence, drawn, layers, matrices, rows, slice_of, small, twin
 
 from mc_gguf.artifacts import PROJECTIONS, Floats
+from mc_gguf.refine import expansion as expansion_module
 from mc_gguf.refine.expansion import Ints, expand
 from mc_gguf.refine.memory import Memory, wanted_types
 from mc_gguf.refine.passes import Assignment, Evaluator
@@ -102,11 +103,16 @@ def test_gradient_is_that_of_autograd(tmp_path: Path) -> None:
         np.testing.assert_allclose(found[layer, number, p], expected, rtol=2e-3, atol=2e-4 * scale)
 
 
-def test_draws_predict_the_divergence_of_small_changes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("segment", [128, 12])
+def test_draws_predict_the_divergence_of_small_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segment: int
+) -> None:
+    monkeypatch.setattr(expansion_module, "SEGMENT", segment)
     evaluator = Evaluator(layers(tmp_path), rows(32), TYPES)
     fine = Assignment(TYPES, np.full((2, 5, 3), TYPES.index("Q8_0")))
     start = evaluator.settle(fine).mean()
     expansion = expand(evaluator, np.arange(32), ALL, 8, 0)
+    assert len(expansion.draws) == 32 * 8 * -(-32 // segment)
     memory = Memory(30, len(TYPES))
     memory.add(expansion)
     items, target = np.arange(30), drawn(5, n_type=3).columns.reshape(-1)

@@ -5,9 +5,10 @@
 
 g is the gradient of the divergence times the matrix's change from the source (t_i: the new type, c_i: the
 incumbent's); v are the same products with the gradients of the log-likelihood of tokens that are drawn from
-the incumbent's own distribution, one set for every row and draw: E[v v'] is the Fisher (Gauss-Newton) matrix
-of the divergence. One backward pass gives every type of every matrix, where finite differences would need a
-forward pass for each.
+the incumbent's own distribution, one set for every SEGMENT of a row and draw: E[v v'] is the Fisher
+(Gauss-Newton) matrix of the divergence, but for what tokens of different segments do together to a later one:
+little, and it makes four times the draws of one backward pass. That pass gives every type of every matrix,
+where finite differences would need a forward pass for each.
 
 v hardly depends on the incumbent, so it is collected over rounds; and it tells how g changes from one
 incumbent to the next, so that gradients of earlier rounds still count (Memory).
@@ -32,7 +33,9 @@ from mc_gguf.refine.passes import Assignment, Evaluator, Layers
 
 Ints = NDArray[np.int64]
 Singles = NDArray[np.float32]
-# Gradients of one matrix, one for each row, that are held at once.
+# Tokens of a row whose gradients are summed up for one v.
+SEGMENT = 128
+# Gradients of one matrix, one for each segment, that are held at once.
 GRADIENT_BYTES = 1 << 27
 
 
@@ -50,14 +53,15 @@ def expand(evaluator: Evaluator, rows: Ints, wanted: NDArray[np.bool_], n_draw: 
     states = [s[rows] for s in evaluator.states]
     n_row, ctx = states[0].shape[:2]
     signal = _output_signal(evaluator.layers, evaluator.reference[rows], states[-1], n_draw, seed)
-    products = np.zeros((1 + n_draw, n_row, *wanted.shape), dtype=np.float32)
+    n_segment = -(-ctx // SEGMENT)
+    products = np.zeros((1 + n_draw, n_row * n_segment, *wanted.shape), dtype=np.float32)
     for layer in reversed(range(wanted.shape[0])):
         back = _Backward(evaluator.layers, evaluator.incumbent, layer, wanted[layer])
         products[:, :, layer] = back.run(states[layer], signal)
-    flat = products.reshape(1 + n_draw, n_row, -1, wanted.shape[-1])
+    flat = products.reshape(1 + n_draw, n_row * n_segment, -1, wanted.shape[-1])
     gradient = flat[0].sum(axis=0, dtype=np.float64) / (n_row * ctx)
     gradient[~wanted.reshape(gradient.shape)] = np.inf
-    draws = flat[1:].reshape(-1, *flat.shape[2:]) / ctx**0.5
+    draws = flat[1:].reshape(-1, *flat.shape[2:]) / (ctx / n_segment) ** 0.5
     return Expansion(evaluator.incumbent.columns.reshape(-1), gradient, draws)
 
 
@@ -96,8 +100,8 @@ class _Backward:
         self.norm = decoder.ffn_norm(layer)
 
     def run(self, states: Tensor, signal: Tensor) -> NDArray[np.float32]:
-        """Products [1 + draws, rows, E, 3, T]; `signal` [1 + draws, rows, ctx, n_embd] becomes that at the
-        layer's input, in place."""
+        """Products [1 + draws, segments, E, 3, T]; `signal` [1 + draws, rows, ctx, n_embd] becomes that at
+        the layer's input, in place."""
         decoder, n_row, ctx = self.layers.decoder, *states.shape[:2]
         entry = states.clone().requires_grad_(True)
         with torch.enable_grad():
@@ -105,7 +109,8 @@ class _Backward:
             routing, x = self.route(middle), decoder.norm(middle, self.norm)
         flat = signal.flatten(1, 2)
         d_x, d_weights = torch.zeros_like(flat), torch.zeros(len(flat), *routing.weights.shape)
-        products = np.zeros((len(signal), n_row, *self.wanted.shape), dtype=np.float32)
+        n_segment = -(-ctx // SEGMENT)
+        products = np.zeros((len(signal), n_row * n_segment, *self.wanted.shape), dtype=np.float32)
         with torch.no_grad():
             for number in range(decoder.shape.n_expert):
                 index, slots = torch.nonzero(routing.experts == number, as_tuple=True)
@@ -114,7 +119,8 @@ class _Backward:
                 factors = _expert_backward(expert, x[index], routing.weights[index, slots], flat[:, index])
                 d_x.index_add_(1, index, factors.d_x)
                 d_weights[:, index, slots] = factors.d_weight
-                counts = torch.bincount(index // ctx, minlength=n_row).tolist()
+                segments = index // ctx * n_segment + index % ctx // SEGMENT
+                counts = torch.bincount(segments, minlength=n_row * n_segment).tolist()
                 for p, (left, right) in enumerate(factors.matrices):
                     products[:, :, number, p] = self._products(number, p, left, right, counts)
         for s in range(len(signal)):
@@ -128,9 +134,9 @@ class _Backward:
     def _products(
         self, expert: int, p: int, left: Tensor, right: Tensor, counts: list[int]
     ) -> NDArray[np.float32]:
-        """<gradient of the matrix, change of the matrix> for every row and wanted type: [1 + draws, rows, T].
+        """<gradient of the matrix, its change> for every segment and wanted type: [1 + draws, segments, T].
 
-        The gradient of a row is the sum over its tokens of left [1 + draws, n, out] times right [n, in].
+        The gradient of a segment is the sum over its tokens of left [1 + draws, n, out] times right [n, in].
         """
         wanted = np.nonzero(self.wanted[expert, p])[0]
         result = np.zeros((len(left), len(counts), self.wanted.shape[-1]), dtype=np.float32)

@@ -36,8 +36,8 @@ MIN_SIGNIFICANCE = 1.0
 FIRST_SHARE = 0.25  # of the search rows, for the first comparison
 N_FINALIST = 2
 # Draws a row; after ENOUGH_DRAWS in all one, since then gradients are what is missing.
-N_DRAW = 4
-ENOUGH_DRAWS = 512
+N_DRAW = 2
+ENOUGH_DRAWS = 1024
 # An expansion takes about this many forward passes over its rows, and at most this share of the time.
 EXPANSION_PASSES = 3 + 2 * N_DRAW
 EXPANSION_SHARE = 0.1
