@@ -88,13 +88,13 @@ class Workshop:
     """Makes the files: calibrations and quantized matrices are made once."""
 
     def __init__(self, folder: Path, model: Path, threads: int) -> None:
-        from mc_gguf.artifacts import Calibration, Plan
+        from mc_gguf.artifacts import Calibration
         from mc_gguf.checkpoint import open_checkpoint
 
         self.folder, self.threads = folder, threads
         self.checkpoint = open_checkpoint(model)
         self.calibrations: dict[int, Calibration] = {}
-        self.plans: dict[str, Plan] = {}
+        self.banks: dict[int, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def calibration(self, seed: int) -> Any:
@@ -148,16 +148,23 @@ class Workshop:
 
     def _bank(self, plan: Any, arm: Arm) -> Any:
         """The plan's matrices, quantized with or without compensation."""
+        from mc_gguf.artifacts import PROJECTIONS
+        from mc_gguf.progress import progress
         from mc_gguf.quantize import compensation
 
         calibration = self.calibration(arm.seed)
         if not arm.compensated:
             return _plain_bank(self.folder, self.checkpoint, calibration, plan, self.threads)
-        bank = compensation.open_bank(self.folder / "bank", calibration)
-        text = compensation.calibration_text(self.checkpoint, calibration)
-        wanted = compensation.wanted_by(plan)
-        compensation.compensate(self.checkpoint, calibration, wanted, text, bank, self.threads)
-        return bank
+        if arm.seed not in self.banks:  # every matrix in every type: the Hessians are collected once
+            bank = compensation.open_bank(self.folder / "bank", calibration)
+            text = compensation.calibration_text(self.checkpoint, calibration)
+            every = frozenset((p, t) for p in PROJECTIONS for t in calibration.types)
+            experts = range(self.checkpoint.info.n_expert)
+            wanted = {(layer, expert): every for layer in calibration.layers for expert in experts}
+            with progress(f"compensation, seed {arm.seed}", unit="matrices") as bar:
+                compensation.compensate(self.checkpoint, calibration, wanted, text, bank, self.threads, bar)
+            self.banks[arm.seed] = bank
+        return self.banks[arm.seed]
 
     def _quantize(self, plan: Any, seed: int, bank: Any, path: Path) -> None:
         from mc_gguf.quantize import quantize
