@@ -39,7 +39,16 @@ from mc_gguf.corpus import Corpus
 from mc_gguf.errors import McError, SourceError
 from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
 from mc_gguf.ggml_types import CANDIDATES, FALLBACKS, TYPES, ggml_type
-from mc_gguf.losses import MAX_ROWS, MAX_TOKENS, ExpertErrors, Sample, draw, expert_errors, fits
+from mc_gguf.losses import (
+    MAX_ROWS,
+    MAX_TOKENS,
+    ExpertErrors,
+    Sample,
+    draw,
+    expert_errors,
+    fits,
+    nominal_errors,
+)
 from mc_gguf.progress import Progress, progress
 from mc_gguf.quantize import init
 from mc_gguf.sensitivity import SENSITIVITY_TOKENS, Branches, branch_rows
@@ -48,8 +57,6 @@ from mc_gguf.super_experts import super_experts
 if TYPE_CHECKING:
     from mc_gguf.checkpoint import Checkpoint
 
-# What nominal 1, 2 and 3 bits are in ggml types, for the published strategy.
-NOMINAL = ("IQ1_S", "IQ2_XXS", "IQ3_XXS")
 FEW_TOKENS = 64
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -378,23 +385,6 @@ def _assemble(
         block_score=stack("block_score"), hidden_max=stack("hidden_max"),
         hidden_median=stack("hidden_median"), down_max=stack("down_max"),
     )  # fmt: skip
-
-
-def nominal_errors(sq_error: Floats, types: Sequence[str]) -> Floats:
-    """[L, E, 3] Frobenius norm of the output's change when a whole expert has nominal 1, 2, 3 bits.
-
-    From sq_error [L, E, 3, T]: the squared errors of the projections add up as if independent. Where
-    NOMINAL's type was not measured, or does not fit a projection, the next larger one that was stands for it
-    (else the largest).
-    """
-    by_size = sorted(range(len(types)), key=lambda t: TYPES[types[t]].bpw)
-    total = np.zeros((*sq_error.shape[:2], len(NOMINAL)))
-    for p in range(len(PROJECTIONS)):
-        usable = [t for t in by_size if np.isfinite(sq_error[:, :, p, t]).all()]
-        for n, name in enumerate(NOMINAL):
-            enough = [t for t in usable if TYPES[types[t]].bpw >= TYPES[name].bpw]
-            total[:, :, n] += sq_error[:, :, p, (enough or usable[-1:])[0]]
-    return np.asarray(np.sqrt(total))
 
 
 def _warn(calibration: Calibration) -> None:

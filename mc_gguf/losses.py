@@ -47,6 +47,8 @@ MAX_TOKENS = 1024
 # Share of the sample that is drawn uniformly, so that a row that looks unimportant still has a bounded
 # weight.
 UNIFORM_SHARE = 0.2
+# What nominal 1, 2 and 3 bits are in ggml types, for the published strategy.
+NOMINAL = ("IQ1_S", "IQ2_XXS", "IQ3_XXS")
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,3 +319,20 @@ def _weighted_sum_sq(rows: Tensor, weight: Tensor) -> float:
 
 def _sum_sq(x: Tensor) -> float:
     return float(x.square().sum(dtype=torch.float64))
+
+
+def nominal_errors(sq_error: Floats, types: Sequence[str]) -> Floats:
+    """[L, E, 3] Frobenius norm of the output's change when a whole expert has nominal 1, 2, 3 bits.
+
+    From sq_error [L, E, 3, T]: the squared errors of the projections add up as if independent. Where
+    NOMINAL's type was not measured, or does not fit a projection, the next larger one that was stands for it
+    (else the largest).
+    """
+    by_size = sorted(range(len(types)), key=lambda t: TYPES[types[t]].bpw)
+    total = np.zeros((*sq_error.shape[:2], len(NOMINAL)))
+    for p in range(len(PROJECTIONS)):
+        usable = [t for t in by_size if np.isfinite(sq_error[:, :, p, t]).all()]
+        for n, name in enumerate(NOMINAL):
+            enough = [t for t in usable if TYPES[types[t]].bpw >= TYPES[name].bpw]
+            total[:, :, n] += sq_error[:, :, p, (enough or usable[-1:])[0]]
+    return np.asarray(np.sqrt(total))

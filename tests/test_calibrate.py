@@ -22,16 +22,15 @@ from small_models import MemoryCheckpoint, random_mixtral
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration
 from mc_gguf.calibrate import (
-    NOMINAL,
     Options,
     calibrate,
     calibrate_to_file,
     measured_types,
-    nominal_errors,
 )
 from mc_gguf.corpus import Corpus
 from mc_gguf.errors import McError, SourceError
 from mc_gguf.ggml_types import CANDIDATES, FALLBACKS
+from mc_gguf.losses import NOMINAL, nominal_errors
 from mc_gguf.quantize import dequantize_rows, quantize_rows
 
 pytestmark = pytest.mark.native

@@ -71,8 +71,7 @@ def test_relative_errors_weights_and_traces_are_exact_against_brute_force() -> N
         """Scaled outputs [T, n_embd]."""
         m = matrices | changed
         hidden = torch.nn.functional.silu(x @ m["gate"].T) * (x @ m["up"].T)
-        outputs: torch.Tensor = (hidden @ m["down"].T) * (g * scale)[:, None]
-        return outputs
+        return torch.as_tensor((hidden @ m["down"].T) * (g * scale)[:, None])
 
     for p, projection in enumerate(("gate", "up", "down")):
         original = getattr(expert, projection)
