@@ -40,7 +40,14 @@ from mc_gguf.errors import McError, SourceError
 from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
 from mc_gguf.ggml_types import CANDIDATES, FALLBACKS, TYPES, ggml_type
 from mc_gguf.losses import (
-    MAX_ROWS, MAX_TOKENS, ExpertErrors, Sample, draw, expert_errors, fits, nominal_errors,
+    MAX_ROWS,
+    MAX_TOKENS,
+    ExpertErrors,
+    Sample,
+    draw,
+    expert_errors,
+    fits,
+    nominal_errors,
 )  # fmt: skip
 from mc_gguf.progress import Progress, progress
 from mc_gguf.quantize import init
