@@ -48,7 +48,7 @@ from mc_gguf.losses import (
     expert_errors,
     fits,
     nominal_errors,
-)
+)  # fmt: skip
 from mc_gguf.progress import Progress, progress
 from mc_gguf.quantize import init
 from mc_gguf.sensitivity import SENSITIVITY_TOKENS, Branches, branch_rows
@@ -325,14 +325,9 @@ class _Layer:
             stats.imatrix_mid[number].astype(np.float32),
         )
         return expert_errors(
-            expert,
-            sample,
-            *importance,
-            self.types,
-            max_rows=self.options.max_rows,
-            seed=seed,
+            expert, sample, *importance, self.types, max_rows=self.options.max_rows, seed=seed,
             threads=self.threads,
-        )
+        )  # fmt: skip
 
 
 def _mean_cosine(before: Tensor, added: Tensor) -> float:

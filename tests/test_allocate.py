@@ -326,9 +326,9 @@ def test_types_that_fit_only_some_rows_are_used_there() -> None:
     source = calibration(n_ff=288, types=("IQ2_XXS", "Q4_K", "Q8_0"))
     error = source.sq_error.copy()
     error[:, :, 2, 2] = 1.0
-    plan = make_plan(replace(source, sq_error=error), Budget(bpw=5.0))
+    plan = make_plan(replace(source, sq_error=error, relative_error=error), Budget(bpw=5.0))
     assert set(counts(plan, "down")) == {"Q8_0"}
-    uniform = make_plan(replace(source, sq_error=error), Budget(bpw=6.0), "uniform")
+    uniform = make_plan(replace(source, sq_error=error, relative_error=error), Budget(bpw=6.0), "uniform")
     assert [set(counts(uniform, p)) for p in PROJECTIONS] == [{"Q4_K"}, {"Q4_K"}, {"Q8_0"}]
 
 
