@@ -107,3 +107,10 @@ def test_default_texts_leave_the_evaluation_text_out(tool: ModuleType) -> None:
     names = [path.name for path in tool.default_texts()]
     assert names[0] == "calibration-mix.txt"
     assert all("wikitext" not in name for name in names)
+
+
+def test_imbalance_is_1_for_even_use_and_grows_with_the_load_of_one(tool: ModuleType) -> None:
+    even = 5 * torch.eye(4).repeat(3, 1)
+    assert float(tool.imbalance(even, 1)) == pytest.approx(1.0)
+    most = float(torch.softmax(even[0], dim=0)[0])
+    assert float(tool.imbalance(even[:1].repeat(9, 1), 1)) == pytest.approx(4 * most)

@@ -69,7 +69,7 @@ class Settings:
             moe_intermediate_size=self.expert_ff, num_hidden_layers=self.layers, num_attention_heads=
             self.heads, num_key_value_heads=self.kv_heads, head_dim=self.head_dim, num_experts=self.experts,
             num_experts_per_tok=self.top_k, norm_topk_prob=True, output_router_logits=True,
-            router_aux_loss_coef=self.balance, max_position_embeddings=2 * self.ctx, bos_token_id=BOS,
+            router_aux_loss_coef=0.0, max_position_embeddings=2 * self.ctx, bos_token_id=BOS,
             eos_token_id=EOS, use_cache=False,
         )  # fmt: skip
         torch.manual_seed(self.seed)
@@ -82,6 +82,17 @@ class Settings:
         """Learning rate of a step."""
         fall = max(1, round(self.steps * FALL_SHARE))
         return self.rate * min(1.0, (step + 1) / RISE_STEPS, (self.steps - step) / fall)
+
+
+def imbalance(logits: Tensor, top_k: int) -> Tensor:
+    """Switch Transformer's balance loss of one layer's router logits [N, E]: 1 when all experts get as much.
+
+    transformers' own lumps the layers together, so that an expert may starve in one of them.
+    """
+    probs = torch.softmax(logits.float(), dim=-1)
+    chosen = torch.topk(probs, top_k, dim=-1).indices
+    share = torch.zeros_like(probs).scatter_(1, chosen, 1 / top_k).mean(0)
+    return logits.shape[1] * (share * probs.mean(0)).sum()
 
 
 class Training:
@@ -104,7 +115,9 @@ class Training:
 
     def advance(self, rows: Tensor) -> float:
         """One step on token rows [rows, ctx]; the loss (nats a token, balance loss included) before it."""
-        loss = self._forward(input_ids=rows, labels=rows).loss
+        output = self._forward(input_ids=rows, labels=rows)
+        balance = sum(imbalance(logits, self.settings.top_k) for logits in output.router_logits)
+        loss = output.loss + self.settings.balance * balance / self.settings.layers
         loss.backward()
         for name, weight in self.model.named_parameters():
             self._master[name].grad, weight.grad = weight.grad.float(), None
