@@ -357,6 +357,7 @@ GOLDEN = """{
   "optimality_gap": 0.0,
   "predicted_error": 0.125,
   "predicted_kld": null,
+  "refinement": null,
   "seed": 0,
   "strategy": "pmq",
   "tool": "t",

@@ -182,12 +182,14 @@ def speed(name: str, rows: int, cols: int, passes: int, sweeps: int, threads: in
     x += 0.3 * torch.randn(2 * cols, cols)
     init([name])
     hessian, diagonal = x.T @ x, x.square().mean(0).numpy()
-    start = time.monotonic()
+    start, cpu = time.monotonic(), [time.process_time()]
     plain = quantize_rows(weights, name, diagonal, threads)
     middle = time.monotonic()
+    cpu.append(time.process_time())
     options = Options(passes=passes, sweeps=sweeps)
     ours = quantize_compensated(weights, name, hessian, diagonal, options, threads)
     end = time.monotonic()
+    cpu.append(time.process_time())
     loss = []
     for blocks in (ours, plain):
         error = torch.from_numpy(dequantize_rows(blocks, name, cols, rows)[:512] - weights[:512])
@@ -196,7 +198,8 @@ def speed(name: str, rows: int, cols: int, passes: int, sweeps: int, threads: in
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     click.echo(
         f"{name} {rows}x{cols} passes {passes} sweeps {sweeps} threads {threads}: "
-        f"ggml {middle - start:.1f} s, compensated {end - middle:.1f} s "
+        f"ggml {middle - start:.1f} s (CPU {cpu[1] - cpu[0]:.1f} s), "
+        f"compensated {end - middle:.1f} s (CPU {cpu[2] - cpu[1]:.1f} s) "
         f"({tflop:.2f} TFLOP in matrix products), error {loss[0] / loss[1]:.3f} of ggml's, peak {peak:.1f} GB"
     )
 
