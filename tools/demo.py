@@ -51,7 +51,7 @@ def main(bpw: float, tokens: int) -> None:
     calibration = "demo/mixed.calib.safetensors"
     run("convert", MODEL, "-o", "demo/16bit.gguf", "--bpw", "16")
     run("convert", MODEL, "-o", "demo/mixed.gguf", "--bpw", str(bpw))
-    uniform = ("--strategy", "uniform", "--calibration", calibration)
+    uniform = ("--strategy", "uniform", "--calibration", calibration, "--no-compensate")  # as stock tools do
     run("convert", MODEL, "-o", "demo/uniform.gguf", "--bpw", str(bpw), *uniform)
     run("inspect", "demo/mixed.gguf")
     names = {"16 bit": "16bit", "uniform": "uniform", "mixed": "mixed"}
