@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from refine_models import TYPES, layers, rows, small
 from mc_gguf.allocate import Budget
 from mc_gguf.allocate import plan as make_plan
 from mc_gguf.artifacts import Plan
-from mc_gguf.errors import ArtifactError, McError
+from mc_gguf.errors import ArtifactError, McError, SourceError
 from mc_gguf.progress import Progress, progress
+from mc_gguf.refine import Options, refine_to_file
 from mc_gguf.refine.budget import scope_of
 from mc_gguf.refine.passes import Evaluator
 from mc_gguf.refine.search import Search
@@ -144,3 +146,10 @@ def test_a_size_budget_counts_headers(tmp_path: Path) -> None:
 def _scope_size(calibration: Any, plan: Plan) -> int:
     scope, columns = scope_of(plan, calibration)
     return scope.file_bytes(columns)
+
+
+def test_other_architectures_are_refused(tmp_path: Path) -> None:
+    source: Any = SimpleNamespace(info=SimpleNamespace(architecture="qwen2moe"))
+    with pytest.raises(SourceError, match="qwen2moe"):
+        refine_to_file(source, None, start_plan(), tmp_path / "plan.json", Options(1.0))
+    assert not list(tmp_path.iterdir())

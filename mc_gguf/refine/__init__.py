@@ -22,7 +22,7 @@ import torch
 from mc_gguf.artifacts import Calibration, Floats, Plan
 from mc_gguf.cores import usable_cores
 from mc_gguf.corpus import load_corpus
-from mc_gguf.errors import ArtifactError, McError
+from mc_gguf.errors import ArtifactError, McError, SourceError
 from mc_gguf.forward import Decoder
 from mc_gguf.progress import Progress, progress
 from mc_gguf.quantize.bank import Bank, bank_key
@@ -114,8 +114,14 @@ def refine_to_file(
 
     A killed search is continued (unless `resume` is False); Ctrl-C ends it as if its time were over.
     `quantizer` makes what the bank lacks (default: ggml's). Raises ArtifactError when source, plan and
-    calibration do not belong together, McError when there is too little text.
+    calibration do not belong together, SourceError for a model other than Mixtral, McError when there is too
+    little text.
     """
+    if checkpoint.info.architecture != "llama":
+        raise SourceError(
+            "refine knows the blocks of Mixtral (GGUF architecture 'llama'), not "
+            f"{checkpoint.info.architecture!r}; quantize the plan as it is"
+        )
     if not resume:
         forget_partial(output)
     if calibration is None or plan.model_fingerprint != checkpoint.info.fingerprint:
