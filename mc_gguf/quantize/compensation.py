@@ -2,8 +2,9 @@
 
 The token rows that the calibration was made from go through the model once more, in 16 bits. Every expert
 gives the Hessians of its own routed inputs (hessian.py), every matrix is quantized with and without
-compensation, and the one with less squared error on held-out tokens goes into the bank. What the bank has already is not made again; the hidden states after each layer are kept beside
-it, so that a killed run goes on where it was.
+compensation, and the one with less squared error on held-out tokens goes into the bank. What
+the bank has already is not made again; the hidden states after each layer are kept beside it, so that a
+killed run goes on where it was.
 
 Memory: the hidden states (16 KB a token at n_embd 4096), one expert in float32, and the Hessian of down
 with its factor and copies of both (822 MB each at n_ff 14336: about 4 GB).
