@@ -5,6 +5,7 @@
 //   - activations are quantized once per vec_dot type of the op, not once per group, and not at all for skipped slots;
 //   - the routed slots are sorted by expert into one list (n_slots entries, not n_expert * n_slots);
 //   - the row chunks of all experts share one counter, so threads balance over the op and not within each expert.
+// Rows are fetched ahead, as in MUL_MAT_ID of the patched tree.
 
 #include "ggml-mc-cpu.h"
 
@@ -224,6 +225,9 @@ NO_INLINE void one_chunk(ggml_tensor * dst, const ggml_tensor * group, const cha
                 const char * b_row   = act.data + (slots[i].slot % ne11)*act.nb1 + slots[i].token*act.nb2;
                 float *      dst_row = (float *) ((char *) dst->data + slots[i].slot*dst->nb[1] + slots[i].token*dst->nb[2]);
                 for (int64_t j = iir0; j < iir0 + n0; ++j) {
+                    if (i == ir1 && j + GGML_MC_ROWS_AHEAD < ir0_end) {
+                        ggml_mc_prefetch(matrix + (j + GGML_MC_ROWS_AHEAD)*nb01, nb01);
+                    }
                     vec_dot(cols, dst_row + j, 0, matrix + j*nb01, 0, b_row, 0, 1);
                 }
             }
