@@ -11,7 +11,7 @@ do not add up. The importance matrices come from all of the text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,13 +69,19 @@ class AttentionStats:
 
 
 def run_attention(
-    decoder: Decoder, layer: int, hidden: Tensor, tokens: int, threads: int = 1
+    decoder: Decoder,
+    layer: int,
+    hidden: Tensor,
+    tokens: int,
+    check: Callable[[Tensor], None],
+    threads: int = 1,
 ) -> AttentionStats:
-    """Advance `hidden` [n_rows, ctx, n_embd] by the attention block, in place, and measure, the errors on up
-    to `tokens` tokens.
+    """Advance `hidden` [n_rows, ctx, n_embd] by the attention block, in place, `check` it, and measure, the
+    errors on up to `tokens` tokens.
     """
     few, squares = branch_rows(hidden, tokens).clone(), InputSquares()
     decoder.attention_block(layer, squares.add)(hidden)
+    check(hidden)
     into, mid = squares.means()
     types = attention_types(decoder.checkpoint.info)
     return AttentionStats(attention_errors(decoder, layer, few, into, mid, types, threads), into, mid)

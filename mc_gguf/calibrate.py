@@ -220,11 +220,10 @@ class _Layer:
         """Advance `hidden` [n_rows, ctx, n_embd] and `branches` by this layer, in place, and collect."""
         bar.advance(0, f"layer {self.layer}: attention")
         attention = run_attention(
-            self.decoder, self.layer, hidden, self.options.sensitivity_tokens, self.threads
+            self.decoder, self.layer, hidden, self.options.sensitivity_tokens, self._check, self.threads
         )
         stats = LayerStats.empty(self.decoder.checkpoint.info, len(self.types), attention)
         flat = hidden.view(-1, hidden.shape[-1])
-        self._check(flat)
         routing, norm = self.decoder.route(self.layer, flat), self.decoder.ffn_norm(self.layer)
         branches.enter(self.layer)
         added = self.decoder.unrouted(self.layer)(flat)

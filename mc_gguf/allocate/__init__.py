@@ -196,7 +196,7 @@ def _with_attention(
     columns, choice, gap, ratio = joint.solve(problem, attention, limit, strategy)
     decided = _decision(problem, columns, gap)
     assert decided.predicted_kld is not None  # it is the objective
-    kld = decided.predicted_kld + attention.total(choice)
+    kld = decided.predicted_kld + attention.predicted_kld(choice)
     return replace(decided, predicted_kld=kld, layer_ratio=ratio, attention=attention.rows(choice))
 
 
