@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -40,5 +41,5 @@ def test_convert_writes_the_types_that_the_plan_chose(tiny_model: Path, tmp_path
             assert data[tensor.offset : tensor.offset + tensor.n_bytes] == expected.tobytes()
     inspected = CliRunner().invoke(main, ["inspect", str(path)])
     assert inspected.exit_code == 0
-    llama = Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
+    llama: Any = Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
     assert llama("The", max_tokens=4)["choices"][0]["text"]

@@ -41,7 +41,7 @@ class Attention:
 
     @property
     def n_matrix(self) -> int:
-        return self.kld.shape[0] * self.kld.shape[1]
+        return int(self.kld.shape[0] * self.kld.shape[1])
 
     def rows(self, choice: Ints) -> tuple[tuple[str, ...], ...]:
         """FixedTypes.attention of a choice."""
