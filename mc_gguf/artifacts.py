@@ -25,6 +25,7 @@ from mc_gguf import __version__
 from mc_gguf.errors import ArtifactError
 
 PROJECTIONS: tuple[str, ...] = ("gate", "up", "down")
+ATTENTION: tuple[str, ...] = ("q", "k", "v", "output")  # matrices of an attention block: blk.N.attn_*.weight
 CALIBRATION_VERSION = 3
 PLAN_VERSION = 1
 NO_CALIBRATION = hashlib.sha256(b"").hexdigest()  # fingerprint where nothing had to be measured: 16-bit files
@@ -123,6 +124,10 @@ def _nothing() -> Floats:
     return np.zeros(0)
 
 
+def _nothing32() -> NDArray[np.float32]:
+    return np.zeros(0, dtype=np.float32)
+
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Statistics of every expert on a calibration text. L layers with experts, E experts, T candidate types.
@@ -151,7 +156,13 @@ class Calibration:
     hidden_max [L]              largest magnitude in the hidden states after the layer
     hidden_median [L]           median magnitude in them
     down_max [L, E]             largest magnitude in the outputs of the expert's down projection
+    attention_error [L, 4, A]   squared error of the attention block's output, relative to the squared norm of
+                                the hidden state after it, a token on average, when only this matrix
+                                (ATTENTION) has this one of `attention_types`
+    attention_in [L, n_embd]    mean squared input of q, k and v
+    attention_mid [L, n]        mean squared input of the attention's output matrix
 
+    The attention's arrays are empty in files made before they were measured.
     Published statistics have `model` None and empty arrays for what they do not carry.
     """
 
@@ -177,6 +188,10 @@ class Calibration:
     hidden_max: Floats = field(default_factory=_nothing)
     hidden_median: Floats = field(default_factory=_nothing)
     down_max: Floats = field(default_factory=_nothing)
+    attention_types: tuple[str, ...] = ()
+    attention_error: Floats = field(default_factory=_nothing)
+    attention_in: NDArray[np.float32] = field(default_factory=_nothing32)
+    attention_mid: NDArray[np.float32] = field(default_factory=_nothing32)
     fingerprint: str = ""
     tool: str = field(default=f"mc_gguf {__version__}")
 
@@ -204,8 +219,9 @@ class Calibration:
             "format": "mc_gguf.calibration", "version": CALIBRATION_VERSION, "tool": self.tool,
             "model": self.model.to_json() if self.model else None,
             "layers": self.layers, "types": self.types, "corpus": self.corpus,
+            "attention_types": self.attention_types,
         }  # fmt: skip
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in (*_ARRAYS, *_LATER_ARRAYS)}
         data = save(arrays, metadata={"mc_gguf": json.dumps(header, sort_keys=True)})
         with atomic_write(path) as file:
             file.write(data)
@@ -217,18 +233,22 @@ class Calibration:
         fingerprint = sha256_of(path)
         with path.open("rb") as file:
             if file.read(1) == b"{":
-                return _load_published(path, fingerprint)
+                from mc_gguf.published_statistics import load_published
+
+                return load_published(path, fingerprint)
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, framework="numpy") as reader:
                 header = json.loads((reader.metadata() or {}).get("mc_gguf", "{}"))
                 _check_header(path, header, "mc_gguf.calibration", CALIBRATION_VERSION)
-                arrays = {name: reader.get_tensor(name) for name in _ARRAYS}
+                names = (*_ARRAYS, *(name for name in _LATER_ARRAYS if name in reader.keys()))
+                arrays = {name: reader.get_tensor(name) for name in names}
             return cls(
                 model=ModelInfo.from_json(header["model"]) if header["model"] else None,
                 layers=tuple(header["layers"]), types=tuple(header["types"]), corpus=header["corpus"],
-                fingerprint=fingerprint, tool=header["tool"], **arrays,
+                fingerprint=fingerprint, tool=header["tool"],
+                attention_types=tuple(header.get("attention_types", ())), **arrays,
             )  # fmt: skip
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
@@ -241,6 +261,7 @@ _ARRAYS = (
     "routing_sensitivity", "routing_curve", "nominal_error", "relative_error", "weight_error",
     "hessian_trace", "kld_per_error", "block_score", "hidden_max", "hidden_median", "down_max",
 )  # fmt: skip
+_LATER_ARRAYS = ("attention_error", "attention_in", "attention_mid")  # not in the first files of this version
 
 
 def _check_header(path: Path, header: object, kind: str, version: int) -> None:
@@ -255,45 +276,26 @@ def _check_header(path: Path, header: object, kind: str, version: int) -> None:
         )
 
 
-def _load_published(path: Path, fingerprint: str) -> Calibration:
-    """The statistics published with the Mixture Compressor paper: frequency, routing_weight, quant_loss."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        frequency = np.asarray(data["frequency"], dtype=np.float64)
-        weight = np.asarray(data["routing_weight"], dtype=np.float64)
-        losses = [[[expert[bits] for bits in "123"] for expert in layer] for layer in data["quant_loss"]]
-        loss = np.asarray(losses, dtype=np.float64)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{path} is neither a calibration file nor published statistics: {error!r}"
-        ) from error
-    n_layer, n_expert = frequency.shape if frequency.ndim == 2 else (0, 0)
-    if not n_layer or weight.shape != frequency.shape or loss.shape != (n_layer, n_expert, 3):
-        raise ArtifactError(
-            f"{path}: frequency and routing_weight must be [layer][expert] and quant_loss "
-            f"[layer][expert][bits]; found {frequency.shape}, {weight.shape}, {loss.shape}"
-        )
-    none, none32 = np.zeros(0), np.zeros(0, dtype=np.float32)
-    return Calibration(
-        model=None, layers=tuple(range(n_layer)), types=(), corpus={"about": data.get("about", "")},
-        frequency=frequency, routing_weight=weight, sq_error=none, output_sq=none, imatrix_in=none32,
-        imatrix_mid=none32, ratio_quantiles=none, routing_sensitivity=none, routing_curve=none,
-        nominal_error=loss, fingerprint=fingerprint, tool="published",
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class FixedTypes:
     """Types of the tensors that are not experts; the router and everything 1-D stay F32.
 
     K and V are small and every token depends on them; Q, output projection and embeddings cost little at 6.6
-    bits.
+    bits. `attention`, where not empty, overrides `attn` and `attn_kv`: a row for every layer with the types
+    of its matrices, in the order of ATTENTION.
     """
 
     attn_kv: str = "Q8_0"
     attn: str = "Q6_K"
     token_embd: str = "Q6_K"
     output: str = "Q6_K"
+    attention: tuple[tuple[str, ...], ...] = ()
+
+    def attention_type(self, layer: int, part: str) -> str:
+        """Of the matrix `part` (one of ATTENTION) in `layer`."""
+        if self.attention:
+            return self.attention[layer][ATTENTION.index(part)]
+        return self.attn_kv if part in ("k", "v") else self.attn
 
 
 @dataclass(frozen=True)
@@ -337,10 +339,13 @@ class Plan:
     def to_text(self) -> str:
         """The file's text: sorted keys, one line per row of experts."""
         body = {k: v for k, v in asdict(self).items() if k not in ("fingerprint", "experts", "bits")}
+        body["fixed"] = {k: v for k, v in body["fixed"].items() if k != "attention"}
         body |= {"format": "mc_gguf.plan", "version": PLAN_VERSION}
         rows: dict[str, Sequence[Sequence[object]]] = {f"experts_{p}": self.experts[p] for p in PROJECTIONS}
         if self.bits is not None:
             rows["bits"] = self.bits
+        if self.fixed.attention:
+            rows["attention"] = self.fixed.attention
         lines = [f'  "{key}": {json.dumps(body[key], sort_keys=True)}' for key in sorted(body)]
         for key in sorted(rows):
             table = ",\n".join(f"    {json.dumps(row)}" for row in rows[key])
@@ -365,10 +370,12 @@ class Plan:
             data.pop("version")
             experts = {p: tuple(tuple(row) for row in data.pop(f"experts_{p}")) for p in PROJECTIONS}
             bits = data.pop("bits", None)
+            attention = tuple(tuple(row) for row in data.pop("attention", ()))
             plan = cls(
                 **{
                     **data, "layers": tuple(data["layers"]), "types": tuple(data["types"]),
-                    "experts": experts, "fixed": FixedTypes(**data["fixed"]), "fingerprint": fingerprint,
+                    "experts": experts, "fixed": FixedTypes(**data["fixed"], attention=attention),
+                    "fingerprint": fingerprint,
                     "bits": tuple(tuple(row) for row in bits) if bits is not None else None,
                 }
             )  # fmt: skip
@@ -388,3 +395,6 @@ def _check_rows(path: Path, plan: Plan) -> None:
         )
     if any(len(row) != len(rows[0]) or not all(isinstance(name, str) for name in row) for row in rows):
         raise ArtifactError(f"{path}: every row of experts needs {len(rows[0])} names of types")
+    attention = plan.fixed.attention
+    if attention and (len(attention) != len(plan.layers) or any(len(r) != len(ATTENTION) for r in attention)):
+        raise ArtifactError(f"{path}: attention needs one row of {len(ATTENTION)} types for each layer")

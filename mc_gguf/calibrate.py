@@ -18,10 +18,8 @@ them.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,8 +31,9 @@ import torch
 from torch import Tensor
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Floats, ModelInfo
+from mc_gguf.attention import attention_types, run_attention
 from mc_gguf.calibrate_state import N_QUANTILES, LayerStats, State
-from mc_gguf.cores import usable_cores
+from mc_gguf.cores import return_large_blocks, usable_cores
 from mc_gguf.corpus import Corpus
 from mc_gguf.errors import McError, SourceError
 from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
@@ -58,7 +57,6 @@ if TYPE_CHECKING:
     from mc_gguf.checkpoint import Checkpoint
 
 FEW_TOKENS = 64
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +120,7 @@ def calibrate(
     decoder, types = Decoder(checkpoint), measured_types(info, options.types)
     if info.expert_layers != tuple(range(info.n_layer)):
         raise SourceError("calibration supports models with experts in every layer only")
-    _return_large_blocks()
+    return_large_blocks()
     with (
         State.resume(partial, _identity(info, text, types, options)) as state,
         _threads(options.threads) as threads,
@@ -191,17 +189,6 @@ def is_calibration_of(calibration: Calibration, info: ModelInfo, text: Corpus, o
     return set(wanted.pop("types")) <= set(types) and found == wanted
 
 
-def _return_large_blocks() -> None:
-    """Make glibc give freed blocks of a megabyte and more back to the system.
-
-    It keeps blocks of up to 32 MB for itself once such a size has been freed: 10 % more memory, growing with
-    the layers.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is not None and hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
 @contextmanager
 def _threads(wanted: int) -> Iterator[int]:
     threads, before = wanted or usable_cores(), torch.get_num_threads()
@@ -232,12 +219,13 @@ class _Layer:
     def run(self, hidden: Tensor, branches: Branches, bar: Progress) -> LayerStats:
         """Advance `hidden` [n_rows, ctx, n_embd] and `branches` by this layer, in place, and collect."""
         bar.advance(0, f"layer {self.layer}: attention")
-        self.decoder.attention(self.layer, hidden)
+        attention = run_attention(
+            self.decoder, self.layer, hidden, self.options.sensitivity_tokens, self._check, self.threads
+        )
+        stats = LayerStats.empty(self.decoder.checkpoint.info, len(self.types), attention)
         flat = hidden.view(-1, hidden.shape[-1])
-        self._check(flat)
         routing, norm = self.decoder.route(self.layer, flat), self.decoder.ffn_norm(self.layer)
         branches.enter(self.layer)
-        stats = LayerStats.empty(self.decoder.checkpoint.info, len(self.types))
         added = self.decoder.unrouted(self.layer)(flat)
         for number in range(self.decoder.shape.n_expert):
             expert = self.decoder.expert(self.layer, number)
@@ -379,6 +367,9 @@ def _assemble(
         kld_per_error=divergences[:, 1] / np.maximum(rounding_error, np.finfo(np.float64).tiny),
         block_score=stack("block_score"), hidden_max=stack("hidden_max"),
         hidden_median=stack("hidden_median"), down_max=stack("down_max"),
+        attention_types=attention_types(info), attention_error=stack("attention_error"),
+        attention_in=stack("attention_in").astype(np.float32),
+        attention_mid=stack("attention_mid").astype(np.float32),
     )  # fmt: skip
 
 

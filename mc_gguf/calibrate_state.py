@@ -29,10 +29,11 @@ from torch import Tensor
 
 from mc_gguf import __version__
 from mc_gguf.artifacts import PROJECTIONS, Floats, ModelInfo, atomic_write
+from mc_gguf.attention import AttentionStats
 from mc_gguf.sensitivity import WORKING, branches_directory
 
 N_QUANTILES = 1001  # odd: the median is one of them
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +58,12 @@ class LayerStats:
     hidden_max: Floats
     hidden_median: Floats
     down_max: Floats
+    attention_error: Floats
+    attention_in: Floats
+    attention_mid: Floats
 
     @classmethod
-    def empty(cls, info: ModelInfo, n_types: int) -> LayerStats:
+    def empty(cls, info: ModelInfo, n_types: int, attention: AttentionStats) -> LayerStats:
         e, p = info.n_expert, len(PROJECTIONS)
         one = ("rounding_error", "block_score", "hidden_max", "hidden_median")
         shapes: dict[str, tuple[int, ...]] = {
@@ -69,7 +73,9 @@ class LayerStats:
             "hessian_trace": (e, p), **dict.fromkeys(one, ()),
             **dict.fromkeys(("sq_error", "relative_error", "weight_error"), (e, p, n_types)),
         }  # fmt: skip
-        return cls(**{name: np.zeros(shape) for name, shape in shapes.items()})
+        zeros = {name: np.zeros(shape) for name, shape in shapes.items()}
+        measured = {f.name: np.asarray(getattr(attention, f.name), np.float64) for f in fields(attention)}
+        return cls(**zeros, **measured)
 
 
 _NAMES = tuple(f.name for f in fields(LayerStats))

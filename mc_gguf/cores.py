@@ -1,9 +1,13 @@
-"""How many threads are worth starting on this machine."""
+"""What of this machine to use: threads worth starting, memory given back."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def usable_cores() -> int:
@@ -13,3 +17,14 @@ def usable_cores() -> int:
     if not all(path.is_file() for path in siblings):
         return len(cores)
     return len({path.read_text() for path in siblings})
+
+
+def return_large_blocks() -> None:
+    """Make glibc give freed blocks of a megabyte and more back to the system.
+
+    It keeps blocks of up to 32 MB for itself once such a size has been freed: 10 % more memory, growing with
+    the layers.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)

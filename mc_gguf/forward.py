@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mc_gguf.artifacts import PROJECTIONS
+from mc_gguf.artifacts import ATTENTION, PROJECTIONS
 from mc_gguf.errors import SourceError
 
 if TYPE_CHECKING:
@@ -172,9 +172,11 @@ class Decoder:
         """Add the attention block of `layer` to `hidden`, in place."""
         self.attention_block(layer)(hidden)
 
-    def attention_block(self, layer: int) -> Callable[[Tensor], None]:
-        """attention() of `layer` with its weights, read now."""
-        added = self.attention_added(layer)
+    def attention_block(
+        self, layer: int, seen: Callable[[Tensor, Tensor], None] | None = None
+    ) -> Callable[[Tensor], None]:
+        """attention() of `layer` with its weights, read now; `seen` as in attention_added."""
+        added = self.attention_added(layer, seen=seen)
 
         @torch.inference_mode()
         def block(hidden: Tensor) -> None:
@@ -183,10 +185,20 @@ class Decoder:
 
         return block
 
-    def attention_added(self, layer: int) -> Callable[[Tensor], Tensor]:
-        """What the attention block of `layer` adds to a few rows of hidden states; differentiable."""
+    def attention_added(
+        self,
+        layer: int,
+        matrices: Mapping[str, Tensor] | None = None,
+        seen: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        """What the attention block of `layer` adds to a few rows of hidden states; differentiable.
+
+        `matrices` by part (ATTENTION) are used instead of the model's; `seen` gets the input of q, k and v
+        and that of the output matrix.
+        """
         norm = self._tensor(f"blk.{layer}.attn_norm.weight")
-        q, k, v, out = (self._linear(f"blk.{layer}.attn_{part}") for part in ("q", "k", "v", "output"))
+        linears = (self._linear(f"blk.{layer}.attn_{part}", (matrices or {}).get(part)) for part in ATTENTION)
+        q, k, v, out = linears
         q_norm, k_norm = (self._optional(f"blk.{layer}.attn_{part}_norm.weight") for part in ("q", "k"))
         shared, neox = self.shape.n_head // self.shape.n_head_kv, self.shape.architecture.neox
 
@@ -200,9 +212,16 @@ class Decoder:
             mixed = F.scaled_dot_product_attention(
                 queries, keys, values, is_causal=True, scale=self.shape.attn_scale
             )
-            return _apply(mixed.transpose(1, 2).flatten(2), out)
+            mixed = mixed.transpose(1, 2).flatten(2)
+            if seen is not None:
+                seen(x, mixed)
+            return _apply(mixed, out)
 
         return added
+
+    def attention_matrix(self, layer: int, part: str) -> Tensor:
+        """One matrix of the attention block, `part` of ATTENTION: [outputs, inputs]."""
+        return self._tensor(f"blk.{layer}.attn_{part}.weight")
 
     def route(self, layer: int, hidden: Tensor) -> Routing:
         """Router of `layer` for `hidden` [N, n_embd] as it is after attention (not normalised yet)."""
@@ -285,8 +304,9 @@ class Decoder:
     def _optional(self, name: str) -> Tensor | None:
         return self._tensor(name) if name in self._names else None
 
-    def _linear(self, name: str) -> tuple[Tensor, Tensor | None]:
-        return self._tensor(f"{name}.weight"), self._optional(f"{name}.bias")
+    def _linear(self, name: str, matrix: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        weight = self._tensor(f"{name}.weight") if matrix is None else matrix
+        return weight, self._optional(f"{name}.bias")
 
     def _heads(self, x: Tensor, norm: Tensor | None = None) -> Tensor:
         """[rows, ctx, heads * head_dim] -> [rows, heads, ctx, head_dim]; normalised over each head, or over

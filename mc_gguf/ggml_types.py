@@ -68,6 +68,12 @@ CANDIDATES: tuple[str, ...] = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K",
 )  # fmt: skip
 
+# What the planner chooses from for attention matrices, in order of size; smaller ones hardly pay
+# (docs/allocation.md).
+ATTENTION_CANDIDATES: tuple[str, ...] = (
+    "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0",
+)  # fmt: skip
+
 SIXTEEN_BIT = ("F16", "BF16")
 
 # Measured and planned where rows are no multiple of 256, which k- and i-quants need.

@@ -27,6 +27,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -38,15 +39,16 @@ from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
 from mc_gguf.rounding import rounded_output
 
 SENSITIVITY_TOKENS = 2048
+Rows = TypeVar("Rows", NDArray[np.int32], Tensor)  # token ids, or their hidden states
 # Directory of the layer under way: nothing that a killed run continues from.
 WORKING = "working"
 # Tokens whose logits (vocabulary of 32,000: 65 MB as float64) are in memory at once, for base and branch.
 _LOGIT_TOKENS = 256
 
 
-def branch_rows(rows: NDArray[np.int32], tokens: int) -> NDArray[np.int32]:
-    """The rows that the branches run on: whole ones of `rows` [n_rows, ctx], spread evenly over them, up to
-    `tokens` tokens together; the start of the first row where one alone is longer.
+def branch_rows(rows: Rows, tokens: int) -> Rows:
+    """The rows that the branches run on: whole ones of `rows` [n_rows, ctx, ...], spread evenly over them, up
+    to `tokens` tokens together; the start of the first row where one alone is longer.
     """
     ctx = min(rows.shape[1], tokens)
     n_rows = min(len(rows), tokens // ctx)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from mc_gguf.artifacts import PROJECTIONS, Calibration, ModelInfo, TensorSpec, expert_tensor_name
+from mc_gguf.artifacts import ATTENTION, PROJECTIONS, Calibration, ModelInfo, TensorSpec, expert_tensor_name
 from mc_gguf.ggml_types import CANDIDATES
 
 # Relative squared error of each type on unit Gaussian rows, measured.
 RELATIVE_ERROR = {
     "IQ1_S": 0.251, "IQ1_M": 0.222, "IQ2_XXS": 0.123, "IQ2_XS": 0.096, "IQ2_S": 0.065, "Q2_K": 0.074,
-    "IQ3_XXS": 0.036, "IQ3_S": 0.020, "Q3_K": 0.021, "IQ4_XS": 0.0058, "Q4_K": 0.0051, "Q8_0": 0.00003,
+    "IQ3_XXS": 0.036, "IQ3_S": 0.020, "Q3_K": 0.021, "IQ4_XS": 0.0058, "Q4_K": 0.0051, "Q5_K": 0.0014,
+    "Q6_K": 0.0004, "Q8_0": 0.00003,
 }  # fmt: skip
 
 
@@ -79,3 +81,17 @@ def calibration(
         block_score=np.linspace(0.5, 0.1, n_layer), hidden_max=np.full(n_layer, 10.0),
         hidden_median=np.ones(n_layer), down_max=np.ones(shape), fingerprint="c" * 64,
     )  # fmt: skip
+
+
+def with_attention(source: Calibration, types: Sequence[str], seed: int = 0) -> Calibration:
+    """`source` with made-up errors of its attention matrices."""
+    assert source.model is not None
+    rng, shape = np.random.default_rng(seed), (len(source.layers), len(ATTENTION))
+    spread = rng.lognormal(-2, 1, (*shape, 1)) * rng.lognormal(0, 0.05, (*shape, len(types)))
+    return replace(
+        source,
+        attention_types=tuple(types),
+        attention_error=spread * np.array([RELATIVE_ERROR[t] for t in types]),
+        attention_in=np.ones((shape[0], source.model.n_embd), dtype=np.float32),
+        attention_mid=np.ones((shape[0], source.model.n_embd), dtype=np.float32),
+    )

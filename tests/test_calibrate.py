@@ -40,6 +40,7 @@ ARRAYS = (
     "frequency", "routing_weight", "sq_error", "output_sq", "imatrix_in", "imatrix_mid", "ratio_quantiles",
     "routing_sensitivity", "routing_curve", "nominal_error", "relative_error", "weight_error",
     "hessian_trace", "kld_per_error", "block_score", "hidden_max", "hidden_median", "down_max",
+    "attention_error", "attention_in", "attention_mid",
 )  # fmt: skip
 
 
@@ -127,6 +128,48 @@ def test_errors_are_those_of_the_whole_block(layer: int, expert: int, projection
         )
         expected = float((_tensor(block(x)) - before).double().square().sum())
     assert calibration.sq_error[layer, expert, p, kind] == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v", "output"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_errors_of_attention_are_those_of_the_whole_block(layer: int, part: str) -> None:
+    """transformers' own attention before and after one matrix is replaced by its dequantized self. Rows of Q
+    and K are permuted in a GGUF, which changes nothing: each is rounded by itself.
+    """
+    import copy
+
+    handles: list[Any] = []
+    model, calibration = case()
+    assert calibration.attention_types == ("IQ4_NL", "Q8_0")
+    changed, seen = copy.deepcopy(model), dict[Any, tuple[torch.Tensor, torch.Tensor]]()
+    for one in (model, changed):
+        module = one.model.layers[layer].self_attn
+
+        def hook(_: Any, arguments: Any, kwargs: Any, output: Any, key: Any = one) -> None:
+            inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else arguments[0]
+            seen[key] = inputs, _tensor(output)
+
+        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    name = "o_proj" if part == "output" else f"{part}_proj"
+    weight = getattr(changed.model.layers[layer].self_attn, name).weight.data
+    states = list[torch.Tensor]()
+    block = model.model.layers[layer]
+    handles.append(block.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])))
+    table = calibration.attention_mid if part == "output" else calibration.attention_in
+    data = quantize_rows(weight.numpy(), "IQ4_NL", table[layer], 1)
+    weight.copy_(torch.from_numpy(dequantize_rows(data, "IQ4_NL", weight.shape[1], weight.shape[0])))
+    with torch.inference_mode():
+        for one in (model, changed):
+            one(torch.from_numpy(corpus().rows).long())
+    for handle in handles:
+        handle.remove()
+    inputs, before = seen[model]
+    error = (seen[changed][1] - before).square().sum(-1).double()
+    expected = (error / (states[0] + before).square().sum(-1).double()).mean()
+    found = calibration.attention_error[layer, ["q", "k", "v", "output"].index(part), 0]
+    assert found == pytest.approx(float(expected), rel=5e-3)
+    if part != "output":
+        assert table[layer] == pytest.approx(inputs.square().mean((0, 1)).numpy(), rel=1e-3)
 
 
 def _tensor(output: Any) -> torch.Tensor:

@@ -126,6 +126,24 @@ def test_bad_requests_write_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_attention_in_the_budget(tmp_path: Path) -> None:
+    from synthetic_calibration import with_attention
+
+    path, output = tmp_path / "calib", tmp_path / "plan.json"
+    with_attention(calibration(), ("IQ4_XS", "Q6_K", "Q8_0")).save(path)
+    run(path, "-o", output, "--size", "5.5MiB", "--attention", "auto")
+    plan = Plan.load(output)
+    assert {name for row in plan.fixed.attention for name in row} <= {"IQ4_XS", "Q6_K", "Q8_0"}
+    run(path, "-o", output, "--size", "5.5MiB", "--attention", "q6_k,")
+    assert Plan.load(output).fixed.attention == (("Q6_K",) * 4,) * 6
+    run(path, "-o", output, "--size", "5.5MiB", "--attention", "fixed")
+    assert Plan.load(output).fixed == FixedTypes()
+    with pytest.raises(BudgetError, match="give --size"):
+        run(path, "-o", output, "--bpw", 2, "--attention", "auto")
+    with pytest.raises(McError, match="give one or the other"):
+        run(path, "-o", output, "--size", "5.5MiB", "--attention", "auto", "--attn-type", "Q8_0")
+
+
 def test_a_missing_calibration_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"nothing\.safetensors"):
         run(tmp_path / "nothing.safetensors", "--bpw", 2, "--dry-run")

@@ -184,7 +184,7 @@ def memory(source: Path, types: str, threads: int, work: Path | None) -> None:
 @click.option("--work", type=click.Path(path_type=Path), help="Where the files go for a while.")
 def speed(source: Path, type_name: str, imatrix: bool, repeat: int, threads: int, work: Path | None) -> None:
     """Time against llama_model_quantize, every matrix in one type, from the same 16-bit GGUF."""
-    fixed = FixedTypes(*[type_name] * 4)
+    fixed = FixedTypes(type_name, type_name, type_name, type_name)
     with tempfile.TemporaryDirectory(dir=work) as folder:
         plain, mine, other = (Path(folder) / name for name in ("bf16.gguf", "ours.gguf", "theirs.gguf"))
         bf16 = replace(fixed, attn_kv="BF16", attn="BF16", token_embd="BF16", output="BF16")

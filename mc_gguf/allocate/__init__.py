@@ -11,10 +11,12 @@ precision. docs/allocation.md lists the strategies and what they are worth on th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
+from mc_gguf.allocate import attention as joint
 from mc_gguf.allocate import published, strategies
 from mc_gguf.allocate.objectives import DEFAULT_OBJECTIVES, OBJECTIVES
 from mc_gguf.allocate.problem import (
@@ -33,7 +35,7 @@ from mc_gguf.allocate.problem import (
 from mc_gguf.allocate.strategies import Limit
 from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan
 from mc_gguf.errors import BudgetError, McError
-from mc_gguf.ggml_types import CANDIDATES, ggml_type
+from mc_gguf.ggml_types import ATTENTION_CANDIDATES, CANDIDATES, ggml_type
 from mc_gguf.units import format_size
 
 __all__ = ["OBJECTIVES", "STRATEGIES", "Budget", "Experts", "FileBytes", "fixed_types", "plan", "stand_in"]
@@ -56,6 +58,7 @@ class _Decision:
     bits: tuple[tuple[int, ...], ...] | None = None
     predicted_kld: float | None = None
     layer_ratio: float | None = None
+    attention: tuple[tuple[str, ...], ...] = ()
 
 
 def plan(
@@ -67,6 +70,7 @@ def plan(
     seed: int = 0,
     file_bytes: FileBytes | None = None,
     objective: str | None = None,
+    attention: Sequence[str] | None = None,
 ) -> Plan:
     """The type of every expert's projection under `budget`.
 
@@ -75,6 +79,8 @@ def plan(
     data for); mc and the baselines have their own.
     `file_bytes` gives the exact size of the file that an assignment makes with
     `fixed_types(calibration.model, budget, fixed)`; a size budget needs it, other budgets only report it.
+    `attention`: types to choose from for every attention matrix, in the same bytes (empty: all that were
+    measured; None: as `fixed` says).
     `seed` is for strategy random. Raises BudgetError (with the feasible range), McError for unknown
     strategies and types, ArtifactError.
     """
@@ -82,6 +88,9 @@ def plan(
     objective = _objective_of(strategy, objective, calibration)
     if budget.is_sixteen_bit:
         decided = _sixteen_bit(calibration)
+    elif attention is not None:
+        joint.check_request(budget, strategy, objective)
+        decided = _with_attention(calibration, budget, strategy, types, fixed, file_bytes, attention)
     elif strategy == "mc":
         decided = _mc(calibration, budget, file_bytes)
     else:
@@ -89,6 +98,9 @@ def plan(
         problem = build_problem(calibration, candidate_types(calibration, types), OBJECTIVES[objective])
         decided = _decide(problem, _limit(problem, budget, file_bytes), strategy, seed)
     has_size = file_bytes is not None and calibration.model is not None
+    if decided.attention:
+        fixed = replace(fixed, attention=decided.attention)
+        file_bytes = partial(file_bytes, fixed=fixed) if file_bytes else None
     return Plan(
         strategy=strategy, budget=budget.to_json(), layers=calibration.layers, experts=decided.experts,
         fixed=fixed_types(calibration.model, budget, fixed), types=decided.types,
@@ -107,11 +119,13 @@ def stand_in(model: ModelInfo, types: Sequence[str] | None) -> Calibration:
     names = tuple(dict.fromkeys((*wanted, *published.NOMINAL_TYPES)))
     each = np.ones((len(model.expert_layers), model.n_expert))
     by_type = np.ones((*each.shape, len(PROJECTIONS), len(names)))
+    attention_types, attention_error = joint.made_up(model, ATTENTION_CANDIDATES)
     return replace(
         Calibration.blank(model), types=names, frequency=each, routing_weight=each, output_sq=each,
         nominal_error=np.ones((*each.shape, 3)), kld_per_error=np.ones(len(each)),
         block_score=np.ones(len(each)), hessian_trace=np.ones((*each.shape, len(PROJECTIONS))),
         sq_error=by_type, relative_error=by_type, weight_error=by_type,
+        attention_types=attention_types, attention_error=attention_error,
     )  # fmt: skip
 
 
@@ -132,7 +146,7 @@ def _check_request(
             "--bits-per-layer counts nominal bits, which only strategy mc has; "
             f"give --bpw or --size for strategy {strategy}"
         )
-    for name in asdict(fixed).values():
+    for name in (fixed.attn, fixed.attn_kv, fixed.token_embd, fixed.output):
         ggml_type(name)
 
 
@@ -161,6 +175,29 @@ def _decide(problem: Problem, limit: Limit, strategy: str, seed: int) -> _Decisi
         return _decision(problem, items.columns(strategies.shrink(items, limit, control.reshape(-1))), None)
     ratio = strategies.ratio_to_layers(problem, limit, columns) if strategy == "pmq" else None
     return replace(_decision(problem, columns, gap), layer_ratio=ratio)
+
+
+def _with_attention(
+    calibration: Calibration,
+    budget: Budget,
+    strategy: str,
+    types: Sequence[str] | None,
+    fixed: FixedTypes,
+    file_bytes: FileBytes | None,
+    attention_types: Sequence[str],
+) -> _Decision:
+    """Attention matrices as further items of the program of pmq or layer."""
+    check_has_model(calibration)
+    problem = build_problem(calibration, candidate_types(calibration, types), OBJECTIVES["kld"])
+    attention = joint.build_attention(calibration, attention_types)
+    limit = _limit(problem, budget, file_bytes)
+    assert file_bytes is not None  # _limit raised
+    limit = joint.limit_of(limit, problem, attention, fixed, file_bytes)
+    columns, choice, gap, ratio = joint.solve(problem, attention, limit, strategy)
+    decided = _decision(problem, columns, gap)
+    assert decided.predicted_kld is not None  # it is the objective
+    kld = decided.predicted_kld + attention.predicted_kld(choice)
+    return replace(decided, predicted_kld=kld, layer_ratio=ratio, attention=attention.rows(choice))
 
 
 def _decision(problem: Problem, columns: Ints, gap: float | None, bits: Ints | None = None) -> _Decision:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -17,7 +17,7 @@ from mc_gguf.ggml_types import CANDIDATES, FALLBACKS, MAX_GROUPS, SIXTEEN_BIT, g
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Experts = Mapping[str, Sequence[Sequence[str]]]
-FileBytes = Callable[[Experts], int]
+FileBytes = Callable[..., int]  # of Experts; with other FixedTypes than its own by the keyword `fixed`
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,10 @@ def fixed_types(model: ModelInfo | None, budget: Budget, fixed: FixedTypes) -> F
     """Types of the other tensors under this budget: 16 bits in a 16-bit file where nothing else was asked."""
     if model is None or not budget.is_sixteen_bit:
         return fixed
-    plain, asked = sixteen_bit_type(model), asdict(fixed)
-    return FixedTypes(**{k: plain if v == getattr(FixedTypes(), k) else v for k, v in asked.items()})
+    plain, default = sixteen_bit_type(model), FixedTypes()
+    names = ("attn_kv", "attn", "token_embd", "output")
+    kept = {name for name in names if getattr(fixed, name) != getattr(default, name)}
+    return replace(fixed, **dict.fromkeys(set(names) - kept, plain))  # type: ignore[arg-type]
 
 
 def bytes_for_bpw(problem: Problem, bpw: float) -> int:

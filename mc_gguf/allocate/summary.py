@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mc_gguf.artifacts import PROJECTIONS, FixedTypes, Plan
+from mc_gguf.artifacts import ATTENTION, PROJECTIONS, FixedTypes, Plan
 from mc_gguf.ggml_types import ggml_type
 from mc_gguf.units import format_size
 
@@ -16,7 +16,9 @@ PAYS = 0.95
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of a plan. `type_counts[projection][type]` counts experts, smallest type first."""
+    """Figures of a plan. `type_counts[projection][type]` counts experts, smallest type first;
+    `attention_counts[part][type]` layers, where the plan decided them.
+    """
 
     strategy: str
     budget: dict[str, float]
@@ -33,6 +35,7 @@ class Summary:
     layer_ratio: float | None
     optimality_gap: float | None
     notes: tuple[str, ...]
+    attention_counts: dict[str, dict[str, int]]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,8 +50,11 @@ class Summary:
         rows.append(("bits", f"{self.expert_bpw:.4f} per expert weight"))
         rows.append(("layers", f"{self.n_layer} of {self.n_expert} experts"))
         for projection, counts in self.type_counts.items():
-            rows.append((projection, ", ".join(f"{n} {name}" for name, n in counts.items())))
-        fixed = asdict(self.fixed)
+            rows.append((projection, _listed(counts)))
+        rows += [(f"attn {part}", _listed(counts)) for part, counts in self.attention_counts.items()]
+        fixed = {name: kind for name, kind in asdict(self.fixed).items() if name != "attention"}
+        if self.attention_counts:
+            del fixed["attn"], fixed["attn_kv"]
         rows.append(("others", ", ".join(f"{name} {kind}" for name, kind in fixed.items())))
         if self.predicted_error is not None:
             error = f"{100 * self.predicted_error:.4g} % of the experts' output energy"
@@ -70,11 +76,24 @@ def summarize(plan: Plan) -> Summary:
         plan.strategy, plan.budget, len(plan.layers), len(plan.experts["gate"][0]), plan.file_bytes,
         plan.expert_bytes, plan.expert_bpw, counts, plan.fixed, plan.objective, plan.predicted_error,
         plan.predicted_kld, plan.layer_ratio, plan.optimality_gap, _notes(plan, counts),
+        _attention_counts(plan),
     )  # fmt: skip
 
 
 def _counts(plan: Plan, projection: str) -> dict[str, int]:
-    found = Counter(name for row in plan.experts[projection] for name in row)
+    return _by_size(Counter(name for row in plan.experts[projection] for name in row))
+
+
+def _attention_counts(plan: Plan) -> dict[str, dict[str, int]]:
+    columns = list(zip(*plan.fixed.attention, strict=True))
+    return {part: _by_size(Counter(column)) for part, column in zip(ATTENTION, columns, strict=False)}
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in counts.items())
+
+
+def _by_size(found: Counter[str]) -> dict[str, int]:
     return {name: found[name] for name in sorted(found, key=lambda name: (ggml_type(name).bpw, name))}
 
 

@@ -6,8 +6,8 @@ them).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,11 @@ _OPTIONS = (
     click.option("--types", metavar="T,T,...", help="Expert types to choose from.  [default: all measured]"),
     click.option("--attn-type", metavar="T", help="Type of attention q and output.  [default: Q6_K]"),
     click.option("--attn-kv-type", metavar="T", help="Type of attention k and v.  [default: Q8_0]"),
+    click.option(
+        "--attention", metavar="NAME|T,T,...",
+        help="fixed (as the two options above say), or decided in the same budget as the experts (with "
+        "--size): auto (among all measured types), or among these types.  [default: fixed]",
+    ),
     click.option("--embd-type", metavar="T", help="Type of the token embeddings.  [default: Q6_K]"),
     click.option("--output-type", metavar="T", help="Type of the output matrix.  [default: Q6_K]"),
     click.option("--seed", type=int, default=0, show_default=True, help="For what is drawn by lot."),
@@ -63,6 +68,7 @@ class PlanOptions:
     fixed: FixedTypes
     seed: int
     objective: str | None = None
+    attention: tuple[str, ...] | None = None  # types to choose from; empty: all measured; None: fixed
 
     def check(self, model: ModelInfo) -> None:
         """Refuses what no calibration of `model` could make feasible: a plan on made-up errors is tried."""
@@ -85,7 +91,7 @@ class PlanOptions:
             file_bytes = partial(of_file, calibration.model, fixed=fixed, routing=routing)
         return plan(
             calibration, self.budget, self.strategy, self.types, self.fixed, self.seed, file_bytes,
-            self.objective,
+            self.objective, self.attention,
         )  # fmt: skip
 
 
@@ -94,7 +100,9 @@ def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def wrapped(**arguments: Any) -> Any:
-        names = ("bpw", "size", "bits_per_layer", "strategy", "types", "seed", "objective", *_FIELDS)
+        names = (
+            "bpw", "size", "bits_per_layer", "strategy", "types", "seed", "objective", "attention", *_FIELDS,
+        )  # fmt: skip
         return function(options=_collect(**{name: arguments.pop(name) for name in names}), **arguments)
 
     for option in reversed(_OPTIONS):
@@ -104,7 +112,7 @@ def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _collect(
     bpw: float | None, size: str | None, bits_per_layer: int | None, strategy: str | None, types: str | None,
-    seed: int, objective: str | None = None, **fixed: str | None,
+    seed: int, objective: str | None = None, attention: str | None = None, **fixed: str | None,
 ) -> PlanOptions:  # fmt: skip
     from mc_gguf.allocate import Budget
     from mc_gguf.artifacts import FixedTypes
@@ -112,6 +120,25 @@ def _collect(
 
     budget = Budget(bpw, parse_size(size) if size is not None else None, bits_per_layer)
     implied = "mc" if bits_per_layer is not None else "pmq"
-    names = tuple(t.strip().upper() for t in types.split(",") if t.strip()) if types is not None else None
+    names = _names(types) if types is not None else None
     given = {_FIELDS[option]: t.upper() for option, t in fixed.items() if t is not None}
-    return PlanOptions(budget, strategy or implied, names, FixedTypes(**given), seed, objective)
+    types_of_attention = _attention(attention, given)
+    return PlanOptions(
+        budget, strategy or implied, names, replace(FixedTypes(), **given), seed, objective,  # type: ignore[arg-type]
+        types_of_attention,
+    )  # fmt: skip
+
+
+def _names(types: str) -> tuple[str, ...]:
+    return tuple(t.strip().upper() for t in types.split(",") if t.strip())
+
+
+def _attention(wanted: str | None, fixed: Mapping[str, str]) -> tuple[str, ...] | None:
+    """Types to choose from for the attention; empty: all measured; None: fixed."""
+    from mc_gguf.errors import McError
+
+    if wanted is None or wanted.lower() == "fixed":
+        return None
+    if {"attn", "attn_kv"} & fixed.keys():
+        raise McError("--attention chooses what --attn-type and --attn-kv-type fix; give one or the other")
+    return () if wanted.lower() == "auto" else _names(wanted)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mc_gguf.container.layout import (
     OutputTensor,
+    attention_place,
     expert_bpw,
     file_bytes,
     fixed_type,
@@ -21,6 +22,7 @@ from mc_gguf.container.routing import base_metadata, read_routing, write_routing
 __all__ = [
     "MixedGguf",
     "OutputTensor",
+    "attention_place",
     "base_metadata",
     "describe",
     "expert_bpw",

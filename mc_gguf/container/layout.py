@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mc_gguf.artifacts import PROJECTIONS, FixedTypes, ModelInfo, TensorSpec, expert_tensor_name
+from mc_gguf.artifacts import ATTENTION, PROJECTIONS, FixedTypes, ModelInfo, TensorSpec, expert_tensor_name
 from mc_gguf.checkpoint import Checkpoint
 from mc_gguf.checkpoint.base import add_values
 from mc_gguf.container.keys import (
@@ -41,6 +42,8 @@ _FILE_TYPES = {
     28, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32,
 }  # fmt: skip
 _GUESSED = 1024
+
+_ATTENTION = re.compile(rf"blk\.(\d+)\.attn_({'|'.join(ATTENTION)})\.weight")
 
 ExpertTypes = Mapping[str, Sequence[Sequence[str]]]
 
@@ -125,6 +128,12 @@ def _expert_tensors(spec: TensorSpec, row: Sequence[GgmlType]) -> list[OutputTen
     return [OutputTensor(f"{spec.name}.map", (2, n_expert), BY_ID[26], 0, spec, None, table), *groups]
 
 
+def attention_place(name: str) -> tuple[int, str] | None:
+    """(layer, one of ATTENTION) of an attention matrix; None for other tensors."""
+    found = _ATTENTION.fullmatch(name)
+    return (int(found[1]), found[2]) if found else None
+
+
 def fixed_type(spec: TensorSpec, fixed: FixedTypes, keep_f32: bool = True) -> GgmlType:
     """The type of a tensor that is not an expert stack.
 
@@ -138,6 +147,8 @@ def fixed_type(spec: TensorSpec, fixed: FixedTypes, keep_f32: bool = True) -> Gg
         return TYPES["F32"]
     if spec.name in ("token_embd.weight", "output.weight"):
         wanted = fixed.token_embd if spec.name.startswith("token_embd") else fixed.output
+    elif fixed.attention and (place := attention_place(spec.name)):
+        wanted = fixed.attention_type(*place)
     else:
         wanted = fixed.attn_kv if spec.name.endswith(("attn_k.weight", "attn_v.weight")) else fixed.attn
     for name in (wanted, "Q8_0"):

@@ -141,8 +141,8 @@ def check_inputs(checkpoint: Checkpoint, calibration: Calibration | None, plan: 
 def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[OutputTensor, ...]) -> None:
     """Refuse what cannot be quantized for want of an importance matrix; say which experts have none."""
     for t in tensors:
-        if t.experts is None and t.type.needs_imatrix:
-            raise McError(f"{t.name} cannot be {t.type.name}: only experts have an importance matrix")
+        if t.experts is None and t.type.needs_imatrix and _attention_imatrix(calibration, plan, t) is None:
+            raise McError(f"{t.name} cannot be {t.type.name}: it has no importance matrix")
         if t.experts is not None and t.type.needs_imatrix and calibration is None:
             raise ArtifactError(
                 f"{t.name} is to be {t.type.name}, which needs a calibration: give --calibration FILE"
@@ -208,7 +208,8 @@ def _make(
     """The bytes of one piece."""
     if loaded.dtype == np.uint8:
         return loaded
-    t, imatrix = piece.tensor, None
+    t = piece.tensor
+    imatrix = _attention_imatrix(calibration, plan, t)
     if piece.expert is not None:
         layer, projection = _place(t.source.name)
         imatrix = _imatrix(calibration, plan.layers.index(layer), projection, piece.expert)
@@ -223,6 +224,20 @@ def _place(name: str) -> tuple[int, str]:
     """(layer, projection) of an expert stack's name."""
     _, layer, rest = name.split(".", 2)
     return int(layer), next(p for p in PROJECTIONS if rest.startswith(f"ffn_{p}_"))
+
+
+def _attention_imatrix(
+    calibration: Calibration | None, plan: Plan, tensor: OutputTensor
+) -> NDArray[np.float32] | None:
+    """The mean squared inputs of an attention matrix whose type the plan chose."""
+    if not plan.fixed.attention or calibration is None or not calibration.attention_in.size:
+        return None
+    place = container.attention_place(tensor.name)
+    if place is None:
+        return None
+    table = calibration.attention_mid if place[1] == "output" else calibration.attention_in
+    row: NDArray[np.float32] = table[place[0]]
+    return row
 
 
 def _imatrix(

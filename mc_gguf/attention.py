@@ -1,0 +1,114 @@
+"""Error of every attention matrix under every type, measured beside calibration's own forward pass.
+
+For each of q, k, v and output of a layer the squared error of what the attention block adds to the hidden
+states, relative to the hidden state after it, a token on average, when this matrix alone has the type: the
+same unit as the relative errors of experts, so that the price of the layer (sensitivity.py) serves for both
+(docs/allocation.md has what that is worth). Biases and norms stay as they are.
+
+Whole matrices on a few whole rows of text: what q and k do goes through a softmax, so that rows of a matrix
+do not add up. The importance matrices come from all of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mc_gguf.artifacts import ATTENTION, Floats, ModelInfo
+from mc_gguf.forward import Decoder
+from mc_gguf.ggml_types import ATTENTION_CANDIDATES
+from mc_gguf.losses import fits, quantization_error
+from mc_gguf.sensitivity import branch_rows
+
+
+def attention_types(info: ModelInfo) -> tuple[str, ...]:
+    """Those of ATTENTION_CANDIDATES that the rows of some attention matrix can have, by size."""
+    widths = {t.shape[0] for t in info.tensors if t.name in _names(info)}
+    return tuple(name for name in ATTENTION_CANDIDATES if any(fits(name, width) for width in widths))
+
+
+def _names(info: ModelInfo) -> set[str]:
+    return {f"blk.{layer}.attn_{part}.weight" for layer in range(info.n_layer) for part in ATTENTION}
+
+
+@dataclass(eq=False)
+class InputSquares:
+    """Mean squared inputs of the attention's matrices, float64: `into` [n_embd] of q, k and v, `mid` of the
+    output matrix.
+    """
+
+    into: Tensor | float = 0.0
+    mid: Tensor | float = 0.0
+    tokens: int = field(default=0)
+
+    def add(self, x: Tensor, mixed: Tensor) -> None:
+        self.into = self.into + x.flatten(0, 1).square().sum(0, dtype=torch.float64)
+        self.mid = self.mid + mixed.flatten(0, 1).square().sum(0, dtype=torch.float64)
+        self.tokens += x.shape[0] * x.shape[1]
+
+    def means(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        return _float32(self.into, self.tokens), _float32(self.mid, self.tokens)
+
+
+def _float32(total: Tensor | float, tokens: int) -> NDArray[np.float32]:
+    return (torch.as_tensor(total) / max(1, tokens)).float().numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionStats:
+    """The attention's share of a LayerStats."""
+
+    attention_error: Floats
+    attention_in: NDArray[np.float32]
+    attention_mid: NDArray[np.float32]
+
+
+def run_attention(
+    decoder: Decoder,
+    layer: int,
+    hidden: Tensor,
+    tokens: int,
+    check: Callable[[Tensor], None],
+    threads: int = 1,
+) -> AttentionStats:
+    """Advance `hidden` [n_rows, ctx, n_embd] by the attention block, in place, `check` it, and measure, the
+    errors on up to `tokens` tokens.
+    """
+    few, squares = branch_rows(hidden, tokens).clone(), InputSquares()
+    decoder.attention_block(layer, squares.add)(hidden)
+    check(hidden)
+    into, mid = squares.means()
+    types = attention_types(decoder.checkpoint.info)
+    return AttentionStats(attention_errors(decoder, layer, few, into, mid, types, threads), into, mid)
+
+
+def attention_errors(
+    decoder: Decoder,
+    layer: int,
+    hidden: Tensor,
+    into: NDArray[np.float32],
+    mid: NDArray[np.float32],
+    types: Sequence[str],
+    threads: int = 1,
+) -> Floats:
+    """[4, A] mean relative errors on `hidden` [n_rows, ctx, n_embd], the states before the attention block;
+    infinite where rows are no whole blocks. `into`, `mid`: InputSquares.means().
+    """
+    exact = decoder.attention_added(layer)(hidden)
+    after_sq = (hidden + exact).square().sum(-1, dtype=torch.float64).clamp(min=1e-30)
+    errors = np.full((len(ATTENTION), len(types)), np.inf)
+    for p, part in enumerate(ATTENTION):
+        matrix = decoder.attention_matrix(layer, part)
+        importance = mid if part == "output" else into
+        for t, name in enumerate(types):
+            if fits(name, matrix.shape[1]):
+                changed = matrix + quantization_error(matrix, name, importance, threads)
+                added = decoder.attention_added(layer, {part: changed})(hidden)
+                error = (added - exact).square().sum(-1, dtype=torch.float64)
+                errors[p, t] = float((error / after_sq).mean())
+    return errors

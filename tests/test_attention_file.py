@@ -1,0 +1,45 @@
+"""A file whose attention was decided in the experts' budget, from the model to the runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from mc_gguf import Llama
+from mc_gguf.artifacts import ATTENTION, Calibration, Plan
+from mc_gguf.checkpoint import open_checkpoint
+from mc_gguf.cli import main
+from mc_gguf.container import MixedGguf
+from mc_gguf.quantize import quantize_rows
+
+pytestmark = pytest.mark.native
+SIZE = 5_300_000
+QUICK = ("--tokens", "512", "--ctx", "128", "--rows", "16", "--types", "IQ1_S,IQ2_XXS,Q3_K", "--quiet")
+
+
+def test_convert_writes_the_types_that_the_plan_chose(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    arguments = ["convert", tiny_model, "-o", path, "--size", SIZE, "--attention", "auto", *QUICK]
+    result = CliRunner().invoke(main, [*map(str, arguments), "--no-compensate"])
+    assert result.exit_code == 0, result.output
+    assert "attn output" in result.output
+    plan = Plan.load(tmp_path / "model.plan.json")
+    assert plan.file_bytes == path.stat().st_size <= SIZE
+    assert len({name for row in plan.fixed.attention for name in row}) > 1
+    header = MixedGguf.open(path).header.tensors
+    calibration = Calibration.load(tmp_path / "model.calib.safetensors")
+    checkpoint, data = open_checkpoint(tiny_model), path.read_bytes()
+    for layer in plan.layers:
+        for part in ATTENTION:
+            tensor = header[f"blk.{layer}.attn_{part}.weight"]
+            assert tensor.type.name == plan.fixed.attention_type(layer, part)
+            table = calibration.attention_mid if part == "output" else calibration.attention_in
+            expected = quantize_rows(checkpoint.tensor(tensor.name), tensor.type.name, table[layer], 1)
+            assert data[tensor.offset : tensor.offset + tensor.n_bytes] == expected.tobytes()
+    inspected = CliRunner().invoke(main, ["inspect", str(path)])
+    assert inspected.exit_code == 0
+    llama: Any = Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
+    assert llama("The", max_tokens=4)["choices"][0]["text"]
