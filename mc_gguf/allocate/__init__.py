@@ -112,6 +112,18 @@ def plan(
     )  # fmt: skip
 
 
+def decides_attention(
+    calibration: Calibration, budget: Budget, strategy: str, objective: str | None
+) -> bool:
+    """Whether plan() can decide the types of attention matrices, too, under this request."""
+    return (
+        budget.size_bytes is not None
+        and strategy in joint.STRATEGIES
+        and _objective_of(strategy, objective, calibration) == "kld"
+        and calibration.attention_error.size > 0
+    )
+
+
 def stand_in(model: ModelInfo, types: Sequence[str] | None) -> Calibration:
     """A calibration of `model` with equal errors everywhere: what plan() refuses with it, it refuses with
     every calibration of these types."""

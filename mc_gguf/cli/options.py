@@ -44,7 +44,8 @@ _OPTIONS = (
     click.option(
         "--attention", metavar="NAME|T,T,...",
         help="fixed (as the two options above say), or decided in the same budget as the experts (with "
-        "--size): auto (among all measured types), or among these types.  [default: fixed]",
+        "--size): auto (among all measured types), or among these types.  [default: auto with --size, unless "
+        "one of the two is given; else fixed]",
     ),
     click.option("--embd-type", metavar="T", help="Type of the token embeddings.  [default: Q6_K]"),
     click.option("--output-type", metavar="T", help="Type of the output matrix.  [default: Q6_K]"),
@@ -69,6 +70,7 @@ class PlanOptions:
     seed: int
     objective: str | None = None
     attention: tuple[str, ...] | None = None  # types to choose from; empty: all measured; None: fixed
+    attention_default: bool = False  # all measured where the program can decide them
 
     def check(self, model: ModelInfo) -> None:
         """Refuses what no calibration of `model` could make feasible: a plan on made-up errors is tried."""
@@ -79,7 +81,7 @@ class PlanOptions:
 
     def plan(self, calibration: Calibration) -> Plan:
         """The plan for this calibration, with exact file sizes where the model is known."""
-        from mc_gguf.allocate import fixed_types, plan
+        from mc_gguf.allocate import decides_attention, fixed_types, plan
 
         file_bytes = None
         if calibration.model is not None:
@@ -89,9 +91,11 @@ class PlanOptions:
             fixed = fixed_types(calibration.model, self.budget, self.fixed)
             routing = of_calibration(calibration)
             file_bytes = partial(of_file, calibration.model, fixed=fixed, routing=routing)
+        request = (self.budget, self.strategy, self.objective)
+        decided = self.attention_default and decides_attention(calibration, *request)
         return plan(
             calibration, self.budget, self.strategy, self.types, self.fixed, self.seed, file_bytes,
-            self.objective, self.attention,
+            self.objective, () if decided else self.attention,
         )  # fmt: skip
 
 
@@ -125,7 +129,7 @@ def _collect(
     types_of_attention = _attention(attention, given)
     return PlanOptions(
         budget, strategy or implied, names, replace(FixedTypes(), **given), seed, objective,  # type: ignore[arg-type]
-        types_of_attention,
+        types_of_attention, attention is None and not {"attn", "attn_kv"} & given.keys(),
     )  # fmt: skip
 
 
