@@ -78,11 +78,11 @@ inline vf nearest_integer(vf x) {
     return (x + 12582912.0f) - 12582912.0f;
 }
 
-// What is left of x in a half float.
+// What is left of x in a half float, by its bits: the compiler may contract a product and a difference.
 inline vf to_half(vf x) {
-    const vf scaled = x * 8193.0f, normal = scaled - (scaled - x), tiny = (x + 0.75f) - 0.75f;
-    const vf size = x < 0.0f ? -x : x;
-    return size < 6.103515625e-5f ? tiny : normal;
+    const vi bits = (vi) x, even = bits >> 13 & 1, rounded = (bits + 0xfff + even) & ~0x1fff;
+    const vf size = x < 0.0f ? -x : x, subnormal = (x + 0.75f) - 0.75f;
+    return size < 6.103515625e-5f ? subnormal : (vf) rounded;
 }
 
 // ---------------------------------------------------------------------------------------------------------- formats
