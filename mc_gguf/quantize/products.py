@@ -1,9 +1,9 @@
 """Matrix products of error compensation at the machine's speed: in bfloat16 where the CPU multiplies it (AMX,
 AVX512_BF16: 3 to 6 times the speed of float32), sums in float32.
 
-What is lost is 2^-9 of a factor, at random: of the errors to make up for (their own size is a per cent or more
-of the weights), and of the inputs of a Hessian, which stays a sum of squares. Factors and inverses stay exact
-(`exact_products`). The result depends on the CPU, as it does in float32.
+What is lost is 2^-9 of a factor, at random: of the errors to make up for (their own size is a per cent or
+more of the weights), and of the inputs of a Hessian, which stays a sum of squares. Factors and inverses stay
+exact (`exact_products`). The result depends on the CPU, as it does in float32.
 """
 
 from __future__ import annotations
