@@ -12,6 +12,7 @@ from mc_gguf.ggml_types import TYPES
 from mc_gguf.quantize import dequantize_rows, quantize_rows
 from mc_gguf.quantize.compensate import Options, damped, quantize_compensated, supports, upper_factor
 from mc_gguf.quantize.native import Metric
+from mc_gguf.quantize.products import add_squares, mirror
 
 pytestmark = pytest.mark.native
 ROUNDED = tuple(name for name, kind in TYPES.items() if kind.block_size > 1)
@@ -115,13 +116,28 @@ def test_gptq_without_scales_to_choose_equals_the_textbook() -> None:
     with Metric("Q8_0", h.numpy()) as metric:
         metric.quantize(weights, blocks, values, passes=0, threads=1)
     scale = blocks[:, :2].copy().view(np.float16).astype(np.float64)
-    upper = np.linalg.inv(upper_factor(h.double()).numpy())
+    upper = np.linalg.inv(upper_factor(h.double()).triu().numpy())
     left, expected = weights.astype(np.float64), np.empty((4, 32))
     for j in range(32):
         expected[:, j] = scale[:, 0] * np.clip(np.round(left[:, j] / scale[:, 0]), -128, 127)
         error = (left[:, j] - expected[:, j]) / upper[j, j]
         left -= np.outer(error, upper[j])
     np.testing.assert_allclose(values, expected, atol=1e-5)
+
+
+def test_factor_in_panels_equals_the_whole() -> None:
+    h = damped(torch.from_numpy(make_inputs(1200).T @ make_inputs(1200)), 0.1)
+    r = upper_factor(h.clone()).triu()
+    assert float((r @ r.T - h).abs().max()) < 1e-4 * float(h.abs().max())
+
+
+def test_squares_add_up_and_are_symmetric() -> None:
+    x = torch.from_numpy(make_inputs(2100, tokens=50))
+    total = torch.zeros(2100, 2100)
+    add_squares(total, x)
+    mirror(total)
+    assert torch.equal(total, total.T)
+    assert torch.allclose(total, x.T @ x, rtol=1e-4, atol=1e-3)
 
 
 def test_narrow_rows_and_hessians_without_inputs() -> None:

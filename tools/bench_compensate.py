@@ -33,6 +33,7 @@ from mc_gguf.progress import progress
 from mc_gguf.quantize import dequantize_rows, init, quantize_rows
 from mc_gguf.quantize.compensate import Options, quantize_compensated
 from mc_gguf.quantize.compensation import compensate, open_bank
+from mc_gguf.quantize.products import add_squares, mirror
 
 Weights = Mapping[tuple[int, int, str], NDArray[np.float32]]
 
@@ -172,22 +173,25 @@ def first_rows(checkpoint: Checkpoint, path: Path, tokens: int, ctx: int) -> NDA
 @click.option("--cols", default=4096, show_default=True)
 @click.option("--passes", default=Options().passes, show_default=True)
 @click.option("--sweeps", default=Options().sweeps, show_default=True)
+@click.option("--tokens", default=8192, show_default=True, help="Inputs that the Hessian is made of.")
 @click.option("--threads", default=2, show_default=True)
-def speed(name: str, rows: int, cols: int, passes: int, sweeps: int, threads: int) -> None:
+def speed(name: str, rows: int, cols: int, passes: int, sweeps: int, tokens: int, threads: int) -> None:
     """Time and error of one matrix, without and with compensation."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     weights = torch.randn(rows, cols).numpy()
-    x = torch.randn(2 * cols, cols // 4) @ torch.randn(cols // 4, cols) / cols**0.5
-    x += 0.3 * torch.randn(2 * cols, cols)
+    x = torch.randn(tokens, cols // 4) @ torch.randn(cols // 4, cols) / cols**0.5
+    x += 0.3 * torch.randn(tokens, cols)
     init([name])
-    hessian, diagonal = x.T @ x, x.square().mean(0).numpy()
+    hessian, diagonal = torch.zeros(cols, cols), x.square().mean(0).numpy()
+    add_squares(hessian, x)
+    mirror(hessian)
     start, cpu = time.monotonic(), [time.process_time()]
     plain = quantize_rows(weights, name, diagonal, threads)
     middle = time.monotonic()
     cpu.append(time.process_time())
     options = Options(passes=passes, sweeps=sweeps)
-    ours = quantize_compensated(weights, name, hessian, diagonal, options, threads)
+    ours = quantize_compensated(weights, name, hessian, diagonal, options, threads, plain)
     end = time.monotonic()
     cpu.append(time.process_time())
     loss = []

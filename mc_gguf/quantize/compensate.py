@@ -8,17 +8,18 @@ columns sees
 
 so it is quantized to W_B + A inv(R_BB) in the metric R_BB R_BB', and what the blocks before could not hold
 is made up for as far as a linear map can. Inside a block the native kernel (native.py) goes on column by
-column, or entry by entry of a codebook; ggml's own quantizer, run on the compensated weights, gives the
-scales to start from. `sweeps` then revisit every block with all others fixed: the target is W_B + (sum over
-j of (W_j - Q_j) H_jB) inv(H_BB), the metric H_BB.
+column, or entry by entry of a codebook; ggml's own quantizer, run on the compensated weights (of SLOW types:
+on the weights), gives the scales to start from. `sweeps` then revisit every block with all others fixed: the
+target is W_B + (sum over j of (W_j - Q_j) H_jB) inv(H_BB), the metric H_BB.
 
 At that minimum the error is orthogonal to Q's own outputs, so these are too small: by 2 % for IQ2_XXS, and
 an expert multiplies three such matrices. Such a loss of gain is the same for all tokens, adds up over
 layers and does more harm than its squared error says, so every row's scale is then set to make w H w' = q H
 w' (`unbiased`).
 
-Cost of a matrix [rows, n]: n^3 / 3 for R, rows n^2 for A, 2 rows n^2 a sweep, all in float32 matrix
-products; the kernel is linear in n. Memory: H and R (n = 14336: 822 MB each), W and Q.
+Cost of a matrix [rows, n]: n^3 / 3 for R in float32; rows n^2 for A, 2 rows n^2 a sweep and 2 rows n^2 for
+the gains, as products.py has it; the kernel is linear in n. Memory: R beside the given H (n = 14336: 822 MB
+each), W, Q and the error.
 
 Frantar et al., GPTQ (arXiv 2210.17323); Chee et al., QuIP (2307.13304) for LDLQ.
 """
@@ -36,10 +37,14 @@ from mc_gguf.errors import McError
 from mc_gguf.ggml_types import ggml_type
 from mc_gguf.quantize.kernels import quantize_rows
 from mc_gguf.quantize.native import BLOCK, Metric, scale_rows, supports
+from mc_gguf.quantize.products import exact_products, product_type
 
 __all__ = ["DEFAULT", "Options", "quantize_compensated", "supports"]
 
 MAX_GAIN = 1.5  # a row that lost more is noise
+# ggml's own quantizers of these take longer than all else, and scales for the compensated weights instead of
+# the weights gain 0.3 % of squared error; of the other types 1 %.
+SLOW = frozenset(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M"))
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,11 @@ def quantize_compensated(
     imatrix: NDArray[np.float32] | None,
     options: Options = DEFAULT,
     threads: int = 1,
+    start: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """Blocks (rows, bytes of a row) for `weights` [rows, n]; `hessian` [n, n] is the sum or mean of x x' over
-    the inputs x, `imatrix` [n] what ggml's quantizer gets for its scales.
+    the inputs x, `imatrix` [n] what ggml's quantizer gets for its scales. `start`: the blocks that it makes
+    of `weights`, if they are known; only their scales count.
 
     The bytes do not depend on `threads`, given a deterministic matrix product. Raises McError when the type
     cannot be compensated, the rows are no whole blocks or the weights are not finite.
@@ -84,38 +91,71 @@ def quantize_compensated(
     row_bytes = kind.row_bytes(n)
     if not supports(kind.name):
         raise McError(f"{kind.name} cannot be quantized with error compensation; use --no-compensate")
-    h = damped(torch.as_tensor(hessian), options.damping)
-    if h.shape != (n, n):
-        raise McError(f"the Hessian is {tuple(h.shape)}, the rows have {n} weights")
+    form = Form(torch.as_tensor(hessian), options.damping)
+    if form.hessian.shape != (n, n):
+        raise McError(f"the Hessian is {tuple(form.hessian.shape)}, the rows have {n} weights")
+    source = np.ascontiguousarray(weights, dtype=np.float32)
+    blocks = quantize_rows(source, kind.name, imatrix, threads) if start is None else start.copy()
     work = _Matrix(
-        np.ascontiguousarray(weights, dtype=np.float32), kind.name, imatrix, options.passes, threads,
-        np.empty((rows, row_bytes), dtype=np.uint8), np.empty((rows, n), dtype=np.float32),
+        source, kind.name, imatrix, options.passes, threads, blocks, np.empty((rows, n), dtype=np.float32),
+        torch.zeros(rows, n, dtype=product_type(n)),
     )  # fmt: skip
-    work.first_pass(h)
+    assert blocks.shape == (rows, row_bytes)
+    work.first_pass(form)
     for _ in range(options.sweeps if n > BLOCK else 0):
-        work.sweep(h)
+        work.sweep(form)
     if options.unbiased:
-        scale_rows(work.blocks, kind.name, n, work.gains(h))
+        scale_rows(work.blocks, kind.name, n, work.gains(form))
     return work.blocks
 
 
-def damped(hessian: Tensor, damping: float) -> Tensor:
+class Form:
     """The Hessian over the mean of its diagonal (the identity if that is zero), plus `damping`."""
-    mean = float(hessian.diagonal().mean())
-    if not np.isfinite(mean):
-        raise McError("the Hessian is not finite; calibrate again")
-    h = hessian.float() / mean if mean > 0 else torch.eye(len(hessian))
-    h.diagonal().add_(damping)
-    return h
+
+    def __init__(self, hessian: Tensor, damping: float) -> None:
+        mean = float(hessian.diagonal().mean())
+        if not np.isfinite(mean):
+            raise McError("the Hessian is not finite; calibrate again")
+        self.hessian = hessian.float() if mean > 0 else torch.eye(len(hessian))
+        self.scale, self.damping = 1 / mean if mean > 0 else 1.0, damping
+
+    def columns(self, part: slice) -> Tensor:
+        """A copy of some columns, [n, columns]."""
+        found = self.hessian[:, part] * self.scale
+        found[part].diagonal().add_(self.damping)
+        return found
+
+    def whole(self) -> Tensor:
+        return self.columns(slice(0, len(self.hessian)))
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """The form, whole."""
+    return Form(hessian, damping).whole()
+
+
+PANEL = 512  # columns of the factor at once
 
 
 def upper_factor(h: Tensor) -> Tensor:
-    """R, upper triangular, with R R' = h: Cholesky from the last column on. Raises McError."""
-    lower: Tensor
-    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
-    if failed:
-        raise McError("the Hessian is not positive definite; use more damping or --no-compensate")
-    return lower.flip(0, 1)
+    """R, upper triangular, with R R' = h: Cholesky from the last column on, in place. Raises McError.
+
+    The part below the diagonal is not used and not cleared, except in the blocks on it.
+    """
+    with exact_products():
+        for end in range(len(h), 0, -PANEL):
+            start = max(0, end - PANEL)
+            own = h[start:end, start:end]
+            lower, failed = torch.linalg.cholesky_ex(own.flip(0, 1))
+            if failed:
+                raise McError("the Hessian is not positive definite; use more damping or --no-compensate")
+            own.copy_(lower.flip(0, 1))
+            panel = torch.linalg.solve_triangular(own.T, h[:start, start:end], upper=False, left=False)
+            h[:start, start:end] = panel
+            for first in range(0, start, 4 * PANEL):
+                last = min(first + 4 * PANEL, start)
+                h[:last, first:last].addmm_(panel[:last], panel[first:last].T, alpha=-1)
+    return h
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +169,7 @@ class _Matrix:
     threads: int
     blocks: NDArray[np.uint8]
     values: NDArray[np.float32]
+    error: Tensor  # weights - values, of the type that products take; zero where nothing is chosen yet
 
     def columns(self) -> list[slice]:
         n = self.weights.shape[1]
@@ -139,44 +180,43 @@ class _Matrix:
         first, last = (at // kind.block_size * kind.block_bytes for at in (part.start, part.stop))
         return self.blocks[:, first:last]
 
-    def first_pass(self, h: Tensor) -> None:
+    def first_pass(self, form: Form) -> None:
         """Block after block, the error of those before made up for."""
         parts = self.columns()
-        r = upper_factor(h) if len(parts) > 1 else h
-        error = torch.from_numpy(np.empty_like(self.weights)) if len(parts) > 1 else None
+        if len(parts) == 1:
+            self._fit(parts[0], self.weights, form.whole(), greedy=True)
+            return
+        r = upper_factor(form.whole())
         for part in parts:
-            if error is None:
-                target, metric = self.weights, h
-            else:
-                own = r[part, part]
-                carried = error[:, : part.start] @ r[: part.start, part]
-                carried = torch.linalg.solve_triangular(own, carried, upper=True, left=False)
-                target, metric = self.weights[:, part] + carried.numpy(), own @ own.T
-            importance = None if self.imatrix is None else self.imatrix[part]
-            self.block_bytes(part)[:] = quantize_rows(target, self.type_name, importance, self.threads)
-            self._fit(part, target, metric, greedy=True)
-            if error is not None:
-                error[:, part] = torch.from_numpy(self.weights[:, part] - self.values[:, part])
+            own = r[part, part].triu()
+            carried = self.error[:, : part.start] @ r[: part.start, part].to(self.error.dtype)
+            carried = torch.linalg.solve_triangular(own, carried.float(), upper=True, left=False)
+            target = self.weights[:, part] + carried.numpy()
+            if ggml_type(self.type_name).name not in SLOW:
+                importance = None if self.imatrix is None else self.imatrix[part]
+                self.block_bytes(part)[:] = quantize_rows(target, self.type_name, importance, self.threads)
+            self._fit(part, target, own @ own.T, greedy=True)
 
-    def sweep(self, h: Tensor) -> None:
+    def sweep(self, form: Form) -> None:
         """Every block again, all others as they are."""
-        error = torch.from_numpy(self.weights - self.values)
         for part in self.columns():
-            own = h[part, part]
-            outside = error @ h[:, part] - error[:, part] @ own
+            h = form.columns(part)
+            own = h[part].clone()
+            h[part] = 0
+            outside = (self.error @ h.to(self.error.dtype)).float()
             target = self.weights[:, part] + torch.linalg.solve(own, outside, left=False).numpy()
             self._fit(part, target, own, greedy=False)
-            error[:, part] = torch.from_numpy(self.weights[:, part] - self.values[:, part])
 
-    def gains(self, h: Tensor) -> NDArray[np.float32]:
+    def gains(self, form: Form) -> NDArray[np.float32]:
         """w H w' / q H w' of every row: what its outputs have to be multiplied by to be as large as they
         were.
         """
         size, kept = np.zeros(len(self.weights)), np.zeros(len(self.weights))
+        weights = torch.from_numpy(self.weights).to(self.error.dtype)
         for part in self.columns():
-            image = (torch.from_numpy(self.weights) @ h[:, part]).numpy()
-            size += (image * self.weights[:, part]).sum(1, dtype=np.float64)
-            kept += (image * self.values[:, part]).sum(1, dtype=np.float64)
+            image = (weights @ form.columns(part).to(weights.dtype)).float().numpy()
+            size += np.einsum("ij,ij->i", image, self.weights[:, part])
+            kept += np.einsum("ij,ij->i", image, self.values[:, part])
         gains = np.divide(size, kept, out=np.ones_like(size), where=kept > size / MAX_GAIN)
         return gains.clip(1 / MAX_GAIN, MAX_GAIN).astype(np.float32)
 
@@ -185,3 +225,4 @@ class _Matrix:
             prepared.quantize(
                 target, self.block_bytes(part), self.values[:, part], self.passes, self.threads, greedy
             )
+        self.error[:, part] = torch.from_numpy(self.weights[:, part] - self.values[:, part])

@@ -36,6 +36,7 @@ from mc_gguf.quantize.compensate import DEFAULT, Options, quantize_compensated, 
 from mc_gguf.quantize.hessian import Collector, Inputs, Tokens, held_out_tokens, run_expert
 from mc_gguf.quantize.kernels import dequantize_rows, init, quantize_rows
 from mc_gguf.quantize.output import check_inputs
+from mc_gguf.quantize.products import fast_products
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def compensate(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_products(checkpoint.info.n_embd):
             run = _Pass(Decoder(checkpoint), calibration, missing, bank, threads, options, outcome)
             run.run(corpus.rows, bar)
     finally:
@@ -231,7 +232,9 @@ class _Pass:
         importance = table[self.calibration.layers.index(layer), number]
         plain = quantize_rows(weights, name, importance, self.threads)
         options = self.options.for_tokens(inputs.n_tokens, weights.shape[1])
-        best = quantize_compensated(weights, name, inputs.hessian, importance, options, self.threads)
+        best = quantize_compensated(
+            weights, name, inputs.hessian, importance, options, self.threads, plain
+        )
         losses = [output_error(weights, blocks, name, inputs.held_out) for blocks in (best, plain)]
         if losses[1] > 0:
             self.outcome.ratios.append(losses[0] / losses[1])

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
+from mc_gguf.quantize.products import add_squares, mirror
 
 HELD_OUT_EVERY = 8
 HELD_OUT = 512
@@ -99,12 +100,13 @@ class Collector:
                 weighted = values * weight[:, None]
                 aside.append(weighted[held_out])
                 weighted[held_out] = 0
-                total.addmm_(weighted.T, weighted)
+                add_squares(total, weighted)
 
     def inputs(self, down: bool) -> Inputs:
         """What was collected."""
         total, aside = self._sums[down], self._aside[down]
         assert total is not None
+        mirror(total)
         held_out = torch.cat([torch.zeros(0, len(total)), *aside])[:HELD_OUT]
         return Inputs(total, held_out, self._n_tokens)
 

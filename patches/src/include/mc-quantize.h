@@ -1,4 +1,4 @@
-// Error-compensating rounding into ggml's block formats; what it does is in mc-quantize.cpp. C API for ctypes.
+// Error-compensating rounding into ggml's block formats; what it does is in quantize/. C API for ctypes.
 #pragma once
 
 #include <stdint.h>

@@ -1,6 +1,13 @@
 # libmc-quantize: a library of its own, which nothing at inference needs. Built with llama.
 
-add_library(mc-quantize ${CMAKE_CURRENT_LIST_DIR}/mc-quantize.cpp)
+add_library(mc-quantize
+    ${CMAKE_CURRENT_LIST_DIR}/api.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/codebook.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/codec.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/descent.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/formats.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/metric.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/scales.cpp)
 target_include_directories(mc-quantize PRIVATE ${CMAKE_CURRENT_LIST_DIR}/../../ggml/src)
 target_compile_features(mc-quantize PRIVATE cxx_std_17)
 target_link_libraries(mc-quantize PRIVATE ggml-base)

@@ -1,0 +1,214 @@
+// A sub-block of 16 rows: the scales to try, and for each the codes, column after column or group after group with
+// feedback. One row in a lane; the search for a codebook entry has its own lanes and takes the rows in turn.
+
+#include "mc-quantize-impl.h"
+
+#include <algorithm>
+
+namespace mc {
+
+namespace {
+
+const vf IQ4NL_VALUES = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
+
+// nearest_code and value_of for codes in a row (N = 0) and for the table iq4nl.
+template <bool TABLE> struct Codes {
+    float top, zero;
+    vf    threshold;  // TABLE: [k] between the values k - 1 and k
+
+    explicit Codes(const Format & f) : top((float) f.codes - 1), zero((float) f.zero), threshold(splat(-INFINITY)) {
+        for (int k = 1; k < LANES; k++) {
+            threshold[k] = 0.5f * (IQ4NL[k - 1] + IQ4NL[k]);
+        }
+    }
+    vf nearest(vf x) const {
+        if (!TABLE) {
+            return nearest_integer(greater(lesser(x + zero, splat(top)), splat(0)));
+        }
+        vi code = {};
+        for (int step = 8; step; step /= 2) {
+            const vi more = code + step;
+            code          = x > __builtin_shuffle(threshold, more) ? more : code;
+        }
+        return __builtin_convertvector(code, vf);
+    }
+    vf value(vf code) const {
+        return TABLE ? __builtin_shuffle(IQ4NL_VALUES, __builtin_convertvector(code, vi)) : code - zero;
+    }
+};
+
+vf inverse_scale(vf a) {
+    return a == 0.0f ? splat(0) : 1.0f / a;
+}
+
+// N columns with feedback, for one scale each. The loss; codes and values if asked for. INFINITY once every row has lost
+// more than `limit`.
+template <int N, bool TABLE> struct Columns {
+    const Codes<TABLE> codes;
+    const float *      feedback;
+    const float *      weight;
+    int                ld;
+
+    template <bool KEEP> vf fit(const vf * t, vf a, vf b, vf limit, vf * q, vb * code) const {
+        const vf inverse = inverse_scale(a);
+        vf       left[N], loss = {};
+        for (int j = 0; j < N; j++) {
+            left[j] = t[j];
+        }
+#pragma GCC unroll 32
+        for (int j = 0; j < N; j++) {
+            const vf c     = codes.nearest((left[j] + b) * inverse);
+            const vf value = a * codes.value(c) - b;
+            const vf error = left[j] - value;
+            loss += weight[j] * (error * error);
+            if (KEEP) {
+                q[j]    = value;
+                code[j] = __builtin_convertvector(__builtin_convertvector(c, vi), vb);
+            }
+#pragma GCC unroll 32
+            for (int k = j + 1; k < N; k++) {
+                left[k] -= error * feedback[(size_t) k * ld + j];
+            }
+            if (!KEEP && j % 8 == 7 && j + 1 < N && !any(loss < limit)) {
+                return splat(INFINITY);
+            }
+        }
+        return loss;
+    }
+};
+
+// Calls visit(scale, rows for which it is one to try) for every scale to try; the first is the one that is there.
+template <typename Visit> void each_scale(const Format & f, const Scales & now, vf d, vf dmin, Reach reach, Visit visit) {
+    visit(now, vi{} - 1);
+    if (f.block == 32) {
+        for (int step = -7; step <= 7; step++) {
+            if (step) {
+                const vf fresh = to_half(now.d * (1 + 0.02f * step));
+                visit(Scales{ now.sc, now.mn, fresh, now.b, fresh }, vi{} - 1);
+            }
+        }
+        return;
+    }
+    for (int i = -reach.sc; i <= reach.sc; i++) {
+        const vf sc = now.sc + (float) i;
+        const vi possible = (sc >= (float) f.sc_lo) & (sc <= (float) f.sc_hi);
+        for (int j = -reach.mn; j <= reach.mn; j++) {
+            const vf mn   = now.mn + (float) j;
+            const vi mask = possible & (mn >= 0.0f) & (mn <= (float) f.mn_hi);
+            if ((i || j) && any(mask)) {
+                visit(make_scales(f, d, dmin, mask ? sc : now.sc, mask ? mn : now.mn), mask);
+            }
+        }
+    }
+}
+
+template <int N, bool TABLE> void fit_columns(
+        const Format & f, const Local & local, int at, const vf * t, const Scales & now, vf d, vf dmin, Reach reach, vi active,
+        Fit & best) {
+    const float *           feedback = &local.feedback[(size_t) at * (local.n + 1)];
+    const Columns<N, TABLE> columns  = { Codes<TABLE>(f), feedback, &local.weight[at], local.n };
+    best.scale = now;
+    best.loss  = active ? splat(INFINITY) : splat(-INFINITY);
+    each_scale(f, now, d, dmin, reach, [&](const Scales & s, vi) {
+        const vf loss = columns.template fit<false>(t, s.a, s.b, best.loss, nullptr, nullptr);
+        const vi less = loss < best.loss;
+        best.loss     = less ? loss : best.loss;
+        best.scale.sc = less ? s.sc : best.scale.sc;
+        best.scale.mn = less ? s.mn : best.scale.mn;
+        best.scale.a  = less ? s.a : best.scale.a;
+        best.scale.b  = less ? s.b : best.scale.b;
+        best.scale.d  = less ? s.d : best.scale.d;
+    });
+    best.loss = active ? best.loss : splat(INFINITY);
+    columns.template fit<true>(t, best.scale.a, best.scale.b, best.loss, best.q, best.code);
+}
+
+// Groups one after the other with feedback.
+void fit_groups(const Format & f, const Local & local, int at, const vf * t, const Scales & s, vi todo, Fit & best) {
+    if (!any(todo)) {
+        return;
+    }
+    Fit      fit;
+    const vf inverse = inverse_scale(s.a);
+    const vi shift   = f.type == GGML_TYPE_IQ1_S ? (s.mn != 0.0f ? vi{} - 1 : vi{} + 1) : vi{};
+    const int per    = f.kind == Kind::grid4 ? 2 : 1;
+    vf       left[MAX_SUB];
+    fit.loss = vf{};
+    for (int j = 0; j < f.sub; j++) {
+        left[j] = t[j];
+    }
+    for (int g = 0; g < f.sub / GROUP; g++) {
+        const GroupMetric & group = local.group[at / GROUP + g];
+        vf                  x[GROUP], error[GROUP];
+        Picks               p;
+        for (int i = 0; i < GROUP; i++) {
+            x[i] = left[g * GROUP + i] * inverse;
+        }
+        nearest_entries(f, group, x, shift, todo, p);
+        fit.sign[g] = p.sign;
+        for (int i = 0; i < per; i++) {
+            fit.entry[per * g + i] = p.code[i];
+        }
+        for (int i = 0; i < GROUP; i++) {
+            const int j = g * GROUP + i;
+            fit.q[j]    = s.a * p.q[i];
+            error[i]    = left[j] - fit.q[j];
+            const float * column = &local.feedback[(size_t) at * (local.n + 1) + j];
+            for (int k = j + 1; k < f.sub; k++) {
+                left[k] -= error[i] * column[(size_t) k * local.n];
+            }
+            fit.loss += local.weight[at + j] * error[i] * error[i];
+        }
+        todo &= fit.loss < best.loss;
+        if (!any(todo)) {
+            return;
+        }
+    }
+    best.loss     = todo ? fit.loss : best.loss;
+    best.scale.sc = todo ? s.sc : best.scale.sc;
+    best.scale.mn = todo ? s.mn : best.scale.mn;
+    for (int j = 0; j < f.sub; j++) {
+        best.q[j] = todo ? fit.q[j] : best.q[j];
+    }
+    for (int g = 0; g < f.sub / GROUP; g++) {
+        best.sign[g] = todo ? fit.sign[g] : best.sign[g];
+        for (int i = per * g; i < per * (g + 1); i++) {
+            best.entry[i] = todo ? fit.entry[i] : best.entry[i];
+        }
+    }
+}
+
+void fit_entries(
+        const Format & f, const Local & local, int at, const vf * t, const Scales & now, vf d, vf dmin, Reach reach, vi active,
+        Fit & best) {
+    best.scale = now;
+    best.loss  = splat(INFINITY);
+    each_scale(f, now, d, dmin, reach, [&](const Scales & s, vi mask) { fit_groups(f, local, at, t, s, active & mask, best); });
+}
+
+}  // namespace
+
+vf nearest_code(const Format & f, vf x) {
+    return f.zero < 0 ? Codes<true>(f).nearest(x) : Codes<false>(f).nearest(x);
+}
+
+vf value_of(const Format & f, vf code) {
+    return f.zero < 0 ? Codes<true>(f).value(code) : Codes<false>(f).value(code);
+}
+
+Scales make_scales(const Format & f, vf d, vf dmin, vf sc, vf mn) {
+    const ScaleRule rule = scale_rule(f);
+    return { sc, mn, d * (rule.offset + rule.slope * sc), f.has_min() ? dmin * mn : splat(0), d };
+}
+
+void fit_sub(
+        const Format & f, const Local & local, int at, const vf * t, const Scales & now, vf d, vf dmin, Reach reach, vi active,
+        Fit & best) {
+    const auto fit = f.kind != Kind::scalar ? fit_entries :
+                     f.sub == 16            ? fit_columns<16, false> :
+                     f.zero < 0             ? fit_columns<32, true> :
+                                              fit_columns<32, false>;
+    fit(f, local, at, t, now, d, dmin, reach, active, best);
+}
+
+}  // namespace mc
