@@ -186,7 +186,7 @@ class Bench:
         quantize(self.shop.checkpoint, self.calibration, plan, path, 1, resume=False, bank=self.bank)
         found = measure(path, self.shop.sixteen_bit(), text_files(self.folder), 512, N_SCORED)
         path.unlink()
-        return {r["text"]: r["kld"] for r in found}
+        return {r["text"]: r["mean_kld"] for r in found}
 
 
 def _arm() -> Any:
