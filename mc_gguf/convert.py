@@ -76,12 +76,14 @@ class Conversion:
         """The refined plan, written beside the output, or the one that is there. The compensated matrices
         that the search measures are kept for quantize().
         """
-        from mc_gguf.quantize.compensation import bank_folder
+        from mc_gguf.quantize.compensation import bank_folder, forget_bank
         from mc_gguf.refine import refine_to_file, refined_before
 
         source, path = self.checkpoint, self.refined_plan_path
         if self.resume and (found := refined_before(source, calibration, plan, path, options)):
             return found
+        if not self.resume:
+            forget_bank(self.output)
         options = replace(options, bank=bank_folder(self.output))
         return refine_to_file(source, calibration, plan, path, options, self.resume, self.quiet).plan
 
@@ -100,7 +102,7 @@ class Conversion:
         from mc_gguf.quantize.compensation import compensated_bank, forget_bank
 
         n_thread, bank = threads or usable_cores(), None
-        if not self.resume:
+        if not self.resume and plan.refinement is None:
             forget_bank(self.output)
         if compensate:
             bank = compensated_bank(

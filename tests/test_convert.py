@@ -225,7 +225,7 @@ def test_directories_of_every_architecture_convert(name: str, tmp_path: Path) ->
 def test_refined_and_killed_gives_a_refined_file(converted: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Killed after the search: the same command takes the plan that was found, and quantizes it."""
     output, calibration = tmp_path / "model.gguf", converted.with_name("model.calib.safetensors")
-    options = ["--bpw", "2.2", *QUICK, "--refine", "20s", "--no-compensate"]
+    options = ["--bpw", "2.2", *QUICK, "--refine", "1s", "--no-compensate"]
     command = [sys.executable, "-m", "mc_gguf", "convert", str(tiny_model), "-o", str(output), *options]
     command += ["--calibration", str(calibration)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
@@ -233,16 +233,15 @@ def test_refined_and_killed_gives_a_refined_file(converted: Path, tiny_model: Pa
             assert process.poll() is None, "it came through before it could be killed"
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-    refined = output.with_name("model.refined.plan.json").read_bytes()
-    began = time.monotonic()
+    refined = output.with_name("model.refined.plan.json")
+    written = refined.stat().st_mtime_ns
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 15
     assert "refined: KL divergence on held-out text" in done.stdout
-    assert output.with_name("model.refined.plan.json").read_bytes() == refined
+    assert refined.stat().st_mtime_ns == written
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"model.gguf", "model.plan.json", "model.refined.plan.json"}
-    model, plan = MixedGguf.open(output), Plan.load(output.with_name("model.refined.plan.json"))
+    model, plan = MixedGguf.open(output), Plan.load(refined)
     assert model.plan_fingerprint == plan.fingerprint
     assert plan.strategy == "pmq+refine"
     assert output.stat().st_size == plan.file_bytes
