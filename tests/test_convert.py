@@ -245,3 +245,21 @@ def test_refined_and_killed_gives_a_refined_file(converted: Path, tiny_model: Pa
     assert model.plan_fingerprint == plan.fingerprint
     assert plan.strategy == "pmq+refine"
     assert output.stat().st_size == plan.file_bytes
+
+
+def test_refines_another_architecture_on_compensated_blocks(tmp_path: Path) -> None:
+    """With a shared expert; what the search compensated is not made again, and nothing of it is left."""
+    model = random_moe("Qwen2Moe", num_hidden_layers=1, num_experts=6, num_experts_per_tok=3)
+    source, folder = save_moe(model, tmp_path / "hf"), tmp_path / "out"
+    folder.mkdir()
+    options = ["--bpw", "6", "--tokens", "2048", "--ctx", "128", "--rows", "8", "--threads", "1"]
+    result = convert(source, "-o", folder / "m.gguf", *options, "--refine", "10s")
+    assert result.exit_code == 0, result.output
+    assert "refined: KL divergence on held-out text" in result.stdout
+    assert result.stderr.count("error compensation:") == 1
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"m.gguf", "m.plan.json", "m.refined.plan.json", "m.calib.safetensors"}
+    written, plan = MixedGguf.open(folder / "m.gguf"), Plan.load(folder / "m.refined.plan.json")
+    assert written.plan_fingerprint == plan.fingerprint
+    assert plan.strategy == "pmq+refine"
+    assert plan.expert_bpw <= 6
