@@ -144,7 +144,7 @@ class Bench:
 
         self.warm()
         began = time.process_time()
-        evaluator = Evaluator(self.layers, self.rows, self.scope.problem.types)
+        evaluator = Evaluator(self.layers, self.rows, self.scope.problem.types, time.process_time)
         if method == "evopress":
             evaluator.settle(self.assignment(self.start))
             rng = np.random.default_rng(0)

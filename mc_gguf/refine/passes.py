@@ -8,7 +8,7 @@ it differs. Only experts are quantized: what the other tensors lose is the same 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,8 +93,11 @@ class Layers:
 class Evaluator:
     """Mean KL divergence of assignments on token rows [R, ctx], from the hidden states of an incumbent."""
 
-    def __init__(self, layers: Layers, rows: NDArray[np.int32], types: Sequence[str]) -> None:
-        self.layers, self.rows, began = layers, rows, time.monotonic()
+    def __init__(
+        self, layers: Layers, rows: NDArray[np.int32], types: Sequence[str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.layers, self.rows, began = layers, rows, clock()
         info = layers.decoder.checkpoint.info
         shape = (info.n_layer, info.n_expert, len(PROJECTIONS))
         self._embedded = layers.decoder.embed(rows)
@@ -102,7 +105,7 @@ class Evaluator:
         states = self._embedded.clone()
         for layer in range(info.n_layer):
             layers.advance(layer, [states], [plain])
-        self.reference, self.seconds_per_row = states, (time.monotonic() - began) / len(rows)
+        self.reference, self.seconds_per_row = states, (clock() - began) / len(rows)
         self.incumbent = plain
         self.states: list[Tensor] = []
 
