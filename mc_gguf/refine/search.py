@@ -44,7 +44,7 @@ N_DRAW = 2
 ENOUGH_DRAWS = 1024
 # An expansion takes about this many forward passes over its rows, and at most this share of the time.
 EXPANSION_PASSES = 3 + 2 * N_DRAW
-EXPANSION_SHARE = 0.05
+EXPANSION_SHARE = 0.1
 MIN_EXPANSION_ROWS = 4
 # Headers may grow with a candidate's groups: so often is less given to the experts.
 MAX_TRIES = 8
