@@ -308,7 +308,7 @@ class Plan:
     nats a token, None when the calibration did not measure it. `objective` is what was minimised, and
     `layer_ratio` its value relative to the best plan with one type per layer and projection in the same bytes
     (strategy pmq only). `bits` is set by strategy `mc` only; `refinement` by refine: mean KL divergences
-    (nats a token) before and after.
+    (nats a token) before and after, and what the search was asked for.
     """
 
     strategy: str
@@ -329,7 +329,7 @@ class Plan:
     objective: str = "block"
     predicted_kld: float | None = None
     layer_ratio: float | None = None
-    refinement: dict[str, float] | None = None
+    refinement: dict[str, float | str] | None = None
     tool: str = field(default=f"mc_gguf {__version__}")
     fingerprint: str = ""
 

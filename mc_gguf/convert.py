@@ -1,16 +1,18 @@
-"""calibrate, plan and quantize in one: what `mc-gguf convert` does.
+"""calibrate, plan, refine (if asked for) and quantize in one: what `mc-gguf convert` does.
 
-The two intermediate files stay beside the output, <name>.calib.safetensors and <name>.plan.json. A
-calibration that is there and was made from the same model, text and options is used again, so another budget
-costs no second calibration; a run that was killed continues inside whichever step it was in.
+The intermediate files stay beside the output: <name>.calib.safetensors, <name>.plan.json and
+<name>.refined.plan.json. A calibration that is there and was made from the same model, text and options is
+used again, so another budget costs no second calibration, and so is a refined plan that was searched for from
+the same plan, on the same text, for as long. A run that was killed continues inside whichever step it was in.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mc_gguf.artifacts import Calibration, Plan
 from mc_gguf.calibrate import Options, calibrate_to_file, forget_partial, is_calibration_of
@@ -21,6 +23,9 @@ from mc_gguf.corpus import Corpus
 from mc_gguf.errors import ArtifactError
 from mc_gguf.progress import progress
 from mc_gguf.quantize import quantize
+
+if TYPE_CHECKING:
+    from mc_gguf.refine import Options as RefineOptions
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +68,25 @@ class Conversion:
         """The plan, written beside the output."""
         return decide(calibration).save(self.plan_path)
 
+    @property
+    def refined_plan_path(self) -> Path:
+        return self.output.with_name(f"{self.output.stem}.refined.plan.json")
+
+    def refine(self, calibration: Calibration, plan: Plan, options: RefineOptions) -> Plan:
+        """The refined plan, written beside the output, or the one that is there. The compensated matrices
+        that the search measures are kept for quantize().
+        """
+        from mc_gguf.quantize.compensation import bank_folder, forget_bank
+        from mc_gguf.refine import refine_to_file, refined_before
+
+        source, path = self.checkpoint, self.refined_plan_path
+        if self.resume and (found := refined_before(source, calibration, plan, path, options)):
+            return found
+        if not self.resume:
+            forget_bank(self.output)
+        options = replace(options, bank=bank_folder(self.output))
+        return refine_to_file(source, calibration, plan, path, options, self.resume, self.quiet).plan
+
     def quantize(
         self,
         calibration: Calibration | None,
@@ -70,18 +94,19 @@ class Conversion:
         threads: int | None,
         compensate: bool = True,
         text: tuple[Path, ...] = (),
+        bank_folder: Path | None = None,
     ) -> MixedGguf:
         """The output, written and validated. `compensate`: with error compensation, on the calibration's own
-        text (`text`, the bundled one if empty).
+        text (`text`, the bundled one if empty), taking what `bank_folder` has.
         """
         from mc_gguf.quantize.compensation import compensated_bank, forget_bank
 
         n_thread, bank = threads or usable_cores(), None
-        if not self.resume:
+        if not self.resume and plan.refinement is None:
             forget_bank(self.output)
         if compensate:
             bank = compensated_bank(
-                self.checkpoint, calibration, plan, self.output, text, n_thread, self.quiet
+                self.checkpoint, calibration, plan, self.output, text, n_thread, self.quiet, bank_folder
             )
         with progress("quantize", unit="M weights", quiet=self.quiet) as bar:
             model = quantize(
@@ -89,3 +114,10 @@ class Conversion:
             )
         forget_bank(self.output)
         return model
+
+
+def refinement_text(plan: Plan) -> str:
+    """One line for the user: what refinement won."""
+    found = plan.refinement or {}
+    start, end = found["held_out_start"], found["held_out_kld"]
+    return f"refined: KL divergence on held-out text {start:.4f} -> {end:.4f}"

@@ -258,7 +258,7 @@ class Decoder:
 
     def unrouted(self, layer: int) -> Callable[[Tensor], Tensor]:
         """What the MoE block of `layer` adds to `hidden` [N, n_embd] whatever the router says, weights read
-        now: the shared expert times its own gate where the model has one, else zeros.
+        now: the shared expert times its own gate where the model has one, else zeros. Differentiable.
         """
         prefix = f"blk.{layer}.ffn_"
         if f"{prefix}gate_inp_shexp.weight" not in self._names:
@@ -266,7 +266,6 @@ class Decoder:
         norm, gate = self.ffn_norm(layer), self._tensor(f"{prefix}gate_inp_shexp.weight").view(-1)
         expert = Expert(*(self._tensor(f"{prefix}{p}_shexp.weight") for p in PROJECTIONS))
 
-        @torch.inference_mode()
         def block(hidden: Tensor) -> Tensor:
             parts = [self.norm(part, norm) for part in torch.split(hidden, CHUNK)]
             gated = [(x, torch.sigmoid(x @ gate)[:, None]) for x in parts]

@@ -105,11 +105,15 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def silenced(quiet: bool) -> bool:
+    """Whether there shall be no output: asked for, or MC_GGUF_QUIET is set."""
+    return quiet or os.environ.get("MC_GGUF_QUIET", "") not in ("", "0")
+
+
 @contextmanager
 def progress(label: str, total: float = 0, unit: str = "", quiet: bool = False) -> Iterator[Progress]:
     """A Progress for the length of the block."""
-    quiet = quiet or os.environ.get("MC_GGUF_QUIET", "") not in ("", "0")
-    bar = Progress(label, total, unit, sys.stderr, quiet)
+    bar = Progress(label, total, unit, sys.stderr, silenced(quiet))
     try:
         yield bar
     finally:

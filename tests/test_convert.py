@@ -220,3 +220,46 @@ def test_directories_of_every_architecture_convert(name: str, tmp_path: Path) ->
         logits.append(np.array(llm.scores[:60]))
         llm.close()
     assert np.corrcoef(logits[0].ravel(), logits[1].ravel())[0, 1] > 0.98
+
+
+def test_refined_and_killed_gives_a_refined_file(converted: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Killed after the search: the same command takes the plan that was found, and quantizes it."""
+    output, calibration = tmp_path / "model.gguf", converted.with_name("model.calib.safetensors")
+    options = ["--bpw", "2.2", *QUICK, "--refine", "1s", "--no-compensate"]
+    command = [sys.executable, "-m", "mc_gguf", "convert", str(tiny_model), "-o", str(output), *options]
+    command += ["--calibration", str(calibration)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not pieces_done(tmp_path, 0):
+            assert process.poll() is None, "it came through before it could be killed"
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    refined = output.with_name("model.refined.plan.json")
+    written = refined.stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "refined: KL divergence on held-out text" in done.stdout
+    assert refined.stat().st_mtime_ns == written
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"model.gguf", "model.plan.json", "model.refined.plan.json"}
+    model, plan = MixedGguf.open(output), Plan.load(refined)
+    assert model.plan_fingerprint == plan.fingerprint
+    assert plan.strategy == "pmq+refine"
+    assert output.stat().st_size == plan.file_bytes
+
+
+def test_refines_another_architecture_on_compensated_blocks(tmp_path: Path) -> None:
+    """With a shared expert; what the search compensated is not made again, and nothing of it is left."""
+    model = random_moe("Qwen2Moe", num_hidden_layers=1, num_experts=6, num_experts_per_tok=3)
+    source, folder = save_moe(model, tmp_path / "hf"), tmp_path / "out"
+    folder.mkdir()
+    options = ["--bpw", "6", "--tokens", "2048", "--ctx", "128", "--rows", "8", "--threads", "1"]
+    result = convert(source, "-o", folder / "m.gguf", *options, "--refine", "10s")
+    assert result.exit_code == 0, result.output
+    assert "refined: KL divergence on held-out text" in result.stdout
+    assert result.stderr.count("error compensation:") == 1
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"m.gguf", "m.plan.json", "m.refined.plan.json", "m.calib.safetensors"}
+    written, plan = MixedGguf.open(folder / "m.gguf"), Plan.load(folder / "m.refined.plan.json")
+    assert written.plan_fingerprint == plan.fingerprint
+    assert plan.strategy == "pmq+refine"
+    assert plan.expert_bpw <= 6

@@ -56,7 +56,7 @@ class Ticks:
 def search(folder: Path, seconds: float, bar: Progress, ticks: Ticks | None = None) -> Search:
     scope, columns = scope_of(start_plan(), replace(small()[2], fingerprint="c" * 64))
     (folder / "bank").mkdir(parents=True, exist_ok=True)
-    state = State.resume(folder / "state.json", {"what": "test"}, columns)
+    state = State.resume(folder / "state.json", "test", False, columns)
     state.expansion_rows = 8
     ticks = ticks or Ticks()
     evaluator = Evaluator(layers(folder / "bank"), rows(16), TYPES)
@@ -105,15 +105,16 @@ def test_a_killed_search_continues_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_state_of_another_search_or_a_damaged_one_is_not_taken(tmp_path: Path) -> None:
     path, start = tmp_path / "state.json", np.zeros((2, 5, 3), dtype=np.int64)
-    State.resume(path, {"plan": "a"}, start).save(path)
-    mine = State.resume(path, {"plan": "a"}, start)
+    State.resume(path, "a", False, start).save(path)
+    mine = State.resume(path, "a", False, start)
     mine.columns, mine.rounds = start + 1, 7
     mine.save(path)
-    assert State.resume(path, {"plan": "a"}, start).rounds == 7
-    assert State.resume(path, {"plan": "b"}, start).rounds == 0
-    assert State.resume(path, {"plan": "a"}, start[:1]).rounds == 0
+    assert State.resume(path, "a", False, start).rounds == 7
+    assert State.resume(path, "b", False, start).rounds == 0
+    assert State.resume(path, "a", True, start).rounds == 0
+    assert State.resume(path, "a", False, start[:1]).rounds == 0
     path.write_text(path.read_text()[:-9])
-    assert State.resume(path, {"plan": "a"}, start).rounds == 0
+    assert State.resume(path, "a", False, start).rounds == 0
 
 
 def test_scope_is_the_plans_own(tmp_path: Path) -> None:
@@ -149,7 +150,9 @@ def _scope_size(calibration: Any, plan: Plan) -> int:
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
-    source: Any = SimpleNamespace(info=SimpleNamespace(architecture="qwen2moe"))
-    with pytest.raises(SourceError, match="qwen2moe"):
-        refine_to_file(source, None, start_plan(), tmp_path / "plan.json", Options(1.0))
+    plan, calibration = start_plan(), replace(small()[2], fingerprint="c" * 64)
+    info = replace(small()[1].info, architecture="gpt-oss", fingerprint=plan.model_fingerprint)
+    source: Any = SimpleNamespace(info=info, hparams=small()[1].hparams)
+    with pytest.raises(SourceError, match="gpt-oss"):
+        refine_to_file(source, calibration, plan, tmp_path / "plan.json", Options(1.0), quiet=True)
     assert not list(tmp_path.iterdir())

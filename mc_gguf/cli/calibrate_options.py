@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mc_gguf.calibrate import Options
     from mc_gguf.checkpoint import Checkpoint
     from mc_gguf.corpus import Corpus
+    from mc_gguf.refine import Options as RefineOptions
 
 _OPTIONS = (
     click.option(
@@ -73,6 +74,15 @@ class CalibrateOptions:
         length = source.hparams.get("context_length")
         corpus = load_corpus(source, self.text, self.tokens, self.ctx, seed, length)
         return corpus, Options(types=types, max_rows=self.rows, seed=seed, threads=self.threads or 0)
+
+    def refinement(self, seconds: float, compensate: bool, seed: int) -> RefineOptions:
+        """For a refinement on the same text, but other rows of it than with calibration seed `seed`."""
+        from mc_gguf.refine import Options
+
+        return Options(
+            seconds, self.text, min(self.tokens, Options.tokens), self.ctx, seed + 1, self.threads or 0,
+            compensate=compensate, calibration_text=self.text,
+        )  # fmt: skip
 
 
 def calibrate_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""`mc-gguf convert`: calibrate, plan and quantize in one."""
+"""`mc-gguf convert`: calibrate, plan, refine and quantize in one."""
 
 from __future__ import annotations
 
@@ -28,26 +28,33 @@ from mc_gguf.cli.options import PlanOptions, plan_options
     "--compensate/--no-compensate", default=True, show_default=True,
     help="Round experts with error compensation, on the calibration's text: slower, much closer to 16 bits.",
 )
+@click.option(
+    "--refine", "refine_time", metavar="T",
+    help="Search so long (90s, 10m, 2h) for a better plan of the same size, by the KL divergence of the "
+    "model's output; see refine.  [default: no search]",
+)
 @click.option("--dry-run", is_flag=True, help="Calibrate and plan, print the summary, write no model.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed.")
 @click.option("--quiet", is_flag=True, help="No progress lines.")
 def command(
     source: Path, output: Path, options: PlanOptions, calibration: CalibrateOptions,
-    calibration_file: Path | None, calibration_seed: int, compensate: bool, dry_run: bool, resume: bool,
-    quiet: bool,
+    calibration_file: Path | None, calibration_seed: int, compensate: bool,
+    refine_time: str | None, dry_run: bool, resume: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Convert SOURCE (HF directory or 16-bit GGUF) into a mixed-expert GGUF within a budget.
 
     Give exactly one of --bpw, --size and --bits-per-layer. The calibration and the plan stay beside the
-    output; a killed run is continued by the same command and gives the same bytes.
+    output; a killed run is continued by the same command and gives the same bytes (with --refine: once the
+    search is over, which depends on how far it came in its time; its plan, .refined.plan.json, is kept too).
     """
     from mc_gguf.allocate.summary import summarize
     from mc_gguf.artifacts import Calibration
     from mc_gguf.checkpoint import keep_source, open_checkpoint
-    from mc_gguf.convert import Conversion
-    from mc_gguf.units import format_size
+    from mc_gguf.convert import Conversion, refinement_text
+    from mc_gguf.units import format_size, parse_duration
 
     keep_source(source, output)
+    seconds = parse_duration(refine_time) if refine_time else 0.0
     work = Conversion(open_checkpoint(source), output, resume, quiet)
     if options.budget.is_sixteen_bit:
         statistics = Calibration.blank(work.checkpoint.info)
@@ -56,6 +63,9 @@ def command(
         request = calibration.request(work.checkpoint, options.types, calibration_seed)
         statistics = work.calibrate(*request, calibration_file)
     plan = work.plan(statistics, options.plan)
+    if seconds and not options.budget.is_sixteen_bit:
+        plan = work.refine(statistics, plan, calibration.refinement(seconds, compensate, calibration_seed))
+        click.echo(refinement_text(plan))
     click.echo("\n".join(summarize(plan).lines()))
     if not dry_run:
         model = work.quantize(statistics, plan, calibration.threads, compensate, calibration.text)

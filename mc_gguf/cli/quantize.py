@@ -24,11 +24,15 @@ import click
     "--text", type=click.Path(path_type=Path), multiple=True,
     help="The text that the calibration was made from; may be repeated.  [default: the bundled mixture]",
 )
+@click.option(
+    "--bank", type=click.Path(path_type=Path),
+    help="Take compensated experts from this folder (see refine --bank), and keep them there.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all cores]")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed.")
 def command(
     source: Path, plan: Path, output: Path, calibration: Path | None, compensate: bool,
-    text: tuple[Path, ...], threads: int | None, resume: bool,
+    text: tuple[Path, ...], bank: Path | None, threads: int | None, resume: bool,
 ) -> None:  # fmt: skip
     """Quantize SOURCE (HF directory or 16-bit GGUF) by PLAN into one GGUF.
 
@@ -44,6 +48,6 @@ def command(
     the_plan = Plan.load(plan)
     statistics = find_calibration(the_plan, plan.parent, calibration)
     work = Conversion(open_checkpoint(source), output, resume)
-    model = work.quantize(statistics, the_plan, threads, compensate, text)
+    model = work.quantize(statistics, the_plan, threads, compensate, text, bank)
     size = format_size(model.header.file_bytes)
     click.echo(f"{output}: {size}, {model.expert_bpw:.4f} bits per expert weight")

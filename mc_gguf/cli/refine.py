@@ -37,7 +37,17 @@ import click
     help="For what is drawn by lot; take another than the calibration's.",
 )
 @click.option(
-    "--bank", type=click.Path(path_type=Path), help="Keep and reuse quantized experts in this folder."
+    "--compensate/--no-compensate", default=True, show_default=True,
+    help="Measure experts as quantize rounds them with error compensation (the types near the plan's; made "
+    "first), or as ggml's quantizers make them (all types).",
+)
+@click.option(
+    "--calibration-text", type=click.Path(path_type=Path), multiple=True,
+    help="The text that the calibration was made from; may be repeated.  [default: the bundled mixture]",
+)
+@click.option(
+    "--bank", type=click.Path(path_type=Path),
+    help="Keep and reuse quantized experts in this folder; quantize --bank takes the compensated ones.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all cores]")
 @click.option("--memory", metavar="SIZE", help="For dequantized experts.  [default: 4 GiB]")
@@ -46,8 +56,8 @@ import click
 @click.option("--quiet", is_flag=True, help="No progress line.")
 def command(
     source: Path, plan: Path, output: Path, limit: str, calibration_file: Path | None, text: tuple[Path, ...],
-    tokens: int, ctx: int, seed: int, bank: Path | None, threads: int | None, memory: str | None,
-    resume: bool, as_json: bool, quiet: bool,
+    tokens: int, ctx: int, seed: int, compensate: bool, calibration_text: tuple[Path, ...],
+    bank: Path | None, threads: int | None, memory: str | None, resume: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Improve PLAN for SOURCE by the KL divergence of the model's output, within the plan's own budget.
 
@@ -63,7 +73,8 @@ def command(
     start = Plan.load(plan)
     options = Options(
         seconds=parse_duration(limit), text=text, tokens=tokens, ctx=ctx, seed=seed, threads=threads or 0,
-        memory_bytes=parse_size(memory) if memory else None, bank=bank,
+        memory_bytes=parse_size(memory) if memory else None, bank=bank, compensate=compensate,
+        calibration_text=calibration_text,
     )  # fmt: skip
     statistics = find_calibration(start, plan.parent, calibration_file)
     result = refine_to_file(open_checkpoint(source), statistics, start, output, options, resume, quiet)

@@ -80,9 +80,10 @@ def open_bank(folder: Path, calibration: Calibration, options: Options = DEFAULT
 
 
 def calibration_text(
-    checkpoint: Checkpoint, calibration: Calibration, files: tuple[Path, ...] = ()
+    checkpoint: Checkpoint, calibration: Calibration, files: tuple[Path, ...] = (), option: str = "--text"
 ) -> Corpus:
-    """The token rows that the calibration was made from, of the bundled text or `files`.
+    """The token rows that the calibration was made from, of the bundled text or `files` (`option` of the
+    command line).
 
     Raises ArtifactError when these are not the calibration's.
     """
@@ -92,7 +93,7 @@ def calibration_text(
         names = ", ".join(recorded["sources"])
         raise ArtifactError(
             f"the calibration was made from another text ({names}); error compensation needs the same one: "
-            "give it with --text FILE, or use --no-compensate"
+            f"give it with {option} FILE, or use --no-compensate"
         )
     if corpus.rows.shape != (recorded["rows"], recorded["ctx"]):
         raise ArtifactError("the text gives other rows than the calibration had; calibrate again")
@@ -141,9 +142,10 @@ def compensated_bank(
     files: tuple[Path, ...] = (),
     threads: int = 1,
     quiet: bool = False,
+    folder: Path | None = None,
 ) -> Bank | None:
-    """A bank with the compensated blocks that `plan` needs, beside `output`. `files`: the calibration's text,
-    unless it was the bundled one.
+    """A bank with the compensated blocks that `plan` needs, in `folder` or beside `output`. `files`: the
+    calibration's text, unless it was the bundled one.
 
     None where nothing can be compensated: a plan of 16 bits, or statistics without a text.
     """
@@ -157,7 +159,7 @@ def compensated_bank(
         log.warning("the calibration does not say what its text was; quantizing without error compensation")
         return None
     corpus = calibration_text(checkpoint, calibration, files)
-    bank = open_bank(bank_folder(output), calibration)
+    bank = open_bank(folder or bank_folder(output), calibration)
     with progress("compensate", unit="matrices", quiet=quiet) as bar:
         outcome = compensate(checkpoint, calibration, wanted, corpus, bank, threads, bar)
         if outcome.ratios:

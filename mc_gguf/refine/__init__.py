@@ -19,28 +19,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mc_gguf.allocate.problem import Ints
 from mc_gguf.artifacts import Calibration, Floats, Plan
 from mc_gguf.cores import usable_cores
-from mc_gguf.corpus import load_corpus
-from mc_gguf.errors import ArtifactError, McError, SourceError
+from mc_gguf.corpus import Corpus, load_corpus
+from mc_gguf.errors import ArtifactError, McError
 from mc_gguf.forward import Decoder
 from mc_gguf.progress import Progress, progress
-from mc_gguf.quantize.bank import Bank, bank_key
+from mc_gguf.refine.blocks import NEAR, Blocks, can_compensate, compensated_blocks, ggml_blocks
 from mc_gguf.refine.budget import Scope, scope_of
-from mc_gguf.refine.matrices import GgmlQuantizer, Matrices, Quantizer
+from mc_gguf.refine.matrices import Matrices
 from mc_gguf.refine.passes import Evaluator, Layers
 from mc_gguf.refine.search import Search
-from mc_gguf.refine.state import State, forget_partial, partial_directory
-from mc_gguf.upstream import pin
+from mc_gguf.refine.state import State, forget_partial, identity, partial_directory
 
 if TYPE_CHECKING:
     from mc_gguf.checkpoint import Checkpoint
 
-__all__ = ["Options", "Refined", "refine_to_file"]
+__all__ = ["Options", "Refined", "refine_to_file", "refined_before"]
 
 HELD_OUT = 4  # every fourth row
 MIN_ROWS = 8
-NEAR = 2  # sizes up and down where not all of them can be kept
 _MEMORY_BYTES = 4 << 30
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,8 @@ class Options:
     """How long, and on what. `seconds` counts everything but the final check; `threads` 0: all cores.
 
     `memory_bytes` may be taken by dequantized experts (None: 4 GiB); `bank` keeps quantized ones (None: in
-    the state, which goes at the end).
+    the state, which goes at the end). `compensate`: measure the blocks that quantize makes with error
+    compensation on the calibration's text (`calibration_text`, the bundled one if empty).
     """
 
     seconds: float
@@ -62,6 +62,8 @@ class Options:
     threads: int = 0
     memory_bytes: int | None = None
     bank: Path | None = None
+    compensate: bool = True
+    calibration_text: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,20 +110,13 @@ def refine_to_file(
     options: Options,
     resume: bool = True,
     quiet: bool = False,
-    quantizer: Quantizer | None = None,
 ) -> Refined:
     """Search for `options.seconds` and write the best plan to `output`, with `refinement` saying what it won.
 
     A killed search is continued (unless `resume` is False); Ctrl-C ends it as if its time were over.
-    `quantizer` makes what the bank lacks (default: ggml's). Raises ArtifactError when source, plan and
-    calibration do not belong together, SourceError for a model other than Mixtral, McError when there is too
-    little text.
+    Raises ArtifactError when source, plan and calibration do not belong together, SourceError for an
+    architecture that forward.py does not know, McError when there is too little text.
     """
-    if checkpoint.info.architecture != "llama":
-        raise SourceError(
-            "refine knows the blocks of Mixtral (GGUF architecture 'llama'), not "
-            f"{checkpoint.info.architecture!r}; quantize the plan as it is"
-        )
     if not resume:
         forget_partial(output)
     if calibration is None or plan.model_fingerprint != checkpoint.info.fingerprint:
@@ -130,12 +125,40 @@ def refine_to_file(
     torch.set_num_threads(options.threads or usable_cores())
     try:
         with progress("refine", options.seconds, "s", quiet) as bar:
-            work = _Work.prepare(checkpoint, calibration, plan, output, options, quantizer)
+            work = _Work.prepare(checkpoint, calibration, plan, output, options, quiet)
             result = work.run(began, bar)
     finally:
         torch.set_num_threads(before)
     forget_partial(output)
     return result
+
+
+def refined_before(
+    checkpoint: Checkpoint, calibration: Calibration, plan: Plan, output: Path, options: Options
+) -> Plan | None:
+    """The plan in `output` if it is what refine_to_file() would search for, from the same and as long."""
+    try:
+        found = Plan.load(output)
+    except (ArtifactError, OSError):
+        return None
+    asked = _identity(checkpoint, calibration, plan, _text(checkpoint, options), options)
+    known = found.refinement or {}
+    return found if (known.get("request"), known.get("seconds")) == (asked, options.seconds) else None
+
+
+def _text(checkpoint: Checkpoint, options: Options) -> Corpus:
+    length = checkpoint.hparams.get("context_length")
+    return load_corpus(checkpoint, options.text, options.tokens, options.ctx, options.seed, length)
+
+
+def _identity(
+    checkpoint: Checkpoint, calibration: Calibration, plan: Plan, text: Corpus, options: Options
+) -> str:
+    """SHA-256 of all that a search depends on but its time."""
+    return identity(
+        model=checkpoint.info.fingerprint, calibration=calibration.fingerprint, plan=plan.fingerprint,
+        text=text.to_json(), seed=options.seed, compensate=options.compensate,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,8 +167,9 @@ class _Work:
     output: Path
     options: Options
     scope: Scope
-    start: np.ndarray[Any, np.dtype[np.int64]]
+    start: Ints
     layers: Layers
+    blocks: Blocks
     search_rows: np.ndarray[Any, np.dtype[np.int32]]
     held_out_rows: np.ndarray[Any, np.dtype[np.int32]]
     state: State
@@ -153,11 +177,10 @@ class _Work:
     @classmethod
     def prepare(
         cls, checkpoint: Checkpoint, calibration: Calibration, plan: Plan, output: Path, options: Options,
-        quantizer: Quantizer | None,
+        quiet: bool,
     ) -> _Work:  # fmt: skip
         scope, start = scope_of(plan, calibration)
-        length = checkpoint.hparams.get("context_length")
-        text = load_corpus(checkpoint, options.text, options.tokens, options.ctx, options.seed, length)
+        decoder, text = Decoder(checkpoint), _text(checkpoint, options)
         if len(text.rows) < MIN_ROWS:
             raise McError(
                 f"{len(text.rows)} rows of text are too few to compare plans on; give more --tokens or --text"
@@ -165,27 +188,22 @@ class _Work:
         rows = np.random.default_rng(options.seed).permutation(text.rows)  # the first few are a sample
         held_out = np.arange(len(rows)) % HELD_OUT == HELD_OUT - 1
         directory = partial_directory(output)
-        key = bank_key(checkpoint.info.fingerprint, calibration.fingerprint, f"ggml {pin().commit}")
-        bank = Bank(options.bank or directory / "bank", key)
-        threads = options.threads or usable_cores()
-        make = quantizer or GgmlQuantizer(checkpoint, calibration, threads)
-        matrices = Matrices(checkpoint, make, bank, options.memory_bytes or _MEMORY_BYTES)
-        identity = {
-            "model": checkpoint.info.fingerprint, "calibration": calibration.fingerprint,
-            "plan": plan.fingerprint, "text": text.to_json(), "seed": options.seed,
-        }  # fmt: skip
-        state = State.resume(directory / "state.json", identity, start)
-        layers = Layers(Decoder(checkpoint), matrices)
+        blocks = _blocks(checkpoint, calibration, scope, start, directory, options, quiet)
+        memory_bytes = options.memory_bytes or _MEMORY_BYTES
+        matrices = Matrices(checkpoint, blocks.quantizer, blocks.bank, memory_bytes)
+        key = _identity(checkpoint, calibration, plan, text, options)
+        state = State.resume(directory / "state.json", key, blocks.compensated, start)
         return cls(
-            plan, output, options, scope, start, layers, rows[~held_out], rows[held_out], state
-        )
+            plan, output, options, scope, start, Layers(decoder, matrices), blocks, rows[~held_out],
+            rows[held_out], state,
+        )  # fmt: skip
 
     def run(self, began: float, bar: Progress) -> Refined:
         directory, types = partial_directory(self.output), self.scope.problem.types
         evaluator = Evaluator(self.layers, self.search_rows, types)
         search = Search(
             self.scope, evaluator, self.state, directory, self.options.seed, self.options.seconds, began,
-            reach=self.reach(),
+            reach=self.reach(), allowed=self.blocks.allowed,
         )  # fmt: skip
         search_start = evaluator.settle(search.assignment(self.start))
         try:
@@ -209,22 +227,24 @@ class _Work:
         return self._result(found, search_start, search_kld, before, after)
 
     def reach(self) -> int:
-        """Sizes up and down that are tried: all when all matrices fit into the memory, else the nearest, so
-        that less is quantized and dequantized in every round."""
+        """Sizes up and down that are tried: all when all matrices fit into the memory, or when few types are
+        allowed, else the nearest, so that less is quantized and dequantized in every round."""
         problem = self.scope.problem
         needed = 4 * problem.n_weight * len(problem.types)
-        return len(problem.types) if needed <= self.layers.matrices.limit_bytes else NEAR
+        every = self.blocks.allowed is not None or needed <= self.layers.matrices.limit_bytes
+        return len(problem.types) if every else NEAR
 
     def _result(
-        self, found: np.ndarray[Any, np.dtype[np.int64]], search_start: Floats, search_kld: Floats,
+        self, found: Ints, search_start: Floats, search_kld: Floats,
         before: Floats, after: Floats,
     ) -> Refined:  # fmt: skip
         change = after - before
-        figures = {
+        figures: dict[str, float] = {
             "search_start": float(search_start.mean()), "search_kld": float(search_kld.mean()),
             "held_out_start": float(before.mean()), "held_out_kld": float(after.mean()),
             "held_out_change_se": float(change.std(ddof=1) / len(change) ** 0.5) if len(change) > 1 else 0.0,
         }  # fmt: skip
+        asked: dict[str, float | str] = {"request": self.state.identity, "seconds": self.options.seconds}
         problem, plan = self.scope.problem, self.plan
         experts = problem.experts(found)
         name = plan.strategy if plan.strategy.endswith("+refine") else f"{plan.strategy}+refine"
@@ -232,10 +252,27 @@ class _Work:
             plan, strategy=name, experts=experts, expert_bpw=problem.bpw(found),
             expert_bytes=problem.expert_bytes(found), file_bytes=self.scope.file_bytes(found),
             predicted_error=problem.predicted_error(found), optimality_gap=None, bits=None,
-            refinement=figures,
+            predicted_kld=None, layer_ratio=None,
+            refinement={**figures, **asked},
         ).save(self.output)  # fmt: skip
         state = self.state
         return Refined(
             refined, **figures, rounds=state.rounds, accepted=state.accepted, evaluations=state.evaluations,
             changed=int((found != self.start).sum()), seconds=state.seconds,
         )  # fmt: skip
+
+
+def _blocks(
+    checkpoint: Checkpoint, calibration: Calibration, scope: Scope, start: Ints, directory: Path,
+    options: Options, quiet: bool,
+) -> Blocks:  # fmt: skip
+    """Those that quantize would write; ggml's where compensation would take too long."""
+    folder, threads = options.bank or directory / "bank", options.threads or usable_cores()
+    if options.compensate and can_compensate(calibration):
+        found = compensated_blocks(
+            checkpoint, calibration, scope.problem, start, options.calibration_text, folder, threads,
+            options.seconds, quiet,
+        )  # fmt: skip
+        if found is not None:
+            return found
+    return ggml_blocks(checkpoint, calibration, folder, threads)

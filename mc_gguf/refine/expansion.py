@@ -97,7 +97,7 @@ class _Backward:
         self.layers, self.incumbent, self.layer, self.wanted = layers, incumbent, layer, wanted
         decoder = layers.decoder
         self.added, self.route = decoder.attention_added(layer), decoder.router(layer)
-        self.norm = decoder.ffn_norm(layer)
+        self.norm, self.unrouted = decoder.ffn_norm(layer), decoder.unrouted(layer)
 
     def run(self, states: Tensor, signal: Tensor) -> NDArray[np.float32]:
         """Products [1 + draws, segments, E, 3, T]; `signal` [1 + draws, rows, ctx, n_embd] becomes that at
@@ -107,6 +107,7 @@ class _Backward:
         with torch.enable_grad():
             middle = (entry + self.added(entry)).flatten(0, 1)
             routing, x = self.route(middle), decoder.norm(middle, self.norm)
+            direct = middle + self.unrouted(middle)
         flat = signal.flatten(1, 2)
         d_x, d_weights = torch.zeros_like(flat), torch.zeros(len(flat), *routing.weights.shape)
         n_segment = -(-ctx // SEGMENT)
@@ -125,7 +126,7 @@ class _Backward:
                     products[:, :, number, p] = self._products(number, p, left, right, counts)
         for s in range(len(signal)):
             (at_entry,) = torch.autograd.grad(
-                [middle, x, routing.weights], entry, [flat[s], d_x[s], d_weights[s]],
+                [direct, x, routing.weights], entry, [flat[s], d_x[s], d_weights[s]],
                 retain_graph=s + 1 < len(signal),
             )  # fmt: skip
             signal[s] = at_entry

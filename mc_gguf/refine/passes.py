@@ -8,7 +8,7 @@ it differs. Only experts are quantized: what the other tensors lose is the same 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,9 @@ class Layers:
         flat = [states.view(-1, states.shape[-1]) for states in hidden]
         routings = [route(states) for states in flat]
         inputs = [self.decoder.norm(states, norm) for states in flat]
+        unrouted = self.decoder.unrouted(layer)
+        for states in flat:
+            states += unrouted(states)
         for number in range(self.decoder.shape.n_expert):
             made: dict[tuple[str, str | None], Tensor] = {}
             for states, x, routing, assignment in zip(flat, inputs, routings, assignments, strict=True):
@@ -90,8 +93,11 @@ class Layers:
 class Evaluator:
     """Mean KL divergence of assignments on token rows [R, ctx], from the hidden states of an incumbent."""
 
-    def __init__(self, layers: Layers, rows: NDArray[np.int32], types: Sequence[str]) -> None:
-        self.layers, self.rows, began = layers, rows, time.monotonic()
+    def __init__(
+        self, layers: Layers, rows: NDArray[np.int32], types: Sequence[str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.layers, self.rows, began = layers, rows, clock()
         info = layers.decoder.checkpoint.info
         shape = (info.n_layer, info.n_expert, len(PROJECTIONS))
         self._embedded = layers.decoder.embed(rows)
@@ -99,7 +105,7 @@ class Evaluator:
         states = self._embedded.clone()
         for layer in range(info.n_layer):
             layers.advance(layer, [states], [plain])
-        self.reference, self.seconds_per_row = states, (time.monotonic() - began) / len(rows)
+        self.reference, self.seconds_per_row = states, (clock() - began) / len(rows)
         self.incumbent = plain
         self.states: list[Tensor] = []
 
@@ -112,32 +118,32 @@ class Evaluator:
             self.layers.advance(layer, [following], [incumbent])
             states.append(following)
         self.incumbent, self.states = incumbent, states
-        return np.asarray(self.divergence([states[-1]])[0])
+        return np.asarray(self.divergence([states[-1]], np.arange(len(self.rows)))[0])
 
-    def sweep(self, candidates: Sequence[Assignment], n_row: int | None = None) -> Floats:
-        """Divergence [candidates, rows] (of the first `n_row` rows), nats a token."""
+    def sweep(self, candidates: Sequence[Assignment], rows: Ints | None = None) -> Floats:
+        """Divergence [candidates, rows] (of all rows, or those with the numbers `rows`), nats a token."""
         firsts = [self.incumbent.first_difference(c) for c in candidates]
         last = self.layers.n_layer
-        hidden = [self.states[last][:n_row] if first == last else torch.empty(0) for first in firsts]
+        picked = np.arange(len(self.rows)) if rows is None else rows
+        hidden = [self.states[last][picked] if first == last else torch.empty(0) for first in firsts]
         for layer in range(last):
             for i, first in enumerate(firsts):
                 if first == layer:
-                    hidden[i] = self.states[layer][:n_row].clone()
+                    hidden[i] = self.states[layer][picked]
             active = [i for i, first in enumerate(firsts) if first <= layer]
             self.layers.advance(layer, [hidden[i] for i in active], [candidates[i] for i in active])
-        return self.divergence(hidden)
+        return self.divergence(hidden, picked)
 
     @torch.no_grad()
-    def divergence(self, hidden: Sequence[Tensor]) -> Floats:
+    def divergence(self, hidden: Sequence[Tensor], rows: Ints) -> Floats:
         """KL divergence [len(hidden), rows] of final hidden states from the reference's, nats a token."""
-        logits, n_row = self.layers.decoder.output(), len(hidden[0])
-        total = np.zeros((len(hidden), n_row))
-        each = max(1, LOGIT_TOKENS // self.rows.shape[1])
-        for first in range(0, n_row, each):
-            rows = slice(first, min(first + each, n_row))
-            expected = F.log_softmax(logits(self.reference[rows]), dim=-1)
+        logits, reference = self.layers.decoder.output(), self.reference[rows]
+        total = np.zeros((len(hidden), len(rows)))
+        for part in torch.split(torch.arange(len(rows)), max(1, LOGIT_TOKENS // self.rows.shape[1])):
+            expected = F.log_softmax(logits(reference[part]), dim=-1)
             probs = expected.exp()
             for i, states in enumerate(hidden):
-                found = F.log_softmax(logits(states[rows]), dim=-1)
-                total[i, rows] = (probs * (expected - found)).sum(-1, dtype=torch.float64).mean(1).numpy()
+                found = F.log_softmax(logits(states[part]), dim=-1)
+                lost = (probs * (expected - found)).sum(-1, dtype=torch.float64)
+                total[i, part.numpy()] = lost.mean(1).numpy()
         return total

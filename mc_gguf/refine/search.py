@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mc_gguf.allocate.problem import Ints
 from mc_gguf.artifacts import Floats
@@ -31,6 +32,9 @@ from mc_gguf.refine.state import State
 SETTINGS = (
     (0.0, 0.0), (0.25, 0.1), (0.5, 0.25), (0.5, 0.5), (0.75, 0.25), (0.75, 0.5), (1.0, 0.5), (1.0, 1.0),
 )  # fmt: skip
+# Added to the damping where steps have to become smaller.
+LEAST_DAMPING = 0.25
+MAX_CAUTION = 32
 # A candidate is accepted when its mean paired difference is below minus this many standard errors.
 MIN_SIGNIFICANCE = 1.0
 FIRST_SHARE = 0.25  # of the search rows, for the first comparison
@@ -49,7 +53,8 @@ MAX_TRIES = 8
 @dataclass(eq=False)
 class Search:
     """One search: `evaluator` holds the rows on which candidates are compared, `began` is when its time
-    started."""
+    started. Types [L, E, 3, T] that are not `allowed`, or are more than `reach` sizes away from the
+    incumbent's, are not tried."""
 
     scope: Scope
     evaluator: Evaluator
@@ -59,6 +64,7 @@ class Search:
     seconds: float
     began: float
     reach: int = 99
+    allowed: NDArray[np.bool_] | None = None
     clock: Callable[[], float] = time.monotonic
     on_round: Callable[[], None] = lambda: None
     here: Floats = field(init=False)
@@ -109,25 +115,25 @@ class Search:
         n_row, n_draw = len(self.here), N_DRAW if len(self.memory.draws) < ENOUGH_DRAWS else 1
         rows = np.sort(rng.permutation(n_row)[: self.state.expansion_rows])
         wanted = wanted_types(self.scope.problem.size, self.state.columns, self.reach)
+        if self.allowed is not None:
+            wanted &= self.allowed
         self.memory.add(expand(self.evaluator, rows, wanted, n_draw, int(rng.integers(1 << 31))))
         candidates = self._candidates()
-        few = max(2, int(n_row * FIRST_SHARE))
         if len(candidates) > N_FINALIST:
-            # The rows are in random order: the first are a sample of all.
-            first = self._measure(candidates, few)
+            first = self._measure(candidates, rng.permutation(n_row)[: max(2, int(n_row * FIRST_SHARE))])
             candidates = [candidates[i] for i in np.argsort(first.mean(axis=1), kind="stable")[:N_FINALIST]]
         if self._used() >= self.seconds:
             return False
         self.state.stalled += 1
         if candidates:
-            found = self._measure(candidates, n_row)
+            found = self._measure(candidates)
             best = int(found.mean(axis=1).argmin())
             self._decide(candidates[best], found[best])
         return True
 
-    def _measure(self, candidates: list[Ints], n_row: int) -> Floats:
+    def _measure(self, candidates: list[Ints], rows: Ints | None = None) -> Floats:
         self.state.evaluations += len(candidates)
-        return self.evaluator.sweep([self.assignment(c) for c in candidates], n_row)
+        return self.evaluator.sweep([self.assignment(c) for c in candidates], rows)
 
     def _decide(self, columns: Ints, found: Floats) -> None:
         change = found - self.here
@@ -141,10 +147,14 @@ class Search:
         """Different assignments within the budget, at most one of each setting; without the incumbent."""
         found = dict[bytes, Ints]()
         for coupling, damping in SETTINGS:
-            columns = self._solve(coupling, damping)
+            columns = self._solve(coupling, (damping + LEAST_DAMPING) * self._caution() - LEAST_DAMPING)
             if (columns != self.state.columns).any():
                 found[columns.tobytes()] = columns
         return list(found.values())
+
+    def _caution(self) -> float:
+        """Steps become smaller while none is accepted, as in Levenberg and Marquardt's method."""
+        return float(min(2**self.state.stalled, MAX_CAUTION))
 
     def _solve(self, coupling: float, damping: float) -> Ints:
         problem, start = self.scope.problem, self.state.columns

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from mc_gguf import __version__
 from mc_gguf.allocate.problem import Ints
 from mc_gguf.artifacts import atomic_write
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +34,7 @@ class State:
     `expansion_rows` came from the speed of the machine and stays what it was."""
 
     identity: str
+    compensated: bool
     columns: Ints
     rounds: int = 0
     seconds: float = 0.0
@@ -49,25 +49,32 @@ class State:
             file.write(json.dumps(body).encode())
 
     @classmethod
-    def resume(cls, path: Path, identity: Mapping[str, Any], start: Ints) -> State:
-        """The state in `path` if it is of this search, else a new one that starts from `start`."""
-        document = json.dumps({"version": STATE_VERSION, "tool": __version__, **identity}, sort_keys=True)
-        key = hashlib.sha256(document.encode()).hexdigest()
+    def resume(cls, path: Path, key: str, compensated: bool, start: Ints) -> State:
+        """The state in `path` if it is of this search (its identity, and the blocks that it measures), else a
+        new one that starts from `start`.
+        """
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
-            if body.pop("version") != STATE_VERSION or body["identity"] != key:
+            asked = (STATE_VERSION, key, compensated)
+            if (body.pop("version"), body["identity"], body["compensated"]) != asked:
                 raise ValueError("of another model, plan, text or set of options")
             columns = np.array(body.pop("columns"), dtype=np.int64)
             if columns.shape != start.shape:
                 raise ValueError("of another shape")
             found = cls(columns=columns, **body)
         except FileNotFoundError:
-            return cls(key, start.copy())
+            return cls(key, compensated, start.copy())
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("not continuing from %s (%s); starting anew", path, error)
-            return cls(key, start.copy())
+            return cls(key, compensated, start.copy())
         log.info("continuing after %d rounds", found.rounds)
         return found
+
+
+def identity(**parts: Any) -> str:
+    """SHA-256 of what a search depends on."""
+    document = json.dumps({"version": STATE_VERSION, "tool": __version__, **parts}, sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()
 
 
 def partial_directory(output: Path) -> Path:

@@ -1,0 +1,119 @@
+"""Which blocks a search measures: those that quantize would write, with error compensation or ggml's.
+
+Compensated blocks (docs/compensation.md) are made before the search starts, of the types near the plan's own:
+one pass over the calibration's text for the Hessians and all matrices. Where that would take more than
+MAX_SHARE of the time, the search measures ggml's blocks of all types instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf.allocate.problem import Ints, Problem
+from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration
+from mc_gguf.checkpoint import Checkpoint
+from mc_gguf.errors import ArtifactError
+from mc_gguf.progress import Progress, clock, silenced
+from mc_gguf.quantize.bank import Bank, bank_key
+from mc_gguf.quantize.compensate import supports
+from mc_gguf.quantize.compensation import Wanted, calibration_text, compensate, open_bank
+from mc_gguf.refine.matrices import GgmlQuantizer, Quantizer
+from mc_gguf.refine.memory import wanted_types
+from mc_gguf.upstream import pin
+
+NEAR = 2  # sizes up and down from the plan's own where not all types can be had
+MAX_SHARE = 0.5  # of the time for compensation
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """`bank`, what makes those it lacks, and the types [L, E, 3, T] that may be chosen (None: all)."""
+
+    compensated: bool
+    bank: Bank
+    quantizer: Quantizer
+    allowed: NDArray[np.bool_] | None = None
+
+
+def ggml_blocks(checkpoint: Checkpoint, calibration: Calibration, folder: Path, threads: int) -> Blocks:
+    """ggml's, made when they are needed."""
+    key = bank_key(checkpoint.info.fingerprint, calibration.fingerprint, f"ggml {pin().commit}")
+    return Blocks(False, Bank(folder, key), GgmlQuantizer(checkpoint, calibration, threads))
+
+
+def can_compensate(calibration: Calibration) -> bool:
+    """Whether the calibration says what its text was: quantize compensates only then."""
+    return calibration.fingerprint != NO_CALIBRATION and "sha256" in calibration.corpus
+
+
+def compensated_blocks(
+    checkpoint: Checkpoint, calibration: Calibration, problem: Problem, start: Ints, files: tuple[Path, ...],
+    folder: Path, threads: int, seconds: float, quiet: bool,
+) -> Blocks | None:  # fmt: skip
+    """Those near the plan's types, made now; None when that takes more than MAX_SHARE of `seconds`. `files`
+    hold the calibration's text (none: the bundled one).
+    """
+    allowed = wanted_types(problem.size, start, NEAR)
+    text = calibration_text(checkpoint, calibration, files, "--calibration-text")
+    bank, limit = open_bank(folder, calibration), MAX_SHARE * seconds
+    bar = _Limited(limit, quiet)
+    try:
+        wanted = _wanted(calibration, problem, allowed)
+        outcome = compensate(checkpoint, calibration, wanted, text, bank, threads, bar)
+    except _TooSlow as error:
+        log.warning(
+            "error compensation of the types near the plan's would take %s, more than half of the time: the "
+            "search measures ggml's blocks; give more --time, or --no-compensate", error,
+        )  # fmt: skip
+        return None
+    finally:
+        bar.close()
+    if outcome.ratios:
+        bar.say(outcome.text())
+    return Blocks(True, bank, _lost, allowed)
+
+
+def _wanted(calibration: Calibration, problem: Problem, allowed: NDArray[np.bool_]) -> Wanted:
+    """(layer, expert) -> (projection, type) of what is allowed and can be compensated."""
+    names = [(c, name) for c, name in enumerate(problem.types) if supports(name)]
+    return {
+        (layer, expert): frozenset(
+            (projection, name) for p, projection in enumerate(PROJECTIONS) for c, name in names
+            if allowed[i, expert, p, c]
+        )
+        for i, layer in enumerate(calibration.layers) for expert in range(allowed.shape[1])
+    }  # fmt: skip
+
+
+def _lost(layer: int, projection: str, expert: int, type_name: str) -> NDArray[np.uint8]:
+    raise ArtifactError(
+        f"the compensated {type_name} blocks of layer {layer}, expert {expert}, {projection} are missing or "
+        "damaged; run the same command again"
+    )
+
+
+class _TooSlow(Exception):
+    """The text says how long it would take."""
+
+
+class _Limited(Progress):
+    """Raises _TooSlow as soon as all of the work is expected to take more than `limit_s`."""
+
+    def __init__(self, limit_s: float, quiet: bool, now: Callable[[], float] = time.monotonic) -> None:
+        super().__init__("compensate", 0, "matrices", sys.stderr, silenced(quiet))
+        self._limit_s, self._now, self._began = limit_s, now, now()
+
+    def update(self, done: float, total: float | None = None, note: str = "") -> None:
+        super().update(done, total, note)
+        if done and (expected := (self._now() - self._began) * self.total / done) > self._limit_s:
+            raise _TooSlow(clock(expected))

@@ -1,0 +1,136 @@
+"""A search on compensated blocks: the types near the plan's, made once, and taken by quantize."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from refine_models import TYPES, small
+
+from mc_gguf.allocate import Budget
+from mc_gguf.allocate import plan as make_plan
+from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
+from mc_gguf.calibrate import Options as CalibrateOptions
+from mc_gguf.calibrate import calibrate
+from mc_gguf.corpus import load_corpus
+from mc_gguf.errors import ArtifactError
+from mc_gguf.quantize.compensation import calibration_text, compensate, open_bank, wanted_by
+from mc_gguf.refine import Options, blocks, refine_to_file, refined_before
+from mc_gguf.refine.blocks import can_compensate, compensated_blocks
+from mc_gguf.refine.budget import scope_of
+from mc_gguf.refine.matrices import GgmlQuantizer
+
+pytestmark = pytest.mark.native
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Matrices are too small for two. One size up and down, so that there are types which are not near."""
+    monkeypatch.setattr(blocks, "NEAR", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    letters = np.random.default_rng(0).integers(97, 123, 6000, dtype=np.uint8)
+    path.write_bytes(letters.tobytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibration(text: Path) -> Calibration:
+    checkpoint = small()[1]
+    corpus = load_corpus(checkpoint, (text,), 1536, 32)
+    found = calibrate(checkpoint, corpus, CalibrateOptions(types=TYPES, threads=1), quiet=True)
+    return replace(found, fingerprint="d" * 64)
+
+
+@pytest.fixture
+def plan(calibration: Calibration) -> Plan:
+    made = make_plan(calibration, Budget(bpw=5.2), strategy="random")
+    return replace(made, model_fingerprint=small()[1].info.fingerprint, fingerprint="e" * 64)
+
+
+def options(text: Path, **changes: object) -> Options:
+    return replace(
+        Options(3.0, (text,), 1024, 32, threads=1, calibration_text=(text,)), **changes  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def test_near_types_are_made_once_and_quantize_takes_them(
+    text: Path, calibration: Calibration, plan: Plan, tmp_path: Path
+) -> None:
+    checkpoint, output = small()[1], tmp_path / "refined.plan.json"
+    asked = options(text, bank=tmp_path / "bank", seconds=8.0)
+    result = refine_to_file(checkpoint, calibration, plan, output, asked, quiet=True)
+    assert result.rounds >= 1
+    assert result.held_out_kld <= result.held_out_start
+    bank = open_bank(tmp_path / "bank", calibration)
+    scope, start = scope_of(plan, calibration)
+    rank = {"Q4_0": 0, "IQ4_NL": 0, "Q5_0": 1, "Q8_0": 2}
+    for (layer, expert, p), column in np.ndenumerate(start):
+        own = scope.problem.types[column]
+        made = {t for t in TYPES if bank.get(layer, PROJECTIONS[p], expert, t) is not None}
+        assert made == {t for t in TYPES if abs(rank[t] - rank[own]) <= 1}
+        assert result.plan.type_of(layer, expert, PROJECTIONS[p]) in made
+    corpus = calibration_text(checkpoint, calibration, (text,))
+    again = compensate(checkpoint, calibration, wanted_by(result.plan), corpus, bank, 1)
+    assert again.compensated == again.plain == 0
+    assert refined_before(checkpoint, calibration, plan, output, asked) == Plan.load(output)
+    for other in (replace(asked, seconds=9.0), replace(asked, compensate=False), replace(asked, seed=7)):
+        assert refined_before(checkpoint, calibration, plan, output, other) is None
+    assert refined_before(checkpoint, calibration, plan, tmp_path / "none.json", asked) is None
+
+
+def test_ggmls_blocks_where_compensation_takes_too_long(
+    text: Path, calibration: Calibration, plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = refine_to_file(
+        small()[1], calibration, plan, tmp_path / "r.json", options(text, seconds=0.01), quiet=True
+    )
+    assert "the search measures ggml's blocks" in caplog.text
+    assert result.rounds == 0
+    plain = refine_to_file(
+        small()[1], calibration, plan, tmp_path / "p.json",
+        options(text, seconds=0.01, compensate=False), quiet=True,
+    )  # fmt: skip
+    assert plain.held_out_start == result.held_out_start
+
+
+def test_blocks_are_those_of_quantize_and_not_ggmls(
+    text: Path, calibration: Calibration, plan: Plan, tmp_path: Path
+) -> None:
+    checkpoint = small()[1]
+    scope, start = scope_of(plan, calibration)
+    made = compensated_blocks(
+        checkpoint, calibration, scope.problem, start, (text,), tmp_path, 1, 1e9, True
+    )
+    assert made is not None
+    assert made.compensated
+    name = scope.problem.types[start[1, 2, 0]]
+    blocks = made.bank.get(1, "gate", 2, name)
+    assert blocks is not None
+    assert (blocks != GgmlQuantizer(checkpoint, calibration)(1, "gate", 2, name)).any()
+    with pytest.raises(ArtifactError, match="missing or damaged"):
+        made.quantizer(1, "gate", 2, name)
+
+
+def test_text_of_the_calibration_is_needed(
+    text: Path, calibration: Calibration, plan: Plan, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("x" * 5000)
+    with pytest.raises(ArtifactError, match="--calibration-text"):
+        refine_to_file(
+            small()[1], calibration, plan, tmp_path / "r.json",
+            options(text, calibration_text=(other,)), quiet=True,
+        )  # fmt: skip
+    assert not can_compensate(replace(calibration, corpus={}))
