@@ -7,7 +7,8 @@ Sizes: the files that one stock type makes (IQ1_M 1.75 bits an expert weight, IQ
 IQ2_S 2.56, IQ3_XXS 3.06, Q3_K and IQ3_S 3.44), and those of llama-quantize's recipes. Every other arm is
 planned for the bytes of that very file. All have the same attention, embedding and output types and, from one
 seed, the same importance matrix; the recipes go through llama_model_quantize with these types as overrides.
-llama.cpp fixes the recipe's expert types itself.
+llama.cpp fixes the recipe's expert types itself. One arm differs: in pmq-attention the types of attention
+matrices are decided in the same bytes, too (the default of `plan --size`).
 
 Texts, none of it calibration text: WikiText-2 test (the calibration mixture holds WikiText-2 valid: in
 domain), C++ (src/llama-vocab.cpp) and Markdown (tools/server/README.md) of the pinned llama.cpp. `run` prints
@@ -43,7 +44,7 @@ RECIPES = {
     "Q3_K_M": 12,
 }  # fmt: skip
 ONLY_UNIFORM = ("Q3_K",)  # as large as IQ3_S, at which the other arms are measured
-MAIN = ("pmq", "layer", "mc")
+MAIN = ("pmq", "pmq-attention", "layer", "mc")
 CONTROLS = ("bsp", "frequency", "routing-weight", "f-norm", "hessian", "random", "inverted")
 FIXED_PATTERNS = {r"attn_[kv]\.weight": "attn_kv", r"attn_(q|output)\.weight": "attn"}
 
@@ -142,7 +143,9 @@ class Workshop:
         from mc_gguf.artifacts import FixedTypes
         from mc_gguf.cli.options import PlanOptions
 
-        options = PlanOptions(budget, strategy, types, FixedTypes(), seed)
+        base = strategy.removesuffix("-attention")
+        attention = () if base != strategy else None
+        options = PlanOptions(budget, base, types, FixedTypes(), seed, attention=attention)
         name = "-".join([strategy, str(seed), *(f"{v:g}" for v in budget.to_json().values()), *(types or ())])
         return options.plan(calibration).save(self.folder / f"{name}.plan.json")
 

@@ -37,6 +37,7 @@ from mc_gguf.quantize.hessian import Collector, Inputs, Tokens, held_out_tokens,
 from mc_gguf.quantize.kernels import dequantize_rows, init, quantize_rows
 from mc_gguf.quantize.output import check_inputs
 from mc_gguf.quantize.products import fast_products
+from mc_gguf.upstream import patchset_digest
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def wanted_by(plan: Plan) -> Wanted:
 def open_bank(folder: Path, calibration: Calibration, options: Options = DEFAULT) -> Bank:
     """The bank of compensated blocks of this calibration, model and set of options, under `folder`."""
     assert calibration.model is not None
-    quantizer = f"compensated {__version__} {options}"
+    quantizer = f"compensated {__version__} {patchset_digest()} {options}"  # the kernel is in the patch set
     return Bank(folder, bank_key(calibration.model.fingerprint, calibration.fingerprint, quantizer))
 
 
