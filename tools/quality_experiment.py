@@ -288,9 +288,11 @@ def main() -> None: ...
 @click.option("--seeds", default=3, show_default=True, help="Calibrations, each from other token rows.")
 @click.option("--sizes", default=",".join([*UNIFORM, *(f"recipe {r}" for r in RECIPES)]), show_default=True)
 @click.option("--compensate/--no-compensate", default=True, show_default=True)
+@click.option("--strategies", help="Only these, separated by commas.  [default: all]")
 @click.option("--jobs", default=1, show_default=True, help="Files that are measured at once, a thread each.")
 def run(
-    folder: Path, model: Path, n_tokens: int, n_ctx: int, seeds: int, sizes: str, compensate: bool, jobs: int
+    folder: Path, model: Path, n_tokens: int, n_ctx: int, seeds: int, sizes: str, compensate: bool,
+    strategies: str | None, jobs: int,
 ) -> None:
     """Make and measure what is not in FOLDER yet."""
     from mc_gguf.errors import BudgetError
@@ -301,7 +303,11 @@ def run(
         click.echo(f"{name}: {overlap(path):.2%} of the 8-word sequences are in the calibration text")
     records = json.loads(results.read_text()) if results.exists() else []
     done = {(r["size"], r["arm"], r["seed"]) for r in records}
-    todo = [a for a in arms(seeds, sizes.split(","), compensate) if (a.size, a.name, a.seed) not in done]
+    wanted = [
+        a for a in arms(seeds, sizes.split(","), compensate)
+        if strategies is None or a.strategy in strategies.split(",")
+    ]
+    todo = [a for a in wanted if (a.size, a.name, a.seed) not in done]
     sixteen = shop.sixteen_bit()
     measure(sixteen, sixteen, texts, n_ctx, n_tokens)  # stores the reference before the workers need it
     work = partial(measure, sixteen=sixteen, texts=texts, n_ctx=n_ctx, n_tokens=n_tokens)
