@@ -14,6 +14,7 @@ from mc_gguf.checkpoint import open_checkpoint
 from mc_gguf.cli import main
 from mc_gguf.container import MixedGguf
 from mc_gguf.quantize import quantize_rows
+from mc_gguf.refine.budget import scope_of
 
 pytestmark = pytest.mark.native
 SIZE = 5_300_000
@@ -22,7 +23,7 @@ QUICK = ("--tokens", "512", "--ctx", "128", "--rows", "16", "--types", "IQ1_S,IQ
 
 def test_convert_writes_the_types_that_the_plan_chose(tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    arguments = ["convert", tiny_model, "-o", path, "--size", SIZE, "--attention", "auto", *QUICK]
+    arguments = ["convert", tiny_model, "-o", path, "--size", SIZE, *QUICK]  # --attention auto by default
     result = CliRunner().invoke(main, [*map(str, arguments), "--no-compensate"])
     assert result.exit_code == 0, result.output
     assert "attn output" in result.output
@@ -31,6 +32,8 @@ def test_convert_writes_the_types_that_the_plan_chose(tiny_model: Path, tmp_path
     assert len({name for row in plan.fixed.attention for name in row}) > 1
     header = MixedGguf.open(path).header.tensors
     calibration = Calibration.load(tmp_path / "model.calib.safetensors")
+    scope, columns = scope_of(plan, calibration)  # refinement stays within the same file
+    assert scope.file_bytes(columns) == plan.file_bytes
     checkpoint, data = open_checkpoint(tiny_model), path.read_bytes()
     for layer in plan.layers:
         for part in ATTENTION:

@@ -73,7 +73,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
     shown = (
         "llama-quantize", "uniform", "uniform + compensation", "layer", "layer + compensation", "mc", "pmq",
-        "pmq + compensation",
+        "pmq + compensation", "pmq-attention + compensation",
     )  # fmt: skip
     texts = list(dict.fromkeys(r["text"] for r in records))
     figure, axes = pyplot.subplots(1, len(texts), figsize=(4 * len(texts), 3.6), sharey=True)
