@@ -390,11 +390,10 @@ class Plan:
 def _check_rows(path: Path, plan: Plan) -> None:
     rows = [row for table in plan.experts.values() for row in table]
     if any(len(table) != len(plan.layers) for table in plan.experts.values()) or not rows:
-        raise ArtifactError(
-            f"{path}: every projection needs one row of experts for each of {len(plan.layers)} layers"
-        )
+        raise ArtifactError(f"{path}: each projection needs {len(plan.layers)} rows of experts, one a layer")
     if any(len(row) != len(rows[0]) or not all(isinstance(name, str) for name in row) for row in rows):
         raise ArtifactError(f"{path}: every row of experts needs {len(rows[0])} names of types")
     attention = plan.fixed.attention
-    if attention and (len(attention) != len(plan.layers) or any(len(r) != len(ATTENTION) for r in attention)):
+    named = all(len(r) == len(ATTENTION) and all(isinstance(n, str) for n in r) for r in attention)
+    if attention and not (named and plan.layers == tuple(range(len(attention)))):
         raise ArtifactError(f"{path}: attention needs one row of {len(ATTENTION)} types for each layer")

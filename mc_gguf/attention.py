@@ -12,7 +12,7 @@ do not add up. The importance matrices come from all of the text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class InputSquares:
 
     into: Tensor | float = 0.0
     mid: Tensor | float = 0.0
-    tokens: int = field(default=0)
+    tokens: int = 0
 
     def add(self, x: Tensor, mixed: Tensor) -> None:
         self.into = self.into + x.flatten(0, 1).square().sum(0, dtype=torch.float64)
@@ -102,13 +102,13 @@ def attention_errors(
     exact = decoder.attention_added(layer)(hidden)
     after_sq = (hidden + exact).square().sum(-1, dtype=torch.float64).clamp(min=1e-30)
     errors = np.full((len(ATTENTION), len(types)), np.inf)
-    for p, part in enumerate(ATTENTION):
-        matrix = decoder.attention_matrix(layer, part)
+    matrices = {part: decoder.attention_matrix(layer, part) for part in ATTENTION}
+    for p, (part, matrix) in enumerate(matrices.items()):
         importance = mid if part == "output" else into
         for t, name in enumerate(types):
             if fits(name, matrix.shape[1]):
                 changed = matrix + quantization_error(matrix, name, importance, threads)
-                added = decoder.attention_added(layer, {part: changed})(hidden)
+                added = decoder.attention_added(layer, {**matrices, part: changed})(hidden)
                 error = (added - exact).square().sum(-1, dtype=torch.float64)
                 errors[p, t] = float((error / after_sq).mean())
     return errors

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mc_gguf.artifacts import Calibration, Plan
+from mc_gguf.attention import attention_types
 from mc_gguf.calibrate import Options, calibrate_to_file, forget_partial, is_calibration_of
 from mc_gguf.checkpoint import Checkpoint
 from mc_gguf.container import MixedGguf
@@ -57,7 +58,8 @@ class Conversion:
             except ArtifactError as error:
                 log.warning("%s; calibrating again", error)
             else:
-                if is_calibration_of(found, self.checkpoint.info, text, options):
+                current = found.attention_types == attention_types(self.checkpoint.info)  # not an older one
+                if current and is_calibration_of(found, self.checkpoint.info, text, options):
                     forget_partial(self.calibration_path)  # killed between the last two steps
                     return found
         return calibrate_to_file(
@@ -95,14 +97,16 @@ class Conversion:
         compensate: bool = True,
         text: tuple[Path, ...] = (),
         bank_folder: Path | None = None,
+        keep_bank: bool = False,
     ) -> MixedGguf:
         """The output, written and validated. `compensate`: with error compensation, on the calibration's own
-        text (`text`, the bundled one if empty), taking what `bank_folder` has.
+        text (`text`, the bundled one if empty), taking what `bank_folder` has. `keep_bank`: what lies beside
+        the output is refine()'s, made in this run.
         """
         from mc_gguf.quantize.compensation import compensated_bank, forget_bank
 
         n_thread, bank = threads or usable_cores(), None
-        if not self.resume and plan.refinement is None:
+        if not self.resume and not keep_bank:
             forget_bank(self.output)
         if compensate:
             bank = compensated_bank(

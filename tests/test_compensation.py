@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from moe_directories import random_moe, save_moe
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
 from mc_gguf.checkpoint import Checkpoint, open_checkpoint
@@ -102,6 +103,23 @@ def test_killed_resumed_and_threads_give_the_same_bytes(
     assert outcome.compensated + outcome.plain == 3
     assert contents(parts, wanted) == contents(whole, wanted)
     assert not compensate(source, calibration, wanted, corpus, parts, 1).ratios
+
+
+def test_the_pass_is_the_decoders_forward(tmp_path: Path) -> None:
+    """With a shared expert, and experts that no token reaches."""
+    source = open_checkpoint(save_moe(random_moe("Qwen2Moe", num_experts_per_tok=1), tmp_path / "hf"))
+    corpus, info, decoder = load_corpus(source, tokens=64, ctx=32), source.info, Decoder(source)
+    ones = [np.ones((2, info.n_expert, n), dtype=np.float32) for n in (info.n_embd, info.n_ff)]
+    flat = replace(Calibration.blank(info), imatrix_in=ones[0], imatrix_mid=ones[1], corpus=corpus.to_json())
+    bank = open_bank(tmp_path / "bank", flat)
+    with pytest.raises(Killed):
+        compensate(source, flat, want("Q4_0", (1,), (0,)), corpus, bank, 1, Bomb(3))
+    hidden = decoder.embed(corpus.rows)
+    decoder.attention(0, hidden)
+    reached = decoder.route(0, hidden.flatten(0, 1)).experts.unique()
+    assert len(reached) < info.n_expert
+    decoder.feed_forward(0, hidden)
+    np.testing.assert_allclose(np.load(bank.folder / "hidden-1.npy"), hidden.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_block_output_is_closer_on_other_text(

@@ -20,7 +20,7 @@ from mc_gguf.corpus import load_corpus
 from mc_gguf.errors import ArtifactError
 from mc_gguf.quantize.compensation import calibration_text, compensate, open_bank, wanted_by
 from mc_gguf.refine import Options, blocks, refine_to_file, refined_before
-from mc_gguf.refine.blocks import can_compensate, compensated_blocks
+from mc_gguf.refine.blocks import _Limited, _TooSlow, can_compensate, compensated_blocks
 from mc_gguf.refine.budget import scope_of
 from mc_gguf.refine.matrices import GgmlQuantizer
 
@@ -134,3 +134,33 @@ def test_text_of_the_calibration_is_needed(
             options(text, calibration_text=(other,)), quiet=True,
         )  # fmt: skip
     assert not can_compensate(replace(calibration, corpus={}))
+
+
+@pytest.mark.parametrize(
+    ("prelude", "each", "n", "limit", "is_refused"),
+    [
+        (10.0, 3.0, 1024, 3782.0, False),  # attention before the first of many experts
+        (200.0, 1.0, 10, 600.0, False),  # layers in which nothing is missing
+        (10.0, 5.0, 1024, 3782.0, True),
+        (700.0, 0.0, 4, 600.0, True),
+    ],
+)
+def test_the_time_for_blocks_is_foreseen(
+    prelude: float, each: float, n: int, limit: float, is_refused: bool
+) -> None:
+    now = 0.0
+    bar = _Limited(limit, True, lambda: now)
+
+    def work() -> None:
+        nonlocal now
+        now = prelude
+        for done in range(1, n + 1):
+            now += each
+            bar.update(done, n)
+
+    if is_refused:
+        with pytest.raises(_TooSlow):
+            work()
+        assert now < limit + prelude  # long before the end
+    else:
+        work()

@@ -93,7 +93,7 @@ def made_up(model: ModelInfo, types: Sequence[str]) -> tuple[tuple[str, ...], Fl
     """attention_types and attention_error of a stand-in for every calibration of `model`."""
     shapes = [t.shape for t in model.tensors if t.name in {f"blk.0.attn_{part}.weight" for part in ATTENTION}]
     names = tuple(n for n in types if any(shape[0] % ggml_type(n).block_size == 0 for shape in shapes))
-    if len(shapes) < len(ATTENTION):
+    if len(shapes) < len(ATTENTION) or model.expert_layers != tuple(range(model.n_layer)):
         return names, np.zeros(0)
     return names, np.ones((len(model.expert_layers), len(ATTENTION), len(names)))
 

@@ -76,11 +76,15 @@ class CalibrateOptions:
         return corpus, Options(types=types, max_rows=self.rows, seed=seed, threads=self.threads or 0)
 
     def refinement(self, seconds: float, compensate: bool, seed: int) -> RefineOptions:
-        """For a refinement on the same text, but other rows of it than with calibration seed `seed`."""
-        from mc_gguf.refine import Options
+        """For a refinement on the same text, cut elsewhere than with calibration seed `seed`."""
+        from mc_gguf.errors import McError
+        from mc_gguf.refine import MIN_ROWS, Options
 
+        if self.tokens // self.ctx < MIN_ROWS:
+            raise McError(f"--refine needs {MIN_ROWS} rows of text: at least --tokens {MIN_ROWS * self.ctx}")
+        tokens = min(self.tokens, max(Options.tokens, MIN_ROWS * self.ctx))
         return Options(
-            seconds, self.text, min(self.tokens, Options.tokens), self.ctx, seed + 1, self.threads or 0,
+            seconds, self.text, tokens, self.ctx, seed + 1, self.threads or 0,
             compensate=compensate, calibration_text=self.text,
         )  # fmt: skip
 

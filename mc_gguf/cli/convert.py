@@ -51,10 +51,15 @@ def command(
     from mc_gguf.artifacts import Calibration
     from mc_gguf.checkpoint import keep_source, open_checkpoint
     from mc_gguf.convert import Conversion, refinement_text
+    from mc_gguf.errors import McError
+    from mc_gguf.quantize.compensation import forget_bank
     from mc_gguf.units import format_size, parse_duration
 
     keep_source(source, output)
     seconds = parse_duration(refine_time) if refine_time else 0.0
+    if seconds and options.budget.is_sixteen_bit:
+        raise McError("--refine: 16-bit experts leave nothing to refine; give a smaller --bpw")
+    search = calibration.refinement(seconds, compensate, calibration_seed) if seconds else None
     work = Conversion(open_checkpoint(source), output, resume, quiet)
     if options.budget.is_sixteen_bit:
         statistics = Calibration.blank(work.checkpoint.info)
@@ -63,12 +68,16 @@ def command(
         request = calibration.request(work.checkpoint, options.types, calibration_seed)
         statistics = work.calibrate(*request, calibration_file)
     plan = work.plan(statistics, options.plan)
-    if seconds and not options.budget.is_sixteen_bit:
-        plan = work.refine(statistics, plan, calibration.refinement(seconds, compensate, calibration_seed))
+    if search:
+        plan = work.refine(statistics, plan, search)
         click.echo(refinement_text(plan))
     click.echo("\n".join(summarize(plan).lines()))
     if not dry_run:
-        model = work.quantize(statistics, plan, calibration.threads, compensate, calibration.text)
+        model = work.quantize(
+            statistics, plan, calibration.threads, compensate, calibration.text, keep_bank=search is not None
+        )
         click.echo(
             f"{output}: {format_size(model.header.file_bytes)}, {model.expert_bpw:.4f} bits per expert weight"
         )
+    elif search:
+        forget_bank(output)

@@ -44,8 +44,8 @@ _OPTIONS = (
     click.option(
         "--attention", metavar="NAME|T,T,...",
         help="fixed (as the two options above say), or decided in the same budget as the experts (with "
-        "--size): auto (among all measured types), or among these types.  [default: auto with --size, unless "
-        "one of the two is given; else fixed]",
+        "--size): auto (among all measured types), or among these types.  [default: auto with --size, "
+        "strategy pmq or layer and objective kld, unless one of the two is given; else fixed]",
     ),
     click.option("--embd-type", metavar="T", help="Type of the token embeddings.  [default: Q6_K]"),
     click.option("--output-type", metavar="T", help="Type of the output matrix.  [default: Q6_K]"),
@@ -145,4 +145,7 @@ def _attention(wanted: str | None, fixed: Mapping[str, str]) -> tuple[str, ...] 
         return None
     if {"attn", "attn_kv"} & fixed.keys():
         raise McError("--attention chooses what --attn-type and --attn-kv-type fix; give one or the other")
-    return () if wanted.lower() == "auto" else _names(wanted)
+    names = _names(wanted)
+    if not names:
+        raise McError("--attention needs fixed, auto or names of types")
+    return () if wanted.lower() == "auto" else names

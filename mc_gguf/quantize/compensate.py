@@ -195,7 +195,9 @@ class _Matrix:
             if ggml_type(self.type_name).name not in SLOW:
                 importance = None if self.imatrix is None else self.imatrix[part]
                 self.block_bytes(part)[:] = quantize_rows(target, self.type_name, importance, self.threads)
-            self._fit(part, target, own @ own.T, greedy=True)
+            with exact_products():
+                metric = own @ own.T
+            self._fit(part, target, metric, greedy=True)
 
     def sweep(self, form: Form) -> None:
         """Every block again, all others as they are."""

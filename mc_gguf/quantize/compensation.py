@@ -36,8 +36,10 @@ from mc_gguf.quantize.compensate import DEFAULT, Options, quantize_compensated, 
 from mc_gguf.quantize.hessian import Collector, Inputs, Tokens, held_out_tokens, run_expert
 from mc_gguf.quantize.kernels import dequantize_rows, init, quantize_rows
 from mc_gguf.quantize.output import check_inputs
-from mc_gguf.quantize.products import fast_products
+from mc_gguf.quantize.products import exact_products, fast_products
 from mc_gguf.upstream import patchset_digest
+
+_REVISION = 2
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,8 @@ def wanted_by(plan: Plan) -> Wanted:
 def open_bank(folder: Path, calibration: Calibration, options: Options = DEFAULT) -> Bank:
     """The bank of compensated blocks of this calibration, model and set of options, under `folder`."""
     assert calibration.model is not None
-    quantizer = f"compensated {__version__} {patchset_digest()} {options}"  # the kernel is in the patch set
+    # The kernel is in the patch set; _REVISION counts changes of what is around it.
+    quantizer = f"compensated {__version__} {patchset_digest()} {_REVISION} {options}"
     return Bank(folder, bank_key(calibration.model.fingerprint, calibration.fingerprint, quantizer))
 
 
@@ -197,9 +200,11 @@ class _Pass:
         for layer in range(done, last + 1):
             self.decoder.attention(layer, hidden)
             flat = hidden.view(-1, hidden.shape[-1])
-            routing, norm = self.decoder.route(layer, flat), self.decoder.ffn_norm(layer)
+            with exact_products():  # a rounded router would choose other experts than the runtime does
+                routing = self.decoder.route(layer, flat)
+            norm = self.decoder.ffn_norm(layer)
             held_out = held_out_tokens(*hidden.shape[:2])
-            added = torch.zeros_like(flat)
+            added = self.decoder.unrouted(layer)(flat)
             for expert in range(self.decoder.shape.n_expert):
                 kinds = self.missing.get((layer, expert), frozenset())
                 self._expert(layer, expert, kinds, flat, norm, routing, held_out, added)

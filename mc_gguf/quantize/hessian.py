@@ -116,6 +116,8 @@ def run_expert(
     collector: Collector | None,
 ) -> None:  # fmt: skip
     """Add the expert's output for its routed tokens to `added`, and collect the inputs of its matrices."""
+    if not len(tokens.index):
+        return
     for part in torch.split(torch.arange(len(tokens.index)), CHUNK):
         x = decoder.norm(flat[tokens.index[part]], norm)
         h = expert.hidden(x)

@@ -1,9 +1,11 @@
 """Matrix products of error compensation at the machine's speed: in bfloat16 where the CPU multiplies it (AMX,
 AVX512_BF16: 3 to 6 times the speed of float32), sums in float32.
 
-What is lost is 2^-9 of a factor, at random: of the errors to make up for (their own size is a per cent or
-more of the weights), and of the inputs of a Hessian, which stays a sum of squares. Factors and inverses stay
-exact (`exact_products`). The result depends on the CPU, as it does in float32.
+What is lost is 2^-9 of a factor, at random, and once more of what a product of errors gives: of the errors to
+make up for (their own size is a per cent or more of the weights), of the inputs of a Hessian, which stays a
+sum of squares, and of the hidden states that experts and attention of the pass over the text work on. The
+router, factors, metrics and inverses are exact (`exact_products`). The result depends on the CPU, as it does
+in float32.
 """
 
 from __future__ import annotations
@@ -22,8 +24,12 @@ STRIP = 2048
 @cache
 def has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware."""
-    cpu = torch.cpu
-    return bool(cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported())
+    return _supports("_is_amx_tile_supported") or _supports("_is_avx512_bf16_supported")
+
+
+def _supports(name: str) -> bool:
+    probe = getattr(torch.cpu, name, None)  # newer than the oldest torch that we run on
+    return bool(probe and probe())
 
 
 def product_type(n: int) -> torch.dtype:

@@ -113,7 +113,8 @@ def refine_to_file(
 ) -> Refined:
     """Search for `options.seconds` and write the best plan to `output`, with `refinement` saying what it won.
 
-    A killed search is continued (unless `resume` is False); Ctrl-C ends it as if its time were over.
+    A killed search is continued (unless `resume` is False); Ctrl-C ends it as if its time were over (while
+    blocks are still made for it, it ends everything).
     Raises ArtifactError when source, plan and calibration do not belong together, SourceError for an
     architecture that forward.py does not know, McError when there is too little text.
     """
@@ -205,10 +206,11 @@ class _Work:
             self.scope, evaluator, self.state, directory, self.options.seed, self.options.seconds, began,
             reach=self.reach(), allowed=self.blocks.allowed,
         )  # fmt: skip
-        search_start = evaluator.settle(search.assignment(self.start))
+        search_start, stopped = evaluator.settle(search.assignment(self.start)), False
         try:
             search.run(bar)
         except KeyboardInterrupt:
+            stopped = True
             bar.say("stopped; checking the best plan so far (Ctrl-C again to write nothing)")
         if not self.state.rounds:
             log.warning("no round was finished: give more --time, or fewer --tokens")
@@ -224,7 +226,7 @@ class _Work:
                 "as it was; give more --tokens or another --text", after.mean(), before.mean(),
             )  # fmt: skip
             found, after, search_kld = self.start, before, search_start
-        return self._result(found, search_start, search_kld, before, after)
+        return self._result(found, search_start, search_kld, before, after, stopped)
 
     def reach(self) -> int:
         """Sizes up and down that are tried: all when all matrices fit into the memory, or when few types are
@@ -236,7 +238,7 @@ class _Work:
 
     def _result(
         self, found: Ints, search_start: Floats, search_kld: Floats,
-        before: Floats, after: Floats,
+        before: Floats, after: Floats, stopped: bool,
     ) -> Refined:  # fmt: skip
         change = after - before
         figures: dict[str, float] = {
@@ -244,7 +246,8 @@ class _Work:
             "held_out_start": float(before.mean()), "held_out_kld": float(after.mean()),
             "held_out_change_se": float(change.std(ddof=1) / len(change) ** 0.5) if len(change) > 1 else 0.0,
         }  # fmt: skip
-        asked: dict[str, float | str] = {"request": self.state.identity, "seconds": self.options.seconds}
+        seconds = self.state.seconds if stopped else self.options.seconds
+        asked: dict[str, float | str] = {"request": self.state.identity, "seconds": seconds}
         problem, plan = self.scope.problem, self.plan
         experts = problem.experts(found)
         name = plan.strategy if plan.strategy.endswith("+refine") else f"{plan.strategy}+refine"

@@ -107,13 +107,22 @@ class _TooSlow(Exception):
 
 
 class _Limited(Progress):
-    """Raises _TooSlow as soon as all of the work is expected to take more than `limit_s`."""
+    """Raises _TooSlow as soon as all of the work is expected to take more than `limit_s`, at the rate since
+    the first matrices: embedding and layers in which nothing is missing come before them.
+    """
 
     def __init__(self, limit_s: float, quiet: bool, now: Callable[[], float] = time.monotonic) -> None:
         super().__init__("compensate", 0, "matrices", sys.stderr, silenced(quiet))
         self._limit_s, self._now, self._began = limit_s, now, now()
+        self._first: tuple[float, float] | None = None
 
     def update(self, done: float, total: float | None = None, note: str = "") -> None:
         super().update(done, total, note)
-        if done and (expected := (self._now() - self._began) * self.total / done) > self._limit_s:
+        expected = now = self._now() - self._began
+        if done and self._first is None:
+            self._first = (now, done)
+        elif self._first is not None and done > self._first[1]:
+            rate = (now - self._first[0]) / (done - self._first[1])
+            expected += rate * (self.total - done)
+        if expected > self._limit_s:
             raise _TooSlow(clock(expected))

@@ -6,12 +6,12 @@
 
 #include <stddef.h>
 
-#ifdef __cplusplus
-extern "C" {
-#endif
-
 #if defined(_MSC_VER) && !defined(__clang__)
 #include <intrin.h>
+#endif
+
+#ifdef __cplusplus
+extern "C" {
 #endif
 
 struct ggml_compute_params;

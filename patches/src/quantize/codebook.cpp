@@ -19,7 +19,7 @@ Entry least(vf cost, vi at) {
     const vi lane = LANE;
     vf       m    = cost;
     for (int step = LANES / 2; step; step /= 2) {
-        m = lesser(m, __builtin_shuffle(m, lane ^ step));
+        m = lesser(m, shuffle(m, lane ^ step));
     }
     const int l = first_lane(cost == m);
     return { m[0], at[l] * LANES + l };

@@ -137,7 +137,7 @@ struct Rows {
     void greedy(int sub) {
         const int     at = sub * f.sub, end = at + f.sub;
         const float * feedback = metric.whole.feedback.data();
-        Fit           fit;
+        Fit           fit      = {};
         fit_sub(f, metric.whole, at, slope + at, scales(sub), d_of(sub), dmin, f.first, vi{} - 1, fit);
         keep(sub, fit, vi{} - 1);
         vf error[MAX_SUB];
@@ -175,7 +175,7 @@ struct Rows {
             return;
         }
         vf pp = {}, pr = {}, rr = {}, pe = {}, re = {};
-        const vf inverse = d[0] == 0.0f ? splat(0) : 1.0f / d[0];
+        const vf inverse = inverse_or_zero(d[0]);
         vf sr[MAX_COLS], sp[MAX_COLS];
         for (int c = 0; c < n; c++) {
             vf sum = {}, r = {};
@@ -226,7 +226,7 @@ struct Rows {
             t[i]   = old[i] + step;
             own += step * slope[at + i];
         }
-        Fit fit;
+        Fit fit = {};
         fit_sub(f, metric.sub[sub], 0, t, scales(sub), d_of(sub), dmin, f.later, active, fit);
         const vi better = active & (fit.loss < own * (1 - 1e-5f));
         if (any(better)) {
@@ -262,7 +262,7 @@ struct Rows {
         const int    at = sub * f.sub;
         const Scales s  = scales(sub);
         const vi     usable = active & (s.a != 0.0f);
-        const vf     inverse = s.a == 0.0f ? splat(0) : 1.0f / s.a;
+        const vf     inverse = inverse_or_zero(s.a);
         for (int i = 0; i < f.sub; i++) {
             const int   c        = at + i;
             const float diagonal = metric.s[(size_t) c * n + c];
@@ -289,7 +289,7 @@ struct Rows {
         const Scales s     = scales(sub);
         const vi     shift = f.type == GGML_TYPE_IQ1_S ? (s.mn != 0.0f ? vi{} - 1 : vi{} + 1) : vi{};
         const vi     usable  = active & (s.a != 0.0f);
-        const vf     inverse = s.a == 0.0f ? splat(0) : 1.0f / s.a;
+        const vf     inverse = inverse_or_zero(s.a);
         for (int g = 0; g < f.sub / GROUP; g++) {
             const int     at = sub * f.sub + g * GROUP, number = at / GROUP;
             const float * own_inverse = &metric.group_inverse[(size_t) number * GROUP * GROUP];

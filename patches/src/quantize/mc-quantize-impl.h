@@ -38,6 +38,23 @@ inline vf splat(float x) {
     return x - vf{};
 }
 
+inline vf inverse_or_zero(vf a) {
+    return a == 0.0f ? splat(0) : 1.0f / a;
+}
+
+// Lane l of the result is lane at[l] of x.
+template <typename V> V shuffle(V x, vi at) {
+#if defined(__GNUC__) && !defined(__clang__)
+    return __builtin_shuffle(x, at);
+#else
+    V y;
+    for (int l = 0; l < LANES; l++) {
+        y[l] = x[at[l] & (LANES - 1)];
+    }
+    return y;
+#endif
+}
+
 constexpr vi LANE = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 };
 
 inline bool any(vi mask) {

@@ -28,18 +28,14 @@ template <bool TABLE> struct Codes {
         vi code = {};
         for (int step = 8; step; step /= 2) {
             const vi more = code + step;
-            code          = x > __builtin_shuffle(threshold, more) ? more : code;
+            code          = x > shuffle(threshold, more) ? more : code;
         }
         return __builtin_convertvector(code, vf);
     }
     vf value(vf code) const {
-        return TABLE ? __builtin_shuffle(IQ4NL_VALUES, __builtin_convertvector(code, vi)) : code - zero;
+        return TABLE ? shuffle(IQ4NL_VALUES, __builtin_convertvector(code, vi)) : code - zero;
     }
 };
-
-vf inverse_scale(vf a) {
-    return a == 0.0f ? splat(0) : 1.0f / a;
-}
 
 // N columns with feedback, for one scale each. The loss; codes and values if asked for. INFINITY once every row has lost
 // more than `limit`.
@@ -50,7 +46,7 @@ template <int N, bool TABLE> struct Columns {
     int                ld;
 
     template <bool KEEP> vf fit(const vf * t, vf a, vf b, vf limit, vf * q, vb * code) const {
-        const vf inverse = inverse_scale(a);
+        const vf inverse = inverse_or_zero(a);
         vf       left[N], loss = {};
         for (int j = 0; j < N; j++) {
             left[j] = t[j];
@@ -129,7 +125,7 @@ void fit_groups(const Format & f, const Local & local, int at, const vf * t, con
         return;
     }
     Fit      fit;
-    const vf inverse = inverse_scale(s.a);
+    const vf inverse = inverse_or_zero(s.a);
     const vi shift   = f.type == GGML_TYPE_IQ1_S ? (s.mn != 0.0f ? vi{} - 1 : vi{} + 1) : vi{};
     const int per    = f.kind == Kind::grid4 ? 2 : 1;
     vf       left[MAX_SUB];
