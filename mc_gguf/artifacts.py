@@ -390,7 +390,7 @@ class Plan:
 def _check_rows(path: Path, plan: Plan) -> None:
     rows = [row for table in plan.experts.values() for row in table]
     if any(len(table) != len(plan.layers) for table in plan.experts.values()) or not rows:
-        raise ArtifactError(f"{path}: each projection needs {len(plan.layers)} rows of experts, one a layer")
+        raise ArtifactError(f"{path}: not one row of experts for each of {len(plan.layers)} layers")
     if any(len(row) != len(rows[0]) or not all(isinstance(name, str) for name in row) for row in rows):
         raise ArtifactError(f"{path}: every row of experts needs {len(rows[0])} names of types")
     attention = plan.fixed.attention
