@@ -47,6 +47,7 @@ ONLY_UNIFORM = ("Q3_K",)  # as large as IQ3_S, at which the other arms are measu
 MAIN = ("pmq", "pmq-attention", "layer", "mc")
 RECIPE_ARMS = ("pmq", "pmq-attention")
 CONTROLS = ("bsp", "frequency", "routing-weight", "f-norm", "hessian", "random", "inverted")
+EVERY = (*MAIN, *CONTROLS)
 FIXED_PATTERNS = {r"attn_[kv]\.weight": "attn_kv", r"attn_(q|output)\.weight": "attn"}
 
 
@@ -77,9 +78,7 @@ def arms(n_seed: int, sizes: Sequence[str], compensate: bool) -> Iterator[Arm]:
             is_recipe = size.startswith("recipe ")
             if is_recipe and seed:
                 continue
-            others: tuple[str, ...] = () if size in ONLY_UNIFORM else RECIPE_ARMS if is_recipe else MAIN
-            if others == MAIN and seed == 0:
-                others += CONTROLS
+            others: tuple[str, ...] = () if size in ONLY_UNIFORM else RECIPE_ARMS if is_recipe else EVERY
             for strategy in ("llama-quantize" if is_recipe else "uniform", *others):
                 yield Arm(size, strategy, False, seed)
                 if compensate and strategy != "llama-quantize":
