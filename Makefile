@@ -23,18 +23,18 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/python tools/demo.py
+	$(BIN)/python -m tools.demo
 
 # Threads that wait do not spin: on a machine that does other things too, spinning makes torch ten times slower.
 test: setup
 	$(BIN)/mc-gguf runtime build --unpatched
-	$(BIN)/python tools/patches.py verify
+	$(BIN)/python -m tools.patches verify
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --cov --cov-report=term-missing:skip-covered
 
 docs: setup
-	$(BIN)/python tools/make_cli_docs.py
+	$(BIN)/python -m tools.make_cli_docs
 
 clean:
 	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache .coverage

@@ -14,13 +14,13 @@ __version__ = "0.1.0"
 __all__ = ["Llama", "Routing", "__version__"]
 
 if TYPE_CHECKING:
-    from mc_gguf.llama import Llama
     from mc_gguf.routing import Routing
+    from mc_gguf.run.llama import Llama
 
 
 def __getattr__(name: str) -> Any:
     if name == "Llama":
-        from mc_gguf.llama import Llama
+        from mc_gguf.run.llama import Llama
 
         return Llama
     if name == "Routing":

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mc_gguf.artifacts import Calibration, Plan
-from mc_gguf.attention import attention_types
-from mc_gguf.calibrate import Options, calibrate_to_file, forget_partial, is_calibration_of
-from mc_gguf.checkpoint import Checkpoint
+from mc_gguf.calibrate.attention import attention_types
+from mc_gguf.calibrate.calibrator import Options, calibrate_to_file, forget_partial, is_calibration_of
+from mc_gguf.common.errors import ArtifactError
+from mc_gguf.common.machine import usable_cores
+from mc_gguf.common.progress import progress
 from mc_gguf.container import MixedGguf
-from mc_gguf.cores import usable_cores
-from mc_gguf.corpus import Corpus
-from mc_gguf.errors import ArtifactError
-from mc_gguf.progress import progress
-from mc_gguf.quantize import quantize
+from mc_gguf.quantize.writer import quantize
+from mc_gguf.source import Checkpoint
+from mc_gguf.source.text import Corpus
 
 if TYPE_CHECKING:
-    from mc_gguf.refine import Options as RefineOptions
+    from mc_gguf.refine.refinement import Options as RefineOptions
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ class Conversion:
         """The refined plan, written beside the output, or the one that is there. The compensated matrices
         that the search measures are kept for quantize().
         """
-        from mc_gguf.quantize.compensation import bank_folder, forget_bank
-        from mc_gguf.refine import refine_to_file, refined_before
+        from mc_gguf.compensate.experts import bank_folder, forget_bank
+        from mc_gguf.refine.refinement import refine_to_file, refined_before
 
         source, path = self.checkpoint, self.refined_plan_path
         if self.resume and (found := refined_before(source, calibration, plan, path, options)):
@@ -103,7 +103,7 @@ class Conversion:
         text (`text`, the bundled one if empty), taking what `bank_folder` has. `keep_bank`: what lies beside
         the output is refine()'s, made in this run.
         """
-        from mc_gguf.quantize.compensation import compensated_bank, forget_bank
+        from mc_gguf.compensate.experts import compensated_bank, forget_bank
 
         n_thread, bank = threads or usable_cores(), None
         if not self.resume and not keep_bank:

@@ -15,11 +15,9 @@ os.environ.update({f"{name}_NUM_THREADS": "2" for name in ("OMP", "MKL", "OPENBL
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 from mc_gguf import runtime as runtimes
-from mc_gguf import upstream
-from mc_gguf.errors import RuntimeBuildError
-from mc_gguf.runtime import Runtime
-
-ROOT = Path(__file__).resolve().parent.parent
+from mc_gguf.common.errors import RuntimeBuildError
+from mc_gguf.runtime import Runtime, packages
+from tests.support import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +54,7 @@ def _built(patched: bool) -> Runtime:
 def tiny_gguf(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model as a plain BF16 GGUF, written by llama.cpp's own converter script."""
     path = tmp_path_factory.mktemp("gguf") / "tiny-bf16.gguf"
-    script = upstream.source_dir() / "convert_hf_to_gguf.py"
+    script = packages.source_dir() / "convert_hf_to_gguf.py"
     command: list[str | Path] = [sys.executable, script, tiny_model, "--outfile", path, "--outtype", "bf16"]
     subprocess.run(command, check=True, capture_output=True)
     return path

@@ -1,6 +1,6 @@
 """How long planning takes, how much memory, and how far the plan is from the optimum, on made-up statistics.
 
-    python tools/bench_allocate.py [--layers 58] [--experts 256] [--bpw 2.2] [--size] [--json]
+    python -m tools.bench_allocate [--layers 58] [--experts 256] [--bpw 2.2] [--size] [--json]
 
 Without options: one layer of 256 experts (to proven optimality in 2 s) and DeepSeek-V3's 58 layers of 256
 experts (gap at most 0.1 % in 120 s and 4 GB), 3 projections and 10 types each. Errors are those of types on
@@ -19,14 +19,22 @@ from functools import partial
 import click
 import numpy as np
 
-from mc_gguf.allocate import Budget, plan
 from mc_gguf.artifacts import PROJECTIONS, Calibration, ModelInfo, TensorSpec, expert_tensor_name
+from mc_gguf.plan import Budget, plan
 
 # Relative squared error of each type on unit Gaussian rows with a flat importance matrix, measured.
 RELATIVE_ERROR = {
-    "IQ1_S": 0.251, "IQ1_M": 0.222, "IQ2_XXS": 0.123, "IQ2_XS": 0.096, "IQ2_S": 0.065, "Q2_K": 0.074,
-    "IQ3_XXS": 0.036, "IQ3_S": 0.020, "Q3_K": 0.021, "IQ4_XS": 0.0058,
-}  # fmt: skip
+    "IQ1_S": 0.251,
+    "IQ1_M": 0.222,
+    "IQ2_XXS": 0.123,
+    "IQ2_XS": 0.096,
+    "IQ2_S": 0.065,
+    "Q2_K": 0.074,
+    "IQ3_XXS": 0.036,
+    "IQ3_S": 0.020,
+    "Q3_K": 0.021,
+    "IQ4_XS": 0.0058,
+}
 # Seconds, gap, GB.
 LIMITS = {"one layer": (2.0, 1e-9, 4.0), "DeepSeek-V3": (120.0, 1e-3, 4.0)}
 
@@ -61,9 +69,13 @@ def made_up(n_layer: int, n_expert: int, n_embd: int = 7168, n_ff: int = 2048, s
     return Calibration(
         **{
             **{name: getattr(blank, name) for name in blank.__dataclass_fields__},
-            "types": types, "frequency": use, "routing_weight": use, "sq_error": error, "output_sq": spread,
+            "types": types,
+            "frequency": use,
+            "routing_weight": use,
+            "sq_error": error,
+            "output_sq": spread,
         }
-    )  # fmt: skip
+    )
 
 
 def measure(name: str, n_layer: int, n_expert: int, bpw: float, as_file: bool = False) -> Result:

@@ -1,8 +1,9 @@
 """Peak memory and time of calibrate on Mixtral-shaped random checkpoints that differ only in their number of
 layers.
 
-    python tools/make_model.py mixtral-2 --layers 2 && python tools/make_model.py mixtral-4 --layers 4
-    python tools/bench_calibrate.py mixtral-2 mixtral-4 --tokens 2048
+    python -m tools.experiments.make_model mixtral-2 --layers 2
+    python -m tools.experiments.make_model mixtral-4 --layers 4
+    python -m tools.bench_calibrate mixtral-2 mixtral-4 --tokens 2048
 
 Every model is calibrated in a process of its own; its peak resident set is what the kernel reports for it.
 Prints one line a model, then the checks: at most one decoder layer in float32 plus 3 GB, and peaks within 5 %
@@ -43,7 +44,7 @@ class Measured:
 
 def measure(model: Path, options: list[str]) -> Measured:
     """Run `mc-gguf calibrate` on `model` in a child process."""
-    from mc_gguf.checkpoint import open_checkpoint
+    from mc_gguf.source import open_checkpoint
 
     info = open_checkpoint(model).info
     weights = sum(

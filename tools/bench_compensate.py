@@ -1,7 +1,7 @@
 """Measure error compensation: what it does to the model, and how long it takes.
 
-    python tools/bench_compensate.py quality models/tiny-mixtral --types Q2_K,IQ2_XXS --text wiki.txt --text
-    a.cpp python tools/bench_compensate.py speed --type Q2_K --rows 14336 --cols 4096 [--passes 3] [--sweeps
+    python -m tools.bench_compensate quality models/tiny-mixtral --types Q2_K,IQ2_XXS --text wiki.txt --text
+    a.cpp python -m tools.bench_compensate speed --type Q2_K --rows 14336 --cols 4096 [--passes 3] [--sweeps
     1]
 
 `quality`: all experts of one type, everything else in 16 bits; mean KL divergence to the 16-bit model
@@ -25,15 +25,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mc_gguf.artifacts import PROJECTIONS, Calibration, sha256_of
-from mc_gguf.checkpoint import Checkpoint, open_checkpoint
-from mc_gguf.corpus import Corpus, load_corpus
-from mc_gguf.forward import CHUNK, Decoder, Expert
-from mc_gguf.progress import progress
-from mc_gguf.quantize import dequantize_rows, init, quantize_rows
-from mc_gguf.quantize.compensate import Options, quantize_compensated
-from mc_gguf.quantize.compensation import compensate, open_bank
-from mc_gguf.quantize.products import add_squares, mirror
+from mc_gguf.artifacts import PROJECTIONS, Calibration
+from mc_gguf.common.files import sha256_of
+from mc_gguf.common.progress import progress
+from mc_gguf.compensate.experts import compensate, open_bank
+from mc_gguf.compensate.matrix import Options, quantize_compensated
+from mc_gguf.compensate.products import add_squares, mirror
+from mc_gguf.ggml.quantizers import dequantize_rows, init, quantize_rows
+from mc_gguf.source import Checkpoint, open_checkpoint
+from mc_gguf.source.decoder import CHUNK, Decoder, Expert
+from mc_gguf.source.text import Corpus, load_corpus
 
 Weights = Mapping[tuple[int, int, str], NDArray[np.float32]]
 
@@ -131,9 +132,14 @@ def main() -> None:
 @click.option("--calibration-tokens", default=65536, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 def quality(
-    model: Path, types: str, texts: tuple[Path, ...], tokens: int, ctx: int, calibration_tokens: int,
+    model: Path,
+    types: str,
+    texts: tuple[Path, ...],
+    tokens: int,
+    ctx: int,
+    calibration_tokens: int,
     threads: int,
-) -> None:  # fmt: skip
+) -> None:
     """Mean KL divergence of uniform types, without and with compensation."""
     torch.set_num_threads(threads)
     checkpoint = open_checkpoint(model)
@@ -152,9 +158,7 @@ def quality(
         ours = compensated_weights(checkpoint, calibration, name, corpus, threads)
         times = f"{middle - start:.0f} s, {time.monotonic() - middle:.0f} s"
         for text, r in rows.items():
-            a, b = (
-                divergence(reference[text], log_probs(Replaced(checkpoint, w), r)) for w in (plain, ours)
-            )
+            a, b = (divergence(reference[text], log_probs(Replaced(checkpoint, w), r)) for w in (plain, ours))
             click.echo(f"{name:8} {text:24} ggml {a:.5f} compensated {b:.5f} ratio {b / a:.3f}  ({times})")
 
 

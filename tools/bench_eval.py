@@ -1,6 +1,6 @@
 """Throughput of `mc-gguf eval` against llama.cpp's own llama-perplexity: same file, text, threads, batches.
 
-    python tools/bench_eval.py LLAMA_PERPLEXITY MODEL [--reference BF16.gguf] [--chunks 80] [--threads 1]
+    python -m tools.bench_eval LLAMA_PERPLEXITY MODEL [--reference BF16.gguf] [--chunks 80] [--threads 1]
 
 LLAMA_PERPLEXITY is the tool built from the pinned llama.cpp, with our patches for a mixed MODEL (cmake
 target llama-perplexity). Rounds alternate. A round is timed from the end of the first pass over the model to
@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from mc_gguf.evaluate import Reference, Scorer
+    from mc_gguf.evaluate.reference import Reference
+    from mc_gguf.evaluate.scorer import Scorer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tests" / "data" / "wikitext-2.test.txt"
@@ -57,7 +58,8 @@ def upstream_seconds(command: list[str], n_pass: int) -> float:
 def main(
     tool: Path, model: Path, reference: Path | None, ctx: int, n_chunk: int, threads: int, rounds: int
 ) -> None:
-    from mc_gguf.evaluate import Scorer, Text
+    from mc_gguf.evaluate.scorer import Scorer
+    from mc_gguf.evaluate.text import Text
 
     text = Text.read(TEXT)
     with TemporaryDirectory() as folder, Scorer(model, ctx, n_threads=threads) as scorer:

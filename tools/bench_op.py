@@ -1,6 +1,6 @@
 """Speed of MUL_MAT_ID_GROUPED against MUL_MAT_ID of the unpatched build, as ratios in one run.
 
-    python tools/bench_op.py [--tokens 1,512] [--threads 1,2] [--rounds 7] [--seconds 0.5] [--json]
+    python -m tools.bench_op [--tokens 1,512] [--threads 1,2] [--rounds 7] [--seconds 0.5] [--json]
 
 Needs both runtimes (mc-gguf runtime build; mc-gguf runtime build --unpatched). Two questions, on the shape of
 Mixtral-8x7B (n_embd 4096, n_ff 14336, 8 experts, top-2), weights in plain buffers (no repacking):

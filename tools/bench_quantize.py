@@ -1,8 +1,8 @@
 """Measure quantize: peak memory, and time against llama.cpp's own quantizer for the same types.
 
-    python tools/make_model.py /tmp/m2 --layers 2
-    python tools/bench_quantize.py memory /tmp/m2 --types Q3_K,Q4_K          # peak resident set, seconds
-    python tools/bench_quantize.py speed /tmp/m2 --type Q2_K [--imatrix]     # both sides from one 16-bit GGUF
+    python -m tools.experiments.make_model /tmp/m2 --layers 2
+    python -m tools.bench_quantize memory /tmp/m2 --types Q3_K,Q4_K          # peak resident set, seconds
+    python -m tools.bench_quantize speed /tmp/m2 --type Q2_K [--imatrix]     # both sides from one 16-bit GGUF
 
 Every measurement runs in a process of its own; `speed` alternates the two sides and compares the experts'
 bytes, which must be equal. The 16-bit GGUF and the outputs go to --work and are removed.
@@ -34,11 +34,20 @@ def make_plan(info: ModelInfo, types: Sequence[str], fixed: FixedTypes, path: Pa
     """The types in turn over the experts, for any source."""
     row = tuple(types[e % len(types)] for e in range(info.n_expert))
     plan = Plan(
-        strategy="bench", budget={}, layers=info.expert_layers,
-        experts={p: (row,) * len(info.expert_layers) for p in PROJECTIONS}, fixed=fixed, types=tuple(types),
-        model_fingerprint="", calibration_fingerprint=NO_FINGERPRINT, expert_bpw=0.0, expert_bytes=None,
-        file_bytes=None, predicted_error=None, optimality_gap=None,
-    )  # fmt: skip
+        strategy="bench",
+        budget={},
+        layers=info.expert_layers,
+        experts={p: (row,) * len(info.expert_layers) for p in PROJECTIONS},
+        fixed=fixed,
+        types=tuple(types),
+        model_fingerprint="",
+        calibration_fingerprint=NO_FINGERPRINT,
+        expert_bpw=0.0,
+        expert_bytes=None,
+        file_bytes=None,
+        predicted_error=None,
+        optimality_gap=None,
+    )
     return plan.save(path)
 
 
@@ -48,12 +57,21 @@ def make_calibration(info: ModelInfo, path: Path) -> Calibration:
     shape = len(info.expert_layers), info.n_expert
     none = np.zeros(0)
     calibration = Calibration(
-        model=info, layers=info.expert_layers, types=(), corpus={}, frequency=np.ones(shape),
-        routing_weight=np.ones(shape), sq_error=none, output_sq=none,
+        model=info,
+        layers=info.expert_layers,
+        types=(),
+        corpus={},
+        frequency=np.ones(shape),
+        routing_weight=np.ones(shape),
+        sq_error=none,
+        output_sq=none,
         imatrix_in=rng.random((*shape, info.n_embd), dtype=np.float32) + np.float32(0.01),
         imatrix_mid=rng.random((*shape, info.n_ff), dtype=np.float32) + np.float32(0.01),
-        ratio_quantiles=none, routing_sensitivity=none, routing_curve=none, nominal_error=none,
-    )  # fmt: skip
+        ratio_quantiles=none,
+        routing_sensitivity=none,
+        routing_curve=none,
+        nominal_error=none,
+    )
     return calibration.save(path)
 
 
@@ -61,8 +79,9 @@ def ours(
     source: Path, types: Sequence[str], fixed: FixedTypes, imatrix: bool, output: Path, threads: int
 ) -> float:
     """Seconds of opening and quantizing."""
-    from mc_gguf.checkpoint import open_checkpoint
-    from mc_gguf.quantize import init, quantize
+    from mc_gguf.ggml.quantizers import init
+    from mc_gguf.quantize.writer import quantize
+    from mc_gguf.source import open_checkpoint
 
     init(types)  # tables that both sides build once
     start = time.monotonic()
@@ -75,8 +94,8 @@ def ours(
 
 def theirs(source: Path, type_name: str, imatrix: bool, output: Path, threads: int) -> float:
     """Seconds of llama_model_quantize with every matrix in one type."""
-    from mc_gguf.checkpoint import open_checkpoint
     from mc_gguf.runtime import use_in_llama_cpp
+    from mc_gguf.source import open_checkpoint
 
     llama_cpp = use_in_llama_cpp()
     params = llama_cpp.llama_model_quantize_default_params()
@@ -143,7 +162,7 @@ def same_experts(one: Path, other: Path) -> bool:
     """Whether two files hold the same bytes for every expert (theirs keeps our keys, so it is no file of
     ours).
     """
-    from mc_gguf.gguf_file import read_header
+    from mc_gguf.ggml.gguf_file import read_header
 
     a, b = (read_header(path) for path in (one, other))
     for name in (name for name in a.tensors if "_exps" in name):

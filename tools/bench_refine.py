@@ -1,7 +1,7 @@
 """Refinement against evolutionary search: same start, same text, same blocks, same CPU time of one thread.
 
-    python tools/bench_refine.py run DIR --bpw 2.0625 [--method expansion|evopress] [--start pmq|layer]
-    python tools/bench_refine.py report DIR
+    python -m tools.bench_refine run DIR --bpw 2.0625 [--method expansion|evopress] [--start pmq|layer]
+    python -m tools.bench_refine report DIR
 
 Methods: `expansion` is mc-gguf refine (mc_gguf/refine/search.py); `evopress` is the search of EvoPress
 (Sieberling et al. 2024, arXiv 2410.14649): offspring of the incumbent by level switches (a matrix gets the
@@ -14,7 +14,7 @@ Time is CPU time of this process, so that others on the machine do not count; al
 before it starts. Compensated blocks come from DIR/bank, which is filled first with every type; a search is
 charged --matrix-seconds for each of the matrices near its start plan, as refine would have had to make them.
 `--blocks ggml` searches on ggml's blocks (all types, no charge). Everything found is quantized with
-compensation and measured by the runtime as in tools/quality_experiment.py. DIR/16-bit.gguf and
+compensation and measured by the runtime as in tools/experiments/quality_experiment.py. DIR/16-bit.gguf and
 DIR/seed-0.calib.safetensors are that tool's and are used if they are there.
 """
 
@@ -30,7 +30,8 @@ from typing import Any
 import click
 import numpy as np
 from numpy.typing import NDArray
-from quality_experiment import MODEL, Workshop, measure, text_files
+
+from tools.experiments.quality_experiment import MODEL, Workshop, measure, text_files
 
 Ints = NDArray[np.int64]
 # Offspring of a generation, and (token rows, survivors) of the selection steps.
@@ -95,15 +96,15 @@ class Bench:
     """Start plan, text, blocks and rows of one arm."""
 
     def __init__(self, folder: Path, bpw: float, start: str, blocks: str, tokens: int, seed: int) -> None:
-        from mc_gguf.allocate import Budget
-        from mc_gguf.corpus import load_corpus
-        from mc_gguf.forward import Decoder
-        from mc_gguf.quantize import compensation
+        from mc_gguf.compensate import experts as compensation
+        from mc_gguf.plan import Budget
         from mc_gguf.refine.blocks import NEAR, ggml_blocks
         from mc_gguf.refine.budget import scope_of
         from mc_gguf.refine.matrices import Matrices
         from mc_gguf.refine.memory import wanted_types
         from mc_gguf.refine.passes import Layers
+        from mc_gguf.source.decoder import Decoder
+        from mc_gguf.source.text import load_corpus
 
         self.folder, self.shop = folder, Workshop(folder, MODEL, 1)
         self.calibration = self.shop.calibration(0)
@@ -111,9 +112,11 @@ class Bench:
         self.scope, self.start = scope_of(self.plan, self.calibration)
         self.bank = compensation.open_bank(folder / "bank", self.calibration)
         near = wanted_types(self.scope.problem.size, self.start, NEAR)
-        self.allowed = near if blocks == "compensated" else wanted_types(
-            self.scope.problem.size, self.start, len(self.scope.problem.types)
-        )  # fmt: skip
+        self.allowed = (
+            near
+            if blocks == "compensated"
+            else wanted_types(self.scope.problem.size, self.start, len(self.scope.problem.types))
+        )
         self.n_charged = int(near.sum()) if blocks == "compensated" else 0
         plain = ggml_blocks(self.shop.checkpoint, self.calibration, folder / "ggml-bank", 1)
         self.shop._bank(self.plan, _arm())  # all matrices of all types, compensated
@@ -137,7 +140,7 @@ class Bench:
             self.layers.matrices.get(int(layer), ("gate", "up", "down")[p], int(expert), name)
 
     def search(self, method: str, seconds: float, folder: Path) -> tuple[Ints, dict[str, Any]]:
-        from mc_gguf.progress import progress
+        from mc_gguf.common.progress import progress
         from mc_gguf.refine.passes import Evaluator
         from mc_gguf.refine.search import Search
         from mc_gguf.refine.state import State
@@ -155,18 +158,25 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         state = State("bench", True, self.start.copy())
         search = Search(
-            self.scope, evaluator, state, folder, 0, seconds, began, allowed=self.allowed,
+            self.scope,
+            evaluator,
+            state,
+            folder,
+            0,
+            seconds,
+            began,
+            allowed=self.allowed,
             clock=time.process_time,
-        )  # fmt: skip
+        )
         with progress("search", quiet=True) as bar:
             search.run(bar)
         return state.columns, {"rounds": state.rounds, "accepted": state.accepted}
 
     def held_out_divergence(self, columns: Ints) -> list[float]:
         """Start and end on rows that no search saw, with compensated blocks."""
-        from mc_gguf.forward import Decoder
         from mc_gguf.refine.matrices import Matrices
         from mc_gguf.refine.passes import Evaluator, Layers
+        from mc_gguf.source.decoder import Decoder
 
         matrices = Matrices(self.shop.checkpoint, self.layers.matrices.quantizer, self.bank, 8 << 30)
         layers = Layers(Decoder(self.shop.checkpoint), matrices)
@@ -176,13 +186,16 @@ class Bench:
 
     def measured(self, columns: Ints, name: str) -> dict[str, float]:
         """KL divergence of the file by the runtime, nats a token, by text."""
-        from mc_gguf.quantize import quantize
+        from mc_gguf.quantize.writer import quantize
 
         path, problem = self.folder / f"{name}.gguf", self.scope.problem
         plan = replace(
-            self.plan, experts=problem.experts(columns), expert_bpw=problem.bpw(columns),
-            expert_bytes=problem.expert_bytes(columns), file_bytes=self.scope.file_bytes(columns),
-        ).save(self.folder / f"{name}.plan.json")  # fmt: skip
+            self.plan,
+            experts=problem.experts(columns),
+            expert_bpw=problem.bpw(columns),
+            expert_bytes=problem.expert_bytes(columns),
+            file_bytes=self.scope.file_bytes(columns),
+        ).save(self.folder / f"{name}.plan.json")
         quantize(self.shop.checkpoint, self.calibration, plan, path, 1, resume=False, bank=self.bank)
         found = measure(path, self.shop.sixteen_bit(), text_files(self.folder), 512, N_SCORED)
         path.unlink()
@@ -190,7 +203,7 @@ class Bench:
 
 
 def _arm() -> Any:
-    from quality_experiment import Arm
+    from tools.experiments.quality_experiment import Arm
 
     return Arm("", "", True, 0)
 
@@ -209,7 +222,13 @@ def main() -> None: ...
 @click.option("--matrix-seconds", default=0.2, show_default=True)
 @click.option("--tokens", default=32768, show_default=True)
 def run(
-    folder: Path, bpw: float, method: str, start: str, blocks: str, seconds: float, matrix_seconds: float,
+    folder: Path,
+    bpw: float,
+    method: str,
+    start: str,
+    blocks: str,
+    seconds: float,
+    matrix_seconds: float,
     tokens: int,
 ) -> None:
     """One search; adds a record to FOLDER/refine.jsonl."""

@@ -1,9 +1,9 @@
 """Speed of dynamic expert routing, as ratios in one run.
 
-    python tools/make_model.py /tmp/m2 --layers 2
-    python tools/bench_routing.py make /tmp/m2 /tmp/b              # /tmp/b/Q2_K.gguf and a mixed file
-    python tools/bench_routing.py run /tmp/b/*.gguf                # what dropping experts gains
-    python tools/bench_routing.py off /tmp/b/Q2_K.gguf --baseline LIB_DIR   # what it costs when it is off
+    python -m tools.experiments.make_model /tmp/m2 --layers 2
+    python -m tools.bench_routing make /tmp/m2 /tmp/b              # /tmp/b/Q2_K.gguf and a mixed file
+    python -m tools.bench_routing run /tmp/b/*.gguf                # what dropping experts gains
+    python -m tools.bench_routing off /tmp/b/Q2_K.gguf --baseline LIB_DIR   # what it costs when it is off
 
 `run` alternates the policies on one loaded model, round after round:
 
@@ -70,8 +70,8 @@ class Model:
     llm: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        from mc_gguf.llama import Llama
-        from mc_gguf.runtime.routing_api import routing_shape
+        from mc_gguf.run.llama import Llama
+        from mc_gguf.run.routing_api import routing_shape
 
         options: dict[str, Any] = {
             "n_ctx": 1024,
@@ -85,7 +85,8 @@ class Model:
         self.tokens = tokens(N_PREFILL + 64, self.llm.n_vocab())
 
     def set(self, policy: str, threshold: float = 0.0, protect: float = 0.02) -> None:
-        from mc_gguf.runtime.routing_api import RoutingParams, reset_counters, set_routing
+        from mc_gguf.routing.params import RoutingParams
+        from mc_gguf.run.routing_api import reset_counters, set_routing
 
         thresholds = np.full((self.shape.n_layer, self.shape.n_rank), threshold, dtype=np.float32)
         set_routing(self.llm._ctx.ctx, RoutingParams(policy, protect=protect, thresholds=thresholds))
@@ -113,7 +114,7 @@ class Model:
 
     def dropped(self) -> float:
         """Share of the slots of ranks after the first that was dropped since the last set()."""
-        from mc_gguf.runtime.routing_api import read_counters
+        from mc_gguf.run.routing_api import read_counters
 
         slots, _ = read_counters(self.llm._ctx.ctx)
         return float(slots[:, 1].sum() / max(1, slots[:, :2, 1:].sum()))
@@ -182,10 +183,10 @@ class MoeTimer:
 
 def bytes_per_step(path: Path, expert_share: float) -> float:
     """Bytes of weights that a decode step reads: everything but the embeddings, of the experts this share."""
-    from mc_gguf import upstream
+    from mc_gguf.runtime import packages
 
     total = 0.0
-    for tensor in upstream.load_gguf().GGUFReader(path).tensors:
+    for tensor in packages.load_gguf().GGUFReader(path).tensors:
         if tensor.name == "token_embd.weight":
             continue
         total += tensor.n_bytes * (expert_share if "_exps" in tensor.name else 1.0)
@@ -280,12 +281,10 @@ def main() -> None: ...
 @click.option("--threads", default=2, show_default=True)
 def make(source: Path, folder: Path, threads: int) -> None:
     """Quantize SOURCE twice into FOLDER: every matrix Q2_K, and experts of three types in turn."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from bench_quantize import make_calibration, make_plan
-
     from mc_gguf.artifacts import FixedTypes
-    from mc_gguf.checkpoint import open_checkpoint
-    from mc_gguf.quantize import quantize
+    from mc_gguf.quantize.writer import quantize
+    from mc_gguf.source import open_checkpoint
+    from tools.bench_quantize import make_calibration, make_plan
 
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = open_checkpoint(source)
@@ -329,7 +328,15 @@ def off(file: Path, baseline: Path, threads: int, rounds: int) -> None:
     for number in range(rounds):
         for side in sorted(sides, reverse=number % 2 == 1):  # each side is first in turn
             folder = sides[side]
-            command = [sys.executable, __file__, "worker", str(file), "--threads", str(threads)]
+            command = [
+                sys.executable,
+                "-m",
+                "tools.bench_routing",
+                "worker",
+                str(file),
+                "--threads",
+                str(threads),
+            ]
             env = os.environ | {"LLAMA_CPP_LIB_PATH": str(folder)}
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
             times[side].append(json.loads(done.stdout))
@@ -348,9 +355,14 @@ def worker(file: Path, threads: int) -> None:
     import llama_cpp
 
     llm: Any = llama_cpp.Llama(
-        str(file), n_ctx=1024, n_batch=N_PREFILL, n_ubatch=N_PREFILL, n_threads=threads,
-        n_threads_batch=threads, verbose=False,
-    )  # fmt: skip
+        str(file),
+        n_ctx=1024,
+        n_batch=N_PREFILL,
+        n_ubatch=N_PREFILL,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+    )
     rows = tokens(N_PREFILL + 64, llm.n_vocab())
     llm.eval(rows[:32])  # the first use of the weights reads them from disk
     llm.reset()

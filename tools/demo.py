@@ -1,7 +1,7 @@
 """What `make demo` runs: the bundled Mixtral in 16 bits, with one type for all experts, and mixed at the
 same size; sizes, perplexities, and a few words from the mixed file.
 
-    python tools/demo.py [--bpw 2.0625] [--tokens 20480]
+    python -m tools.demo [--bpw 2.0625] [--tokens 20480]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run(*arguments: str) -> None:
 def compare(files: dict[str, Path], n_scored: int) -> None:
     """A table of size, bits per expert weight and perplexity."""
     from mc_gguf.container import MixedGguf
-    from mc_gguf.evaluate import perplexity
+    from mc_gguf.evaluate.evaluation import perplexity
 
     click.secho(f"\nWikiText-2 test, first {n_scored:,} scored tokens, context 512", bold=True)
     click.echo(f"{'file':<16}{'bytes':>12}{'bits/expert weight':>20}{'perplexity':>20}")

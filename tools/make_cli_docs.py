@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands' own help. `python tools/make_cli_docs.py`; a test compares."""
+"""Write docs/cli.md from the commands' own help. `python -m tools.make_cli_docs`; a test compares."""
 
 from __future__ import annotations
 

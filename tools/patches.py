@@ -1,9 +1,9 @@
 """Maintain the patch set in patches/: check it, work on it, write it back, move it to another upstream.
 
-    python tools/patches.py verify           offline once the source is cached; seconds; part of `make test`
-    python tools/patches.py checkout DIR     llama.cpp, patches as commits on branch mc, our sources in DIR/mc
-    python tools/patches.py refresh DIR      rewrite patches/ and patched_tree from that branch and DIR/mc
-    python tools/patches.py bump DIR COMMIT  rebase the branch onto COMMIT (fetched by you), print range-diff
+    python -m tools.patches verify           offline once the source is cached; seconds; part of `make test`
+    python -m tools.patches checkout DIR     llama.cpp, patches as commits on branch mc, our sources in DIR/mc
+    python -m tools.patches refresh DIR      rewrite patches/ and patched_tree from that branch and DIR/mc
+    python -m tools.patches bump DIR COMMIT  rebase the branch onto COMMIT (fetched by you), print range-diff
 
 A patch holds call sites only; our own C and C++ files are in patches/src and lie in mc/ of the patched tree.
 """
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import click
 
-from mc_gguf import upstream
-from mc_gguf.errors import McError
-from mc_gguf.runtime import source
+from mc_gguf.common.errors import McError
+from mc_gguf.runtime import fetch as source
+from mc_gguf.runtime import upstream
 from mc_gguf.runtime.shell import Log, git_env
 
 PATCHES = Path(__file__).resolve().parent.parent / "patches"
@@ -109,7 +109,7 @@ def checkout(folder: Path) -> None:
         (tree / ".git" / "info").mkdir(exist_ok=True)
         (tree / ".git" / "info" / "exclude").write_text(f"/{source.OWN_SOURCES}/\n")
         shutil.move(tree, folder)
-    click.echo(f"work in {folder}, commit there, then: python tools/patches.py refresh {folder}")
+    click.echo(f"work in {folder}, commit there, then: python -m tools.patches refresh {folder}")
 
 
 @main.command()
@@ -130,7 +130,7 @@ def refresh(folder: Path) -> None:
     pin = PATCHES / "UPSTREAM"
     tree = git(folder, "rev-parse", "HEAD^{tree}")
     pin.write_text(re.sub(r"^patched_tree =.*$", f"patched_tree = {tree}", pin.read_text(), flags=re.M))
-    click.echo(f"{len(new)} patches written; next: python tools/patches.py verify")
+    click.echo(f"{len(new)} patches written; next: python -m tools.patches verify")
 
 
 @main.command()

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf.artifacts import ATTENTION, Floats, ModelInfo
-from mc_gguf.forward import Decoder
-from mc_gguf.ggml_types import ATTENTION_CANDIDATES
-from mc_gguf.losses import fits, quantization_error
-from mc_gguf.sensitivity import branch_rows
+from mc_gguf.calibrate.losses import fits, quantization_error
+from mc_gguf.calibrate.sensitivity import branch_rows
+from mc_gguf.ggml.types import ATTENTION_CANDIDATES
+from mc_gguf.source.decoder import Decoder
 
 
 def attention_types(info: ModelInfo) -> tuple[str, ...]:

@@ -31,14 +31,8 @@ import torch
 from torch import Tensor
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Floats, ModelInfo
-from mc_gguf.attention import attention_types, run_attention
-from mc_gguf.calibrate_state import N_QUANTILES, LayerStats, State
-from mc_gguf.cores import return_large_blocks, usable_cores
-from mc_gguf.corpus import Corpus
-from mc_gguf.errors import McError, SourceError
-from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
-from mc_gguf.ggml_types import CANDIDATES, FALLBACKS, TYPES, ggml_type
-from mc_gguf.losses import (
+from mc_gguf.calibrate.attention import attention_types, run_attention
+from mc_gguf.calibrate.losses import (
     MAX_ROWS,
     MAX_TOKENS,
     ExpertErrors,
@@ -47,14 +41,20 @@ from mc_gguf.losses import (
     expert_errors,
     fits,
     nominal_errors,
-)  # fmt: skip
-from mc_gguf.progress import Progress, progress
-from mc_gguf.quantize import init
-from mc_gguf.sensitivity import SENSITIVITY_TOKENS, Branches, branch_rows
-from mc_gguf.super_experts import super_experts
+)
+from mc_gguf.calibrate.sensitivity import SENSITIVITY_TOKENS, Branches, branch_rows
+from mc_gguf.calibrate.state import N_QUANTILES, LayerStats, State
+from mc_gguf.calibrate.super_experts import super_experts
+from mc_gguf.common.errors import McError, SourceError
+from mc_gguf.common.machine import return_large_blocks, usable_cores
+from mc_gguf.common.progress import Progress, progress
+from mc_gguf.ggml.quantizers import init
+from mc_gguf.ggml.types import CANDIDATES, FALLBACKS, TYPES, ggml_type
+from mc_gguf.source.decoder import CHUNK, Decoder, Expert, Routing
+from mc_gguf.source.text import Corpus
 
 if TYPE_CHECKING:
-    from mc_gguf.checkpoint import Checkpoint
+    from mc_gguf.source import Checkpoint
 
 FEW_TOKENS = 64
 
@@ -175,10 +175,14 @@ def measured_types(info: ModelInfo, wanted: Sequence[str] | None) -> tuple[str, 
 def _identity(info: ModelInfo, text: Corpus, types: Sequence[str], options: Options) -> dict[str, Any]:
     """All that the result depends on; threads do not belong."""
     return {
-        "model": info.fingerprint, "corpus": text.to_json(), "types": list(types),
-        "max_rows": options.max_rows, "max_tokens": options.max_tokens, "seed": options.seed,
+        "model": info.fingerprint,
+        "corpus": text.to_json(),
+        "types": list(types),
+        "max_rows": options.max_rows,
+        "max_tokens": options.max_tokens,
+        "seed": options.seed,
         "sensitivity_tokens": options.sensitivity_tokens,
-    }  # fmt: skip
+    }
 
 
 def is_calibration_of(calibration: Calibration, info: ModelInfo, text: Corpus, options: Options) -> bool:
@@ -283,9 +287,15 @@ class _Layer:
         stats.weight_error[number], stats.hessian_trace[number] = found.weight, found.trace
 
     def _sample(
-        self, number: int, flat: Tensor, norm: Tensor, routing: Routing, tokens: _Tokens, norms_sq: Tensor,
+        self,
+        number: int,
+        flat: Tensor,
+        norm: Tensor,
+        routing: Routing,
+        tokens: _Tokens,
+        norms_sq: Tensor,
         hidden_sq: Tensor,
-    ) -> Sample:  # fmt: skip
+    ) -> Sample:
         """Up to max_tokens of the expert's tokens; for an expert without any the nearest, worth one.
 
         `hidden_sq` [n]: squared norm of the hidden state after the expert. Where an expert makes a massive
@@ -313,9 +323,14 @@ class _Layer:
             stats.imatrix_mid[number].astype(np.float32),
         )
         return expert_errors(
-            expert, sample, *importance, self.types, max_rows=self.options.max_rows, seed=seed,
+            expert,
+            sample,
+            *importance,
+            self.types,
+            max_rows=self.options.max_rows,
+            seed=seed,
             threads=self.threads,
-        )  # fmt: skip
+        )
 
 
 def _mean_cosine(before: Tensor, added: Tensor) -> float:
@@ -357,20 +372,33 @@ def _assemble(
 
     sq_error, rounding_error = stack("sq_error"), stack("rounding_error")
     return Calibration(
-        model=info, layers=info.expert_layers, types=types, corpus=corpus,
-        frequency=stack("frequency"), routing_weight=stack("routing_weight"), sq_error=sq_error,
-        output_sq=stack("output_sq"), imatrix_in=stack("imatrix_in").astype(np.float32),
-        imatrix_mid=stack("imatrix_mid").astype(np.float32), ratio_quantiles=stack("ratio_quantiles"),
-        routing_sensitivity=divergences[:, 0], routing_curve=stack("routing_curve"),
-        nominal_error=nominal_errors(sq_error, types), relative_error=stack("relative_error"),
-        weight_error=stack("weight_error"), hessian_trace=stack("hessian_trace"),
+        model=info,
+        layers=info.expert_layers,
+        types=types,
+        corpus=corpus,
+        frequency=stack("frequency"),
+        routing_weight=stack("routing_weight"),
+        sq_error=sq_error,
+        output_sq=stack("output_sq"),
+        imatrix_in=stack("imatrix_in").astype(np.float32),
+        imatrix_mid=stack("imatrix_mid").astype(np.float32),
+        ratio_quantiles=stack("ratio_quantiles"),
+        routing_sensitivity=divergences[:, 0],
+        routing_curve=stack("routing_curve"),
+        nominal_error=nominal_errors(sq_error, types),
+        relative_error=stack("relative_error"),
+        weight_error=stack("weight_error"),
+        hessian_trace=stack("hessian_trace"),
         kld_per_error=divergences[:, 1] / np.maximum(rounding_error, np.finfo(np.float64).tiny),
-        block_score=stack("block_score"), hidden_max=stack("hidden_max"),
-        hidden_median=stack("hidden_median"), down_max=stack("down_max"),
-        attention_types=attention_types(info), attention_error=stack("attention_error"),
+        block_score=stack("block_score"),
+        hidden_max=stack("hidden_max"),
+        hidden_median=stack("hidden_median"),
+        down_max=stack("down_max"),
+        attention_types=attention_types(info),
+        attention_error=stack("attention_error"),
         attention_in=stack("attention_in").astype(np.float32),
         attention_mid=stack("attention_mid").astype(np.float32),
-    )  # fmt: skip
+    )
 
 
 def _warn(calibration: Calibration) -> None:

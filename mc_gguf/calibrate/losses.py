@@ -38,9 +38,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf.artifacts import PROJECTIONS, Floats
-from mc_gguf.forward import Expert
-from mc_gguf.ggml_types import TYPES
-from mc_gguf.quantize import dequantize_rows, quantize_rows
+from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
+from mc_gguf.ggml.types import TYPES
+from mc_gguf.source.decoder import Expert
 
 MAX_ROWS = 256
 MAX_TOKENS = 1024

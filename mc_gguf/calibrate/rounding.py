@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc_gguf.forward import Expert
+from mc_gguf.source.decoder import Expert
 
 STEP, LEVELS = 1.05, 2
 # Hidden units at a time: 1024 x 4096 weights x 4 bytes, three times.

@@ -34,9 +34,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mc_gguf.artifacts import Floats, atomic_write
-from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
-from mc_gguf.rounding import rounded_output
+from mc_gguf.artifacts import Floats
+from mc_gguf.calibrate.rounding import rounded_output
+from mc_gguf.common.files import atomic_write
+from mc_gguf.source.decoder import CHUNK, Decoder, Expert, Routing
 
 SENSITIVITY_TOKENS = 2048
 Rows = TypeVar("Rows", NDArray[np.int32], Tensor)  # token ids, or their hidden states

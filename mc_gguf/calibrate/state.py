@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from mc_gguf import __version__
-from mc_gguf.artifacts import PROJECTIONS, Floats, ModelInfo, atomic_write
-from mc_gguf.attention import AttentionStats
-from mc_gguf.sensitivity import WORKING, branches_directory
+from mc_gguf.artifacts import PROJECTIONS, Floats, ModelInfo
+from mc_gguf.calibrate.attention import AttentionStats
+from mc_gguf.calibrate.sensitivity import WORKING, branches_directory
+from mc_gguf.common.files import atomic_write
 
 N_QUANTILES = 1001  # odd: the median is one of them
 STATE_VERSION = 5
@@ -67,12 +68,18 @@ class LayerStats:
         e, p = info.n_expert, len(PROJECTIONS)
         one = ("rounding_error", "block_score", "hidden_max", "hidden_median")
         shapes: dict[str, tuple[int, ...]] = {
-            "frequency": (e,), "routing_weight": (e,), "output_sq": (e,), "down_max": (e,),
-            "imatrix_in": (e, info.n_embd), "imatrix_mid": (e, info.n_ff),
-            "ratio_quantiles": (info.n_expert_used - 1, N_QUANTILES), "routing_curve": (N_QUANTILES,),
-            "hessian_trace": (e, p), **dict.fromkeys(one, ()),
+            "frequency": (e,),
+            "routing_weight": (e,),
+            "output_sq": (e,),
+            "down_max": (e,),
+            "imatrix_in": (e, info.n_embd),
+            "imatrix_mid": (e, info.n_ff),
+            "ratio_quantiles": (info.n_expert_used - 1, N_QUANTILES),
+            "routing_curve": (N_QUANTILES,),
+            "hessian_trace": (e, p),
+            **dict.fromkeys(one, ()),
             **dict.fromkeys(("sq_error", "relative_error", "weight_error"), (e, p, n_types)),
-        }  # fmt: skip
+        }
         zeros = {name: np.zeros(shape) for name, shape in shapes.items()}
         measured = {f.name: np.asarray(getattr(attention, f.name), np.float64) for f in fields(attention)}
         return cls(**zeros, **measured)

@@ -55,11 +55,14 @@ def super_experts(calibration: Calibration) -> tuple[SuperExpert, ...]:
     down = calibration.down_max
     return tuple(
         SuperExpert(
-            calibration.layers[i], int(e), float(down[i, e]) if down.size else None, float(ratio[i, e]),
+            calibration.layers[i],
+            int(e),
+            float(down[i, e]) if down.size else None,
+            float(ratio[i, e]),
             bool(massive[i, e]),
         )
         for i, e in np.argwhere(massive | (ratio >= ERROR_RATIO))
-    )  # fmt: skip
+    )
 
 
 def _error_ratio(calibration: Calibration) -> NDArray[np.float64]:

@@ -15,11 +15,20 @@ from typing import Any
 import click
 
 from mc_gguf import __version__
-from mc_gguf.errors import McError
+from mc_gguf.common.errors import McError
 
 COMMANDS: tuple[str, ...] = (
-    "calibrate", "plan", "refine", "quantize", "convert", "inspect", "routing", "chat", "eval", "runtime",
-)  # fmt: skip
+    "calibrate",
+    "plan",
+    "refine",
+    "quantize",
+    "convert",
+    "inspect",
+    "routing",
+    "chat",
+    "eval",
+    "runtime",
+)
 # What the system refuses for reasons that the user can change; other OSErrors are bugs with a traceback.
 USER_ERRNOS = frozenset(
     getattr(errno, name)

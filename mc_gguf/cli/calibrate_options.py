@@ -15,30 +15,41 @@ import click
 
 if TYPE_CHECKING:
     from mc_gguf.artifacts import Calibration
-    from mc_gguf.calibrate import Options
-    from mc_gguf.checkpoint import Checkpoint
-    from mc_gguf.corpus import Corpus
-    from mc_gguf.refine import Options as RefineOptions
+    from mc_gguf.calibrate.calibrator import Options
+    from mc_gguf.refine.refinement import Options as RefineOptions
+    from mc_gguf.source import Checkpoint
+    from mc_gguf.source.text import Corpus
 
 _OPTIONS = (
     click.option(
-        "--text", type=click.Path(path_type=Path), multiple=True,
+        "--text",
+        type=click.Path(path_type=Path),
+        multiple=True,
         help="Calibration text, UTF-8; may be repeated.  [default: the bundled mixture]",
     ),
     click.option(
-        "--tokens", type=click.IntRange(min=2), default=65536, show_default=True,
+        "--tokens",
+        type=click.IntRange(min=2),
+        default=65536,
+        show_default=True,
         help="Tokens to use, spread over the whole text.",
     ),
     click.option(
-        "--ctx", type=click.IntRange(min=2), default=512, show_default=True,
+        "--ctx",
+        type=click.IntRange(min=2),
+        default=512,
+        show_default=True,
         help="Tokens a row; at most the model's context.",
     ),
     click.option(
-        "--rows", type=click.IntRange(min=1), default=256, show_default=True,
+        "--rows",
+        type=click.IntRange(min=1),
+        default=256,
+        show_default=True,
         help="Rows of a matrix on which the errors of the types are measured.",
     ),
     click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all cores]"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -61,15 +72,15 @@ class CalibrateOptions:
         quiet: bool,
     ) -> Calibration:
         """Calibrate `source` into the file `output`; `types` None measures all candidates."""
-        from mc_gguf.calibrate import calibrate_to_file
+        from mc_gguf.calibrate.calibrator import calibrate_to_file
 
         corpus, options = self.request(source, types, seed)
         return calibrate_to_file(source, corpus, output, options, resume, quiet)
 
     def request(self, source: Checkpoint, types: tuple[str, ...] | None, seed: int) -> tuple[Corpus, Options]:
         """The token rows and the options of the library that these options stand for."""
-        from mc_gguf.calibrate import Options
-        from mc_gguf.corpus import load_corpus
+        from mc_gguf.calibrate.calibrator import Options
+        from mc_gguf.source.text import load_corpus
 
         length = source.hparams.get("context_length")
         corpus = load_corpus(source, self.text, self.tokens, self.ctx, seed, length)
@@ -77,16 +88,22 @@ class CalibrateOptions:
 
     def refinement(self, seconds: float, compensate: bool, seed: int) -> RefineOptions:
         """For a refinement on the same text, cut elsewhere than with calibration seed `seed`."""
-        from mc_gguf.errors import McError
-        from mc_gguf.refine import MIN_ROWS, Options
+        from mc_gguf.common.errors import McError
+        from mc_gguf.refine.refinement import MIN_ROWS, Options
 
         if self.tokens // self.ctx < MIN_ROWS:
             raise McError(f"--refine needs {MIN_ROWS} rows of text: at least --tokens {MIN_ROWS * self.ctx}")
         tokens = min(self.tokens, max(Options.tokens, MIN_ROWS * self.ctx))
         return Options(
-            seconds, self.text, tokens, self.ctx, seed + 1, self.threads or 0,
-            compensate=compensate, calibration_text=self.text,
-        )  # fmt: skip
+            seconds,
+            self.text,
+            tokens,
+            self.ctx,
+            seed + 1,
+            self.threads or 0,
+            compensate=compensate,
+            calibration_text=self.text,
+        )
 
 
 def calibrate_options(function: Callable[..., Any]) -> Callable[..., Any]:

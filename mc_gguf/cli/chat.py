@@ -55,6 +55,6 @@ def command(
     Ctrl-C stops an answer, /reset forgets the conversation, /stats shows what dynamic routing saved, /exit or
     Ctrl-D leaves. At the end the saving is printed on stderr.
     """
-    from mc_gguf.chat import Sampling, chat
+    from mc_gguf.run.chat import Sampling, chat
 
     chat(model, prompt, Sampling(tokens, temp, seed), n_ctx=ctx, n_threads=threads, routing=routing)

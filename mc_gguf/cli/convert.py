@@ -25,11 +25,15 @@ from mc_gguf.cli.options import PlanOptions, plan_options
     "--calibration-seed", type=int, default=0, show_default=True, help="For what calibration draws by lot."
 )
 @click.option(
-    "--compensate/--no-compensate", default=True, show_default=True,
+    "--compensate/--no-compensate",
+    default=True,
+    show_default=True,
     help="Round experts with error compensation, on the calibration's text: slower, much closer to 16 bits.",
 )
 @click.option(
-    "--refine", "refine_time", metavar="T",
+    "--refine",
+    "refine_time",
+    metavar="T",
     help="Search so long (90s, 10m, 2h) for a better plan of the same size, by the KL divergence of the "
     "model's output; see refine.  [default: no search]",
 )
@@ -37,23 +41,31 @@ from mc_gguf.cli.options import PlanOptions, plan_options
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed.")
 @click.option("--quiet", is_flag=True, help="No progress lines.")
 def command(
-    source: Path, output: Path, options: PlanOptions, calibration: CalibrateOptions,
-    calibration_file: Path | None, calibration_seed: int, compensate: bool,
-    refine_time: str | None, dry_run: bool, resume: bool, quiet: bool,
-) -> None:  # fmt: skip
+    source: Path,
+    output: Path,
+    options: PlanOptions,
+    calibration: CalibrateOptions,
+    calibration_file: Path | None,
+    calibration_seed: int,
+    compensate: bool,
+    refine_time: str | None,
+    dry_run: bool,
+    resume: bool,
+    quiet: bool,
+) -> None:
     """Convert SOURCE (HF directory or 16-bit GGUF) into a mixed-expert GGUF within a budget.
 
     Give exactly one of --bpw, --size and --bits-per-layer. The calibration and the plan stay beside the
     output; a killed run is continued by the same command and gives the same bytes (with --refine: once the
     search is over, which depends on how far it came in its time; its plan, .refined.plan.json, is kept too).
     """
-    from mc_gguf.allocate.summary import summarize
     from mc_gguf.artifacts import Calibration
-    from mc_gguf.checkpoint import keep_source, open_checkpoint
-    from mc_gguf.convert import Conversion, refinement_text
-    from mc_gguf.errors import McError
-    from mc_gguf.quantize.compensation import forget_bank
-    from mc_gguf.units import format_size, parse_duration
+    from mc_gguf.common.errors import McError
+    from mc_gguf.common.units import format_size, parse_duration
+    from mc_gguf.compensate.experts import forget_bank
+    from mc_gguf.pipeline import Conversion, refinement_text
+    from mc_gguf.plan.summary import summarize
+    from mc_gguf.source import keep_source, open_checkpoint
 
     keep_source(source, output)
     seconds = parse_duration(refine_time) if refine_time else 0.0

@@ -12,23 +12,33 @@ _PATH = click.Path(path_type=Path)
 @click.command()
 @click.argument("models", metavar="MODEL...", type=_PATH, nargs=-1, required=True)
 @click.option(
-    "--text", "texts", type=_PATH, multiple=True,
+    "--text",
+    "texts",
+    type=_PATH,
+    multiple=True,
     help="A text file to score; may be repeated. Take one that the model was not calibrated on.",
-)  # fmt: skip
+)
 @click.option(
-    "--reference", type=_PATH,
+    "--reference",
+    type=_PATH,
     help="The 16-bit GGUF to compare with; or its stored log-probabilities, as `llama-perplexity "
     "--kl-divergence-base` writes them.",
-)  # fmt: skip
+)
 @click.option(
-    "--ctx", type=click.IntRange(min=16), default=512, show_default=True,
+    "--ctx",
+    type=click.IntRange(min=16),
+    default=512,
+    show_default=True,
     help="Tokens of a chunk; its second half is scored.",
-)  # fmt: skip
+)
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens to score of each text.  [default: all]")
 @click.option(
-    "--routing", default="off", show_default=True, metavar="R",
+    "--routing",
+    default="off",
+    show_default=True,
+    metavar="R",
     help="Which experts a token may do without, as in chat. The reference always uses all of them.",
-)  # fmt: skip
+)
 @click.option(
     "--tasks", metavar="T,T", help="Tasks of lm-evaluation-harness to run (pip install 'mc_gguf[tasks]')."
 )

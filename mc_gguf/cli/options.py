@@ -14,27 +14,33 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mc_gguf.allocate import Budget
     from mc_gguf.artifacts import Calibration, FixedTypes, ModelInfo, Plan
+    from mc_gguf.plan import Budget
 
 _OPTIONS = (
     click.option(
-        "--bpw", type=float, metavar="X",
+        "--bpw",
+        type=float,
+        metavar="X",
         help="Average bits per routed expert weight; 16 for a plain 16-bit file.",
     ),
     click.option("--size", metavar="SIZE", help="Largest size of the whole file: 15.5GiB, 16GB, or bytes."),
     click.option(
-        "--bits-per-layer", type=int, metavar="N",
+        "--bits-per-layer",
+        type=int,
+        metavar="N",
         help="Nominal bits summed over a layer's experts. Implies --strategy mc.",
     ),
     click.option(
-        "--strategy", metavar="NAME",
+        "--strategy",
+        metavar="NAME",
         help="pmq (one program over the whole model), mc (as published, per layer), uniform (one type), "
         "layer (one type per layer and projection, for stock llama.cpp), random, inverted (controls), "
         "bsp, frequency, routing-weight, f-norm, hessian (published baselines).  [default: pmq]",
     ),
     click.option(
-        "--objective", metavar="NAME",
+        "--objective",
+        metavar="NAME",
         help="What pmq, layer and the controls minimise: kld (divergence of the model's output), block "
         "(error of the MoE block's output), published, or a baseline's.  [default: kld]",
     ),
@@ -42,7 +48,8 @@ _OPTIONS = (
     click.option("--attn-type", metavar="T", help="Type of attention q and output.  [default: Q6_K]"),
     click.option("--attn-kv-type", metavar="T", help="Type of attention k and v.  [default: Q8_0]"),
     click.option(
-        "--attention", metavar="NAME|T,T,...",
+        "--attention",
+        metavar="NAME|T,T,...",
         help="fixed (as the two options above say), or decided in the same budget as the experts (with "
         "--size): auto (among all measured types), or among these types.  [default: auto with --size, "
         "strategy pmq or layer and objective kld, unless one of the two is given; else fixed]",
@@ -50,13 +57,11 @@ _OPTIONS = (
     click.option("--embd-type", metavar="T", help="Type of the token embeddings.  [default: Q6_K]"),
     click.option("--output-type", metavar="T", help="Type of the output matrix.  [default: Q6_K]"),
     click.option("--seed", type=int, default=0, show_default=True, help="For what is drawn by lot."),
-)  # fmt: skip
+)
 
 
 # Which field of FixedTypes an option sets.
-_FIELDS = {
-    "attn_type": "attn", "attn_kv_type": "attn_kv", "embd_type": "token_embd", "output_type": "output",
-}  # fmt: skip
+_FIELDS = {"attn_type": "attn", "attn_kv_type": "attn_kv", "embd_type": "token_embd", "output_type": "output"}
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,14 @@ class PlanOptions:
 
     def check(self, model: ModelInfo) -> None:
         """Refuses what no calibration of `model` could make feasible: a plan on made-up errors is tried."""
-        from mc_gguf.allocate import stand_in
-        from mc_gguf.calibrate import measured_types
+        from mc_gguf.calibrate.calibrator import measured_types
+        from mc_gguf.plan import stand_in
 
         self.plan(stand_in(model, measured_types(model, self.types)))
 
     def plan(self, calibration: Calibration) -> Plan:
         """The plan for this calibration, with exact file sizes where the model is known."""
-        from mc_gguf.allocate import decides_attention, fixed_types, plan
+        from mc_gguf.plan import decides_attention, fixed_types, plan
 
         file_bytes = None
         if calibration.model is not None:
@@ -94,9 +99,16 @@ class PlanOptions:
         request = (self.budget, self.strategy, self.objective)
         decided = self.attention_default and decides_attention(calibration, *request)
         return plan(
-            calibration, self.budget, self.strategy, self.types, self.fixed, self.seed, file_bytes,
-            self.objective, () if decided else self.attention,
-        )  # fmt: skip
+            calibration,
+            self.budget,
+            self.strategy,
+            self.types,
+            self.fixed,
+            self.seed,
+            file_bytes,
+            self.objective,
+            () if decided else self.attention,
+        )
 
 
 def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,8 +117,16 @@ def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def wrapped(**arguments: Any) -> Any:
         names = (
-            "bpw", "size", "bits_per_layer", "strategy", "types", "seed", "objective", "attention", *_FIELDS,
-        )  # fmt: skip
+            "bpw",
+            "size",
+            "bits_per_layer",
+            "strategy",
+            "types",
+            "seed",
+            "objective",
+            "attention",
+            *_FIELDS,
+        )
         return function(options=_collect(**{name: arguments.pop(name) for name in names}), **arguments)
 
     for option in reversed(_OPTIONS):
@@ -115,12 +135,19 @@ def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _collect(
-    bpw: float | None, size: str | None, bits_per_layer: int | None, strategy: str | None, types: str | None,
-    seed: int, objective: str | None = None, attention: str | None = None, **fixed: str | None,
-) -> PlanOptions:  # fmt: skip
-    from mc_gguf.allocate import Budget
+    bpw: float | None,
+    size: str | None,
+    bits_per_layer: int | None,
+    strategy: str | None,
+    types: str | None,
+    seed: int,
+    objective: str | None = None,
+    attention: str | None = None,
+    **fixed: str | None,
+) -> PlanOptions:
     from mc_gguf.artifacts import FixedTypes
-    from mc_gguf.units import parse_size
+    from mc_gguf.common.units import parse_size
+    from mc_gguf.plan import Budget
 
     budget = Budget(bpw, parse_size(size) if size is not None else None, bits_per_layer)
     implied = "mc" if bits_per_layer is not None else "pmq"
@@ -128,9 +155,15 @@ def _collect(
     given = {_FIELDS[option]: t.upper() for option, t in fixed.items() if t is not None}
     types_of_attention = _attention(attention, given)
     return PlanOptions(
-        budget, strategy or implied, names, replace(FixedTypes(), **given), seed, objective,  # type: ignore[arg-type]
-        types_of_attention, attention is None and not {"attn", "attn_kv"} & given.keys(),
-    )  # fmt: skip
+        budget,
+        strategy or implied,
+        names,
+        replace(FixedTypes(), **given),  # type: ignore[arg-type]  # never `attention`
+        seed,
+        objective,
+        types_of_attention,
+        attention is None and not {"attn", "attn_kv"} & given.keys(),
+    )
 
 
 def _names(types: str) -> tuple[str, ...]:
@@ -139,7 +172,7 @@ def _names(types: str) -> tuple[str, ...]:
 
 def _attention(wanted: str | None, fixed: Mapping[str, str]) -> tuple[str, ...] | None:
     """Types to choose from for the attention; empty: all measured; None: fixed."""
-    from mc_gguf.errors import McError
+    from mc_gguf.common.errors import McError
 
     if wanted is None or wanted.lower() == "fixed":
         return None

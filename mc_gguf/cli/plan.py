@@ -24,8 +24,8 @@ def command(
     CALIB is a file made by calibrate, or published statistics (JSON; with --bits-per-layer only). Give
     exactly one of --bpw, --size and --bits-per-layer. A summary is printed before the plan is written.
     """
-    from mc_gguf.allocate.summary import summarize
     from mc_gguf.artifacts import Calibration
+    from mc_gguf.plan.summary import summarize
 
     if output is None and not dry_run:
         raise click.UsageError("say where to write the plan with -o, or give --dry-run")

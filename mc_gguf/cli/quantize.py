@@ -17,32 +17,44 @@ import click
     help="Calibration file with the importance matrices.  [default: the plan's, found beside the plan]",
 )
 @click.option(
-    "--compensate/--no-compensate", default=True, show_default=True,
+    "--compensate/--no-compensate",
+    default=True,
+    show_default=True,
     help="Round experts with error compensation, on the calibration's text: slower, much closer to 16 bits.",
 )
 @click.option(
-    "--text", type=click.Path(path_type=Path), multiple=True,
+    "--text",
+    type=click.Path(path_type=Path),
+    multiple=True,
     help="The text that the calibration was made from; may be repeated.  [default: the bundled mixture]",
 )
 @click.option(
-    "--bank", type=click.Path(path_type=Path),
+    "--bank",
+    type=click.Path(path_type=Path),
     help="Take compensated experts from this folder (see refine --bank), and keep them there.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all cores]")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed.")
 def command(
-    source: Path, plan: Path, output: Path, calibration: Path | None, compensate: bool,
-    text: tuple[Path, ...], bank: Path | None, threads: int | None, resume: bool,
-) -> None:  # fmt: skip
+    source: Path,
+    plan: Path,
+    output: Path,
+    calibration: Path | None,
+    compensate: bool,
+    text: tuple[Path, ...],
+    bank: Path | None,
+    threads: int | None,
+    resume: bool,
+) -> None:
     """Quantize SOURCE (HF directory or 16-bit GGUF) by PLAN into one GGUF.
 
     A killed run is continued by the same command and gives the same bytes.
     """
     from mc_gguf.artifacts import Plan
-    from mc_gguf.checkpoint import keep_source, open_checkpoint
-    from mc_gguf.convert import Conversion
-    from mc_gguf.quantize import find_calibration
-    from mc_gguf.units import format_size
+    from mc_gguf.common.units import format_size
+    from mc_gguf.pipeline import Conversion
+    from mc_gguf.quantize.writer import find_calibration
+    from mc_gguf.source import keep_source, open_checkpoint
 
     keep_source(source, output)
     the_plan = Plan.load(plan)

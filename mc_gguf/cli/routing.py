@@ -25,8 +25,8 @@ def command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def show(model: Path, as_json: bool) -> None:
     """Show the thresholds in MODEL, the layers that may drop experts, and what is predicted of it."""
+    from mc_gguf.common.errors import McError
     from mc_gguf.container import read_routing
-    from mc_gguf.errors import McError
 
     metadata = read_routing(model)
     if metadata is None:
@@ -72,19 +72,25 @@ def show(model: Path, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def set_(
-    model: Path, output: Path | None, calibration: Path | None, quantile: str | None, target_drop: str | None,
-    protect: str, layers: str | None, as_json: bool,
-) -> None:  # fmt: skip
+    model: Path,
+    output: Path | None,
+    calibration: Path | None,
+    quantile: str | None,
+    target_drop: str | None,
+    protect: str,
+    layers: str | None,
+    as_json: bool,
+) -> None:
     """Compute thresholds anew and write them into MODEL; every tensor stays as it is, byte for byte.
 
     MODEL is replaced at the end, by a rename: an interrupted run leaves it as it was. In a split GGUF the
     first shard carries the metadata.
     """
     from mc_gguf.artifacts import Calibration
+    from mc_gguf.common.progress import progress
+    from mc_gguf.common.units import parse_layers, parse_share
     from mc_gguf.container import MixedGguf, base_metadata, write_routing
-    from mc_gguf.progress import progress
     from mc_gguf.routing.metadata import choose
-    from mc_gguf.units import parse_layers, parse_share
 
     if quantile is not None and target_drop is not None:
         raise click.UsageError("--quantile and --target-drop exclude each other; give one of them")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from mc_gguf.errors import McError
+from mc_gguf.common.errors import McError
 
 _READ_BYTES = 8 << 20
 

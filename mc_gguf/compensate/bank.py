@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.ggml_types import ggml_type
+from mc_gguf.ggml.types import ggml_type
 
 _MAGIC = b"MCBANK1\n"
 _HEADER = struct.Struct("<8s32sIQQ")  # magic, SHA-256 of the identity, CRC-32, rows, bytes of a row

@@ -25,19 +25,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf import __version__
-from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, Plan, atomic_write
-from mc_gguf.checkpoint import Checkpoint
-from mc_gguf.corpus import Corpus, load_corpus
-from mc_gguf.errors import ArtifactError
-from mc_gguf.forward import Decoder, Expert, Routing
-from mc_gguf.progress import Progress, progress
-from mc_gguf.quantize.bank import Bank, bank_key
-from mc_gguf.quantize.compensate import DEFAULT, Options, quantize_compensated, supports
-from mc_gguf.quantize.hessian import Collector, Inputs, Tokens, held_out_tokens, run_expert
-from mc_gguf.quantize.kernels import dequantize_rows, init, quantize_rows
-from mc_gguf.quantize.output import check_inputs
-from mc_gguf.quantize.products import exact_products, fast_products
-from mc_gguf.upstream import patchset_digest
+from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, Plan
+from mc_gguf.common.errors import ArtifactError
+from mc_gguf.common.files import atomic_write
+from mc_gguf.common.progress import Progress, progress
+from mc_gguf.compensate.bank import Bank, bank_key
+from mc_gguf.compensate.hessian import Collector, Inputs, Tokens, held_out_tokens, run_expert
+from mc_gguf.compensate.matrix import DEFAULT, Options, quantize_compensated, supports
+from mc_gguf.compensate.products import exact_products, fast_products
+from mc_gguf.ggml.quantizers import dequantize_rows, init, quantize_rows
+from mc_gguf.quantize.writer import check_inputs
+from mc_gguf.runtime.upstream import patchset_digest
+from mc_gguf.source import Checkpoint
+from mc_gguf.source.decoder import Decoder, Expert, Routing
+from mc_gguf.source.text import Corpus, load_corpus
 
 _REVISION = 2
 
@@ -215,9 +216,16 @@ class _Pass:
         self._save(None, hidden)
 
     def _expert(
-        self, layer: int, number: int, kinds: frozenset[tuple[str, str]], flat: Tensor, norm: Tensor,
-        routing: Routing, held_out: Tensor, added: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        layer: int,
+        number: int,
+        kinds: frozenset[tuple[str, str]],
+        flat: Tensor,
+        norm: Tensor,
+        routing: Routing,
+        held_out: Tensor,
+        added: Tensor,
+    ) -> None:
         expert, collector = self.decoder.expert(layer, number), None
         tokens = Tokens.of(routing, number, held_out)
         if kinds:
@@ -240,9 +248,7 @@ class _Pass:
         importance = table[self.calibration.layers.index(layer), number]
         plain = quantize_rows(weights, name, importance, self.threads)
         options = self.options.for_tokens(inputs.n_tokens, weights.shape[1])
-        best = quantize_compensated(
-            weights, name, inputs.hessian, importance, options, self.threads, plain
-        )
+        best = quantize_compensated(weights, name, inputs.hessian, importance, options, self.threads, plain)
         losses = [output_error(weights, blocks, name, inputs.held_out) for blocks in (best, plain)]
         if losses[1] > 0:
             self.outcome.ratios.append(losses[0] / losses[1])

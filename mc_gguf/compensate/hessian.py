@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
-from mc_gguf.quantize.products import add_squares, mirror
+from mc_gguf.compensate.products import add_squares, mirror
+from mc_gguf.source.decoder import CHUNK, Decoder, Expert, Routing
 
 HELD_OUT_EVERY = 8
 HELD_OUT = 512
@@ -72,9 +72,11 @@ class Tokens:
         weight = prob / (others + prob).clamp(min=1e-30) * routing.weights[index].sum(1)
         nothing = torch.zeros(missing, dtype=torch.bool)
         return Tokens(
-            torch.cat([self.index, index]), torch.cat([self.weight, weight * SHRINKAGE**0.5]),
-            torch.cat([self.held_out, nothing]), self.n_routed,
-        )  # fmt: skip
+            torch.cat([self.index, index]),
+            torch.cat([self.weight, weight * SHRINKAGE**0.5]),
+            torch.cat([self.held_out, nothing]),
+            self.n_routed,
+        )
 
 
 def held_out_tokens(n_rows: int, ctx: int) -> Tensor:
@@ -112,9 +114,14 @@ class Collector:
 
 
 def run_expert(
-    decoder: Decoder, expert: Expert, flat: Tensor, norm: Tensor, tokens: Tokens, added: Tensor,
+    decoder: Decoder,
+    expert: Expert,
+    flat: Tensor,
+    norm: Tensor,
+    tokens: Tokens,
+    added: Tensor,
     collector: Collector | None,
-) -> None:  # fmt: skip
+) -> None:
     """Add the expert's output for its routed tokens to `added`, and collect the inputs of its matrices."""
     if not len(tokens.index):
         return

@@ -33,11 +33,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mc_gguf.errors import McError
-from mc_gguf.ggml_types import ggml_type
-from mc_gguf.quantize.kernels import quantize_rows
-from mc_gguf.quantize.native import BLOCK, Metric, scale_rows, supports
-from mc_gguf.quantize.products import exact_products, product_type
+from mc_gguf.common.errors import McError
+from mc_gguf.compensate.products import exact_products, product_type
+from mc_gguf.ggml.compensation_library import BLOCK, Metric, scale_rows, supports
+from mc_gguf.ggml.quantizers import quantize_rows
+from mc_gguf.ggml.types import ggml_type
 
 __all__ = ["DEFAULT", "Options", "quantize_compensated", "supports"]
 
@@ -97,9 +97,15 @@ def quantize_compensated(
     source = np.ascontiguousarray(weights, dtype=np.float32)
     blocks = quantize_rows(source, kind.name, imatrix, threads) if start is None else start.copy()
     work = _Matrix(
-        source, kind.name, imatrix, options.passes, threads, blocks, np.empty((rows, n), dtype=np.float32),
+        source,
+        kind.name,
+        imatrix,
+        options.passes,
+        threads,
+        blocks,
+        np.empty((rows, n), dtype=np.float32),
         torch.zeros(rows, n, dtype=product_type(n)),
-    )  # fmt: skip
+    )
     assert blocks.shape == (rows, row_bytes)
     work.first_pass(form)
     for _ in range(options.sweeps if n > BLOCK else 0):

@@ -16,7 +16,7 @@ from mc_gguf.container.layout import (
     layout,
     total_bytes,
 )
-from mc_gguf.container.reader import MixedGguf, describe, validate
+from mc_gguf.container.reader import MixedGguf, describe, expert_bytes, validate
 from mc_gguf.container.routing import base_metadata, read_routing, write_routing
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "base_metadata",
     "describe",
     "expert_bpw",
+    "expert_bytes",
     "file_bytes",
     "fixed_type",
     "header",

@@ -8,12 +8,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from mc_gguf.artifacts import ATTENTION, PROJECTIONS, FixedTypes, ModelInfo, TensorSpec, expert_tensor_name
-from mc_gguf.checkpoint import Checkpoint
-from mc_gguf.checkpoint.base import add_values
+from mc_gguf.common.errors import FormatError, McError
 from mc_gguf.container.keys import (
     FINGERPRINT,
     FORMAT_VERSION,
@@ -23,29 +23,58 @@ from mc_gguf.container.keys import (
     KEY_VERSION,
 )
 from mc_gguf.container.routing import routing_bytes, routing_kv
-from mc_gguf.errors import FormatError, McError
-from mc_gguf.ggml_types import MAX_GROUPS, SIXTEEN_BIT, TYPES, GgmlType, ggml_type
-from mc_gguf.gguf_file import BY_ID, DEFAULT_ALIGNMENT, pad
+from mc_gguf.ggml.gguf_file import BY_ID, DEFAULT_ALIGNMENT, pad
+from mc_gguf.ggml.gguf_writer import add_values
+from mc_gguf.ggml.types import MAX_GROUPS, SIXTEEN_BIT, TYPES, GgmlType, ggml_type
 from mc_gguf.routing.metadata import RoutingMetadata
 
 _FINGERPRINT_BYTES = 64
 # Every key we add, with the bytes of its value.
 _OWN_KEYS = {
-    "general.file_type": 4, "general.quantization_version": 4, KEY_VERSION: 4, KEY_EXPERT_BPW: 4,
-    KEY_PLAN: 8 + _FINGERPRINT_BYTES, KEY_CALIBRATION: 8 + _FINGERPRINT_BYTES,
-}  # fmt: skip
+    "general.file_type": 4,
+    "general.quantization_version": 4,
+    KEY_VERSION: 4,
+    KEY_EXPERT_BPW: 4,
+    KEY_PLAN: 8 + _FINGERPRINT_BYTES,
+    KEY_CALIBRATION: 8 + _FINGERPRINT_BYTES,
+}
 _QUANTIZATION_VERSION = 2
 # llama_ftype of a file that is mostly of one type; 1024 is LLAMA_FTYPE_GUESSED.
 _FILE_TYPES = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17,
-    "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ2_S":
-    28, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32,
-}  # fmt: skip
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q2_K": 10,
+    "Q3_K": 12,
+    "Q4_K": 15,
+    "Q5_K": 17,
+    "Q6_K": 18,
+    "IQ2_XXS": 19,
+    "IQ2_XS": 20,
+    "IQ3_XXS": 23,
+    "IQ1_S": 24,
+    "IQ4_NL": 25,
+    "IQ3_S": 26,
+    "IQ2_S": 28,
+    "IQ4_XS": 30,
+    "IQ1_M": 31,
+    "BF16": 32,
+}
 _GUESSED = 1024
 
 _ATTENTION = re.compile(rf"blk\.(\d+)\.attn_({'|'.join(ATTENTION)})\.weight")
 
 ExpertTypes = Mapping[str, Sequence[Sequence[str]]]
+
+
+class MetadataSource(Protocol):
+    """The part of a source model that goes into a header: what it is, and the metadata that is copied."""
+
+    info: ModelInfo
+
+    def copy_kv(self, writer: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -141,9 +170,11 @@ def fixed_type(spec: TensorSpec, fixed: FixedTypes, keep_f32: bool = True) -> Gg
     as F32. Rows that are no whole number of blocks fall back to Q8_0, then to F16.
     """
     if (
-        len(spec.shape) == 1 or "ffn_gate_inp" in spec.name or not spec.name.endswith(".weight")
+        len(spec.shape) == 1
+        or "ffn_gate_inp" in spec.name
+        or not spec.name.endswith(".weight")
         or (keep_f32 and spec.type == "F32")
-    ):  # fmt: skip
+    ):
         return TYPES["F32"]
     if spec.name in ("token_embd.weight", "output.weight"):
         wanted = fixed.token_embd if spec.name.startswith("token_embd") else fixed.output
@@ -187,7 +218,7 @@ def expert_bpw(tensors: Sequence[OutputTensor]) -> float:
 
 
 def header(
-    checkpoint: Checkpoint,
+    source: MetadataSource,
     tensors: Sequence[OutputTensor],
     plan: str,
     calibration: str,
@@ -197,11 +228,11 @@ def header(
     for key, value in ((KEY_PLAN, plan), (KEY_CALIBRATION, calibration)):
         if not FINGERPRINT.fullmatch(value):
             raise FormatError(f"key {key}: {value!r} is not a SHA-256 fingerprint")
-    from mc_gguf.upstream import load_gguf
+    from mc_gguf.runtime.packages import load_gguf
 
     gguf = load_gguf()
-    writer = gguf.GGUFWriter(None, checkpoint.info.architecture)
-    checkpoint.copy_kv(writer)
+    writer = gguf.GGUFWriter(None, source.info.architecture)
+    source.copy_kv(writer)
     writer.add_file_type(_file_type(tensors))
     writer.add_quantization_version(_QUANTIZATION_VERSION)
     writer.add_uint32(KEY_VERSION, FORMAT_VERSION)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import PROJECTIONS
+from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
+from mc_gguf.common.errors import FormatError
 from mc_gguf.container.keys import KEY_CALIBRATION, KEY_PLAN, KEY_VERSION
 from mc_gguf.container.routing import parse_routing
 from mc_gguf.container.validate import Slices, Validator, average_bits
-from mc_gguf.errors import FormatError
-from mc_gguf.ggml_types import GgmlType
-from mc_gguf.gguf_file import GgufHeader, read_header
+from mc_gguf.ggml.gguf_file import GgufHeader, read_header
+from mc_gguf.ggml.shards import shard_paths
+from mc_gguf.ggml.types import GgmlType
 from mc_gguf.routing.metadata import RoutingMetadata
 from mc_gguf.routing.report import describe as describe_routing
+
+_STACK_NAME = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|gate_up|down)_exps\.weight")
 
 
 class MixedGguf:
@@ -114,12 +118,18 @@ def describe(model: MixedGguf) -> dict[str, Any]:
     ]
     routing = None if model.routing is None else describe_routing(model.routing)
     return {
-        "path": str(model.header.path), "file_bytes": model.header.file_bytes, "architecture":
-        model.architecture, "format_version": model.header.get(KEY_VERSION), "mixed": model.is_mixed,
-        "expert_bpw": model.expert_bpw, "plan_fingerprint": model.plan_fingerprint, "calibration_fingerprint":
-        model.calibration_fingerprint, "routing": routing,
-        "tensors": _type_totals(model), "layers": rows,
-    }  # fmt: skip
+        "path": str(model.header.path),
+        "file_bytes": model.header.file_bytes,
+        "architecture": model.architecture,
+        "format_version": model.header.get(KEY_VERSION),
+        "mixed": model.is_mixed,
+        "expert_bpw": model.expert_bpw,
+        "plan_fingerprint": model.plan_fingerprint,
+        "calibration_fingerprint": model.calibration_fingerprint,
+        "routing": routing,
+        "tensors": _type_totals(model),
+        "layers": rows,
+    }
 
 
 def _type_totals(model: MixedGguf) -> dict[str, dict[str, int]]:
@@ -130,3 +140,22 @@ def _type_totals(model: MixedGguf) -> dict[str, dict[str, int]]:
         row["tensors"] += 1
         row["bytes"] += entry.n_bytes
     return dict(sorted(totals.items()))
+
+
+def expert_bytes(path: Path, n_layer: int, n_expert: int) -> NDArray[np.int64]:
+    """Bytes of every expert's matrices [n_layer, n_expert], of all shards; zeros where unknown."""
+    found = np.zeros((n_layer, n_expert), dtype=np.int64)
+    try:
+        for shard in shard_paths(path) if n_expert else ():
+            if not shard.is_file():
+                continue
+            for entry in read_header(shard).tensors.values():
+                if (match := _STACK_NAME.fullmatch(entry.name)) and int(match[1]) < n_layer:
+                    found[int(match[1])] += entry.n_bytes // n_expert
+        mixed = MixedGguf.open(path)
+    except FormatError:  # llama.cpp reads more than we do, such as GGUF version 2
+        return np.zeros_like(found)
+    for (layer, projection), experts in mixed.slices.items():
+        if expert_tensor_name(layer, projection) not in mixed.header.tensors and layer < n_layer:
+            found[layer] += [expert.n_bytes for expert in experts]
+    return found

@@ -18,7 +18,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import Calibration, atomic_write
+from mc_gguf.artifacts import Calibration
+from mc_gguf.common.errors import ArtifactError, FormatError, McError
+from mc_gguf.common.files import atomic_write
+from mc_gguf.common.progress import Progress
+from mc_gguf.common.units import format_size
 from mc_gguf.container.keys import (
     FINGERPRINT,
     KEY_ACTIVE,
@@ -34,8 +38,7 @@ from mc_gguf.container.keys import (
     ROUTING_PREFIX,
     ROUTING_VERSION,
 )
-from mc_gguf.errors import ArtifactError, FormatError, McError
-from mc_gguf.gguf_file import (
+from mc_gguf.ggml.gguf_file import (
     ARRAY,
     FLOAT32,
     FLOAT64,
@@ -49,10 +52,8 @@ from mc_gguf.gguf_file import (
     pad,
     read_header,
 )
-from mc_gguf.progress import Progress
 from mc_gguf.routing.metadata import RoutingMetadata, default_metadata
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.units import format_size
 
 _COPY_BYTES = 16 << 20
 _PROFILE_KEYS = (KEY_LAYERS, KEY_RATIO_QUANTILES, KEY_SENSITIVITY, KEY_CURVE)
@@ -171,9 +172,13 @@ class _Reader:
         if profile is not None and (extra := set(active) - set(profile.layers)):
             raise self.fail(KEY_ACTIVE, f"layer {min(extra)} is not among the layers of {KEY_LAYERS}")
         return RoutingMetadata(
-            thresholds.astype(np.float32), active, protect, profile,
-            self.fingerprint(KEY_ROUTING_CALIBRATION), self.fingerprint(KEY_ROUTING_MODEL),
-        )  # fmt: skip
+            thresholds.astype(np.float32),
+            active,
+            protect,
+            profile,
+            self.fingerprint(KEY_ROUTING_CALIBRATION),
+            self.fingerprint(KEY_ROUTING_MODEL),
+        )
 
     def profile(self, shape: ModelShape) -> RoutingProfile | None:
         present = [key for key in _PROFILE_KEYS if key in self.header.kv]

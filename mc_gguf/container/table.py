@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mc_gguf.artifacts import PROJECTIONS
+from mc_gguf.common.units import format_size
 from mc_gguf.routing.report import summary
-from mc_gguf.units import format_size
 
 MAX_COLUMNS = 16
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
+from mc_gguf.common.errors import FormatError
 from mc_gguf.container.keys import (
     FINGERPRINT,
     FORMAT_VERSION,
@@ -19,9 +20,8 @@ from mc_gguf.container.keys import (
     PART_NAME,
     STOCK_NAME,
 )
-from mc_gguf.errors import FormatError
-from mc_gguf.ggml_types import MAX_GROUPS, TYPES, GgmlType
-from mc_gguf.gguf_file import FLOAT32, STRING, UINT32, GgufHeader, pad
+from mc_gguf.ggml.gguf_file import FLOAT32, STRING, UINT32, GgufHeader, pad
+from mc_gguf.ggml.types import MAX_GROUPS, TYPES, GgmlType
 
 
 @dataclass(frozen=True)

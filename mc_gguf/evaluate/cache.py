@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from mc_gguf import upstream
-from mc_gguf.errors import ArtifactError, McError
+from mc_gguf.common.errors import ArtifactError, McError
+from mc_gguf.common.progress import progress
+from mc_gguf.common.units import format_size
 from mc_gguf.evaluate.files import fingerprint
 from mc_gguf.evaluate.reference import Reference, file_size, is_reference
 from mc_gguf.evaluate.scorer import Scorer
 from mc_gguf.evaluate.text import Text
-from mc_gguf.progress import progress
-from mc_gguf.units import format_size
+from mc_gguf.runtime import upstream
 
 SPARE_BYTES = 256 << 20  # left free on the disk
 FORMAT = 1  # raised when the same inputs would give another file

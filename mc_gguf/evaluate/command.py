@@ -11,13 +11,16 @@ from pathlib import Path
 
 import click
 
-from mc_gguf.errors import McError
-from mc_gguf.evaluate import Result, Text, evaluate, references, table
+from mc_gguf.common.errors import McError
+from mc_gguf.evaluate.cache import references
+from mc_gguf.evaluate.evaluation import evaluate
 from mc_gguf.evaluate.files import fingerprint
 from mc_gguf.evaluate.report import Report, write_report
-from mc_gguf.evaluate.tasks import TaskRequest, TaskResult, check_tasks, run_tasks, task_table
-from mc_gguf.llama import check_file
+from mc_gguf.evaluate.result import Result, table
+from mc_gguf.evaluate.tasks.runner import TaskRequest, TaskResult, check_tasks, run_tasks, task_table
+from mc_gguf.evaluate.text import Text
 from mc_gguf.routing import Routing
+from mc_gguf.run.llama import check_file
 
 __all__ = ["Request", "TaskRequest", "run"]
 
@@ -53,9 +56,15 @@ def run(request: Request, as_json: bool, output: Path | None) -> None:
     for model in request.models:
         if texts:
             results += evaluate(
-                model, texts, stored, n_ctx=request.n_ctx, n_tokens=request.n_tokens, routing=request.routing,
-                n_threads=request.n_threads, with_hash=as_json or output is not None,
-            )  # fmt: skip
+                model,
+                texts,
+                stored,
+                n_ctx=request.n_ctx,
+                n_tokens=request.n_tokens,
+                routing=request.routing,
+                n_threads=request.n_threads,
+                with_hash=as_json or output is not None,
+            )
         if request.tasks:
             tasks += run_tasks(model, request.tasks, request.routing, request.n_threads)
     if output:

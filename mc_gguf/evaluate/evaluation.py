@@ -22,20 +22,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mc_gguf.errors import McError
+from mc_gguf.common.errors import McError
+from mc_gguf.common.progress import progress
 from mc_gguf.evaluate.cache import references
 from mc_gguf.evaluate.files import file_bytes, fingerprint
 from mc_gguf.evaluate.reference import Reference
 from mc_gguf.evaluate.result import Result, statistics, table
 from mc_gguf.evaluate.scorer import Scorer, Scores
 from mc_gguf.evaluate.text import Text
-from mc_gguf.progress import progress
 from mc_gguf.routing import Routing
 
 __all__ = [
-    "Perplexity", "Reference", "Result", "Scorer", "Scores", "Text", "evaluate", "perplexity", "references",
+    "Perplexity",
+    "Reference",
+    "Result",
+    "Scorer",
+    "Scores",
+    "Text",
+    "evaluate",
+    "perplexity",
+    "references",
     "table",
-]  # fmt: skip
+]
 
 
 def evaluate(
@@ -62,9 +70,12 @@ def evaluate(
     paired: list[Reference | None] = list(references) if references else [None] * len(texts)
     with Scorer(model, n_ctx, routing=routing, n_threads=n_threads) as scorer:
         facts: dict[str, Any] = {
-            "model": str(model), "file_bytes": file_bytes(model), "ctx": n_ctx, "routing": str(routing),
+            "model": str(model),
+            "file_bytes": file_bytes(model),
+            "ctx": n_ctx,
+            "routing": str(routing),
             "model_sha256": fingerprint(model) if with_hash else None,
-        }  # fmt: skip
+        }
         return [
             Result(**facts, **_measure(scorer, text, reference, n_tokens, quiet))
             for text, reference in zip(texts, paired, strict=True)
@@ -86,9 +97,11 @@ def _measure(
         scores = scorer.score(chunks, reference, bar.advance)
     routed = scorer.llm.routing.policy != "off"
     return {
-        "text": text.name, "seconds": time.perf_counter() - start,
-        "dropped_share": scorer.llm.routing_stats().dropped_share if routed else None, **statistics(scores),
-    }  # fmt: skip
+        "text": text.name,
+        "seconds": time.perf_counter() - start,
+        "dropped_share": scorer.llm.routing_stats().dropped_share if routed else None,
+        **statistics(scores),
+    }
 
 
 @dataclass(frozen=True)

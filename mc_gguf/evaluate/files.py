@@ -12,9 +12,9 @@ import json
 import time
 from pathlib import Path
 
-from mc_gguf import upstream
-from mc_gguf.artifacts import atomic_write, sha256_of
-from mc_gguf.llama import SHARD_NAME
+from mc_gguf.common.files import atomic_write, sha256_of
+from mc_gguf.ggml.shards import shard_paths
+from mc_gguf.runtime import upstream
 
 MEMOISED_BYTES = 64 << 20  # smaller files are hashed each time
 SETTLED_SECONDS = 2.0  # a file that was changed just now may change again without a new time stamp
@@ -22,11 +22,8 @@ SETTLED_SECONDS = 2.0  # a file that was changed just now may change again witho
 
 def files_of(model: Path) -> list[Path]:
     """The files of a model: itself, or all shards beside it (gguf-split's naming), in order."""
-    name = SHARD_NAME.fullmatch(model.name)
-    if not name:
-        return [model]
-    shards = [model.with_name(f"{name[1]}-{i + 1:05}-of-{name[2]}.gguf") for i in range(int(name[2]))]
-    return [path for path in shards if path.is_file()]
+    paths = shard_paths(model)
+    return paths if len(paths) == 1 else [path for path in paths if path.is_file()]
 
 
 def file_bytes(model: Path) -> int:
@@ -64,6 +61,9 @@ def _sha256(path: Path) -> str:
 def _state(path: Path) -> dict[str, int]:
     stat = path.stat()
     return {
-        "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "changed_ns": stat.st_ctime_ns,
-        "inode": stat.st_ino, "device": stat.st_dev,
-    }  # fmt: skip
+        "bytes": stat.st_size,
+        "modified_ns": stat.st_mtime_ns,
+        "changed_ns": stat.st_ctime_ns,
+        "inode": stat.st_ino,
+        "device": stat.st_dev,
+    }

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.errors import ArtifactError, McError
-from mc_gguf.evaluate.kernels import Words, row_words
+from mc_gguf.common.errors import ArtifactError, McError
+from mc_gguf.evaluate.logprobs import Words, row_words
 from mc_gguf.evaluate.text import n_scored
 
 MAGIC = b"_logits_"

@@ -10,11 +10,12 @@ from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
-from mc_gguf import __version__, upstream
-from mc_gguf.artifacts import atomic_write
+from mc_gguf import __version__
+from mc_gguf.common.files import atomic_write
+from mc_gguf.common.units import format_size
 from mc_gguf.evaluate.result import Result, columns
-from mc_gguf.evaluate.tasks import TaskResult, value_text
-from mc_gguf.units import format_size
+from mc_gguf.evaluate.tasks.runner import TaskResult, value_text
+from mc_gguf.runtime import upstream
 
 WIDTH, HEIGHT = 640, 320  # of a plot
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 20, 44
@@ -93,11 +94,16 @@ def task_table(tasks: Sequence[TaskResult]) -> str:
     headings = ["model", "size", "task", "metric", "value", "examples", "documents"]
     rows = [
         [
-            t.model, format_size(t.file_bytes), t.task, t.metric, value_text(t), str(t.n_fewshot),
+            t.model,
+            format_size(t.file_bytes),
+            t.task,
+            t.metric,
+            value_text(t),
+            str(t.n_fewshot),
             f"{t.documents:,}",
         ]
         for t in tasks
-    ]  # fmt: skip
+    ]
     left = [True, False, True, True, False, False, False]
     return "<h2>Tasks (lm-evaluation-harness)</h2>\n" + _table(headings, rows, left)
 
@@ -106,7 +112,7 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: Sequenc
     def row(cells: Sequence[str], tag: str) -> str:
         marked = zip(cells, left, strict=True)
         return "".join(
-            f'<{tag}{" class=left" if is_left else ""}>{escape(cell)}</{tag}>' for cell, is_left in marked
+            f"<{tag}{' class=left' if is_left else ''}>{escape(cell)}</{tag}>" for cell, is_left in marked
         )
 
     body = "\n".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_gguf.common.units import format_size
 from mc_gguf.evaluate.scorer import Scores
-from mc_gguf.units import format_size
 
 
 @dataclass(frozen=True)
@@ -62,24 +62,31 @@ def statistics(scores: Scores) -> dict[str, Any]:
     nll = scores.nll.astype(np.float64)
     value = math.exp(nll.mean())
     found: dict[str, Any] = {
-        "tokens": nll.size, "perplexity": value, "perplexity_se": value * standard_error(nll)
-    }  # fmt: skip
+        "tokens": nll.size,
+        "perplexity": value,
+        "perplexity_se": value * standard_error(nll),
+    }
     if scores.kld is None or scores.nll_base is None or scores.p_diff is None or scores.same_top is None:
         return found
     kld, p_diff = scores.kld.astype(np.float64), scores.p_diff.astype(np.float64)
     ratio, same = nll - scores.nll_base, float(scores.same_top.mean())
     return found | {
         "base_perplexity": math.exp(scores.nll_base.astype(np.float64).mean()),
-        "ln_ppl_ratio": float(ratio.mean()), "ln_ppl_ratio_se": standard_error(ratio),
-        "mean_kld": float(kld.mean()), "mean_kld_se": standard_error(kld),
-        "median_kld": float(np.median(kld)), "p99_kld": float(np.quantile(kld, 0.99)),
+        "ln_ppl_ratio": float(ratio.mean()),
+        "ln_ppl_ratio_se": standard_error(ratio),
+        "mean_kld": float(kld.mean()),
+        "mean_kld_se": standard_error(kld),
+        "median_kld": float(np.median(kld)),
+        "p99_kld": float(np.quantile(kld, 0.99)),
         "max_kld": float(kld.max()),
-        "mean_p_diff": float(p_diff.mean()), "mean_p_diff_se": standard_error(p_diff),
-        "p01_p_diff": float(np.quantile(p_diff, 0.01)), "p99_p_diff": float(np.quantile(p_diff, 0.99)),
+        "mean_p_diff": float(p_diff.mean()),
+        "mean_p_diff_se": standard_error(p_diff),
+        "p01_p_diff": float(np.quantile(p_diff, 0.01)),
+        "p99_p_diff": float(np.quantile(p_diff, 0.99)),
         "rms_p_diff": float(np.sqrt((p_diff**2).mean())),
         "top1_agreement": same,
         "top1_agreement_se": math.sqrt(same * (1 - same) / max(1, nll.size - 1)),
-    }  # fmt: skip
+    }
 
 
 def standard_error(values: NDArray[np.float64]) -> float:
@@ -101,17 +108,22 @@ def columns(results: Sequence[Result]) -> list[Column]:
         return lambda r: _cell(getattr(r, name), lambda v: f"{v:.5f}")
 
     found: list[Column] = [
-        ("model", True, lambda r: r.model), ("size", False, lambda r: format_size(r.file_bytes)),
-        ("text", True, lambda r: r.text), ("tokens", False, lambda r: f"{r.tokens:,}"),
+        ("model", True, lambda r: r.model),
+        ("size", False, lambda r: format_size(r.file_bytes)),
+        ("text", True, lambda r: r.text),
+        ("tokens", False, lambda r: f"{r.tokens:,}"),
         ("perplexity", False, lambda r: f"{r.perplexity:.4f} ± {r.perplexity_se:.4f}"),
-    ]  # fmt: skip
+    ]
     if any(r.mean_kld is not None for r in results):
         found += [
             ("mean KLD", False, lambda r: _cell(r.mean_kld, lambda v: f"{v:.5f} ± {r.mean_kld_se:.5f}")),
-            ("median", False, number("median_kld")), ("99 %", False, number("p99_kld")),
-            ("same top-1", False, percent("top1_agreement")), ("mean Δp", False, percent("mean_p_diff", 3)),
-            ("99 % Δp", False, percent("p99_p_diff")), ("RMS Δp", False, percent("rms_p_diff")),
-        ]  # fmt: skip
+            ("median", False, number("median_kld")),
+            ("99 %", False, number("p99_kld")),
+            ("same top-1", False, percent("top1_agreement")),
+            ("mean Δp", False, percent("mean_p_diff", 3)),
+            ("99 % Δp", False, percent("p99_p_diff")),
+            ("RMS Δp", False, percent("rms_p_diff")),
+        ]
     if any(r.dropped_share is not None for r in results):
         found.append(("dropped", False, percent("dropped_share", 1)))
     return found

@@ -19,10 +19,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import atomic_write
-from mc_gguf.errors import McError
-from mc_gguf.evaluate import kernels
-from mc_gguf.evaluate.kernels import Float32s, by_blocks
+from mc_gguf.common.errors import McError
+from mc_gguf.common.files import atomic_write
+from mc_gguf.evaluate import logprobs as kernels
+from mc_gguf.evaluate.logprobs import Float32s, by_blocks
 from mc_gguf.evaluate.reference import Reference, header
 from mc_gguf.evaluate.sequences import UBATCH, Sequences
 from mc_gguf.evaluate.text import Text, cut

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.errors import McError
-from mc_gguf.llama import CONTEXT_STEP, Llama  # first: it picks the libraries that llama_cpp loads
+from mc_gguf.common.errors import McError
 from mc_gguf.routing import Routing
+from mc_gguf.run.llama import CONTEXT_STEP, Llama  # first: it picks the libraries that llama_cpp loads
 
 import llama_cpp  # isort: skip
 from llama_cpp import _internals  # isort: skip
@@ -119,10 +119,14 @@ class Sequences(Llama):
         as_ints = ctypes.POINTER(ctypes.c_int32)
         token, pos, n_seq_id = (column.ctypes.data_as(as_ints) for column in columns)
         batch = llama_cpp.llama_batch(
-            n_tokens=len(tokens), token=token, embd=None, pos=pos, n_seq_id=n_seq_id,
+            n_tokens=len(tokens),
+            token=token,
+            embd=None,
+            pos=pos,
+            n_seq_id=n_seq_id,
             seq_id=addresses.ctypes.data_as(ctypes.POINTER(as_ints)),
             logits=logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-        )  # fmt: skip
+        )
         context = self._open_context()
         status = llama_cpp.llama_decode(context, batch)
         if status:

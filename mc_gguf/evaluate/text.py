@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.errors import FormatError, McError, SourceError
-from mc_gguf.gguf_file import read_header
+from mc_gguf.common.errors import FormatError, McError, SourceError
+from mc_gguf.ggml.gguf_file import read_header
 
 if TYPE_CHECKING:
     from mc_gguf.evaluate.sequences import Sequences

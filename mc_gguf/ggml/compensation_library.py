@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf import runtime
-from mc_gguf.errors import McError
-from mc_gguf.ggml_types import ggml_type
-from mc_gguf.quantize.kernels import thread_pool
+from mc_gguf.common.errors import McError
+from mc_gguf.ggml.quantizers import thread_pool
+from mc_gguf.ggml.types import ggml_type
 
 BLOCK = 256
 _PIECE_ROWS = 32  # rows that a thread takes at once
@@ -33,8 +33,17 @@ def _library() -> ctypes.CDLL:
     library.mc_metric_free.argtypes = [pointer]
     library.mc_metric_free.restype = None
     library.mc_quantize_rows.argtypes = [
-        pointer, size, pointer, size, pointer, size, pointer, size, number, number,
-    ]  # fmt: skip
+        pointer,
+        size,
+        pointer,
+        size,
+        pointer,
+        size,
+        pointer,
+        size,
+        number,
+        number,
+    ]
     library.mc_quantize_rows.restype = None
     library.mc_scale_rows.argtypes = [number, size, size, pointer, size, pointer]
     library.mc_scale_rows.restype = None
@@ -101,10 +110,17 @@ class Metric:
         def work(start: int) -> None:
             end = min(start + _PIECE_ROWS, len(target))
             _library().mc_quantize_rows(
-                self._handle, end - start, target[start:end].ctypes.data, target.strides[0] // 4,
-                blocks[start:end].ctypes.data, blocks.strides[0], values[start:end].ctypes.data,
-                values.strides[0] // 4, int(greedy), passes,
-            )  # fmt: skip
+                self._handle,
+                end - start,
+                target[start:end].ctypes.data,
+                target.strides[0] // 4,
+                blocks[start:end].ctypes.data,
+                blocks.strides[0],
+                values[start:end].ctypes.data,
+                values.strides[0] // 4,
+                int(greedy),
+                passes,
+            )
 
         starts = range(0, len(target), _PIECE_ROWS)
         if threads <= 1:

@@ -15,8 +15,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mc_gguf.errors import FormatError
-from mc_gguf.ggml_types import TYPES, GgmlType
+from mc_gguf.common.errors import FormatError
+from mc_gguf.ggml.types import TYPES, GgmlType
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -41,12 +41,22 @@ _SCALARS = {
 
 # Types that may stand in a file but that mc_gguf never writes weights in (I32 holds the expert maps).
 OTHER_TYPES = (
-    GgmlType("Q4_1", 3, 32, 20), GgmlType("Q5_1", 7, 32, 24), GgmlType("Q8_1", 9, 32, 36),
-    GgmlType("Q8_K", 15, 256, 292), GgmlType("I8", 24, 1, 1), GgmlType("I16", 25, 1, 2),
-    GgmlType("I32", 26, 1, 4), GgmlType("I64", 27, 1, 8), GgmlType("F64", 28, 1, 8),
-    GgmlType("TQ1_0", 34, 256, 54), GgmlType("TQ2_0", 35, 256, 66), GgmlType("MXFP4", 39, 32, 17),
-    GgmlType("NVFP4", 40, 64, 36), GgmlType("Q1_0", 41, 128, 18), GgmlType("Q2_0", 42, 64, 18),
-)  # fmt: skip
+    GgmlType("Q4_1", 3, 32, 20),
+    GgmlType("Q5_1", 7, 32, 24),
+    GgmlType("Q8_1", 9, 32, 36),
+    GgmlType("Q8_K", 15, 256, 292),
+    GgmlType("I8", 24, 1, 1),
+    GgmlType("I16", 25, 1, 2),
+    GgmlType("I32", 26, 1, 4),
+    GgmlType("I64", 27, 1, 8),
+    GgmlType("F64", 28, 1, 8),
+    GgmlType("TQ1_0", 34, 256, 54),
+    GgmlType("TQ2_0", 35, 256, 66),
+    GgmlType("MXFP4", 39, 32, 17),
+    GgmlType("NVFP4", 40, 64, 36),
+    GgmlType("Q1_0", 41, 128, 18),
+    GgmlType("Q2_0", 42, 64, 18),
+)
 BY_ID: dict[int, GgmlType] = {t.id: t for t in (*TYPES.values(), *OTHER_TYPES)}
 
 

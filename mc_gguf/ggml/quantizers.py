@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf import runtime
-from mc_gguf.errors import McError
-from mc_gguf.ggml_types import ggml_type
+from mc_gguf.common.errors import McError
+from mc_gguf.ggml.types import ggml_type
 
 # Rows are handed to a thread in pieces of about this many weights: small enough to balance, large enough to
 # not matter.
@@ -48,9 +48,14 @@ def _ggml() -> ctypes.CDLL:
     library.ggml_quantize_init.argtypes = [ctypes.c_int]
     library.ggml_quantize_init.restype = None
     library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64,
+        ctypes.c_int,
         ctypes.c_void_p,
-    ]  # fmt: skip
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
@@ -121,9 +126,14 @@ def _quantize_piece(
         target[:] = piece.view(np.uint8)
         return
     written = _ggml().ggml_quantize_chunk(
-        type_id, piece.ctypes.data, target.ctypes.data, 0, len(piece), piece.shape[1],
+        type_id,
+        piece.ctypes.data,
+        target.ctypes.data,
+        0,
+        len(piece),
+        piece.shape[1],
         None if importance is None else importance.ctypes.data,
-    )  # fmt: skip
+    )
     if written != target.nbytes:
         raise McError(f"ggml wrote {written} bytes of type {type_id} where {target.nbytes} were expected")
     if not _ggml().ggml_validate_row_data(type_id, target.ctypes.data, target.nbytes):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mc_gguf.errors import McError
+from mc_gguf.common.errors import McError
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,22 @@ TYPES: dict[str, GgmlType] = {
 
 # What the planner chooses from unless --types says otherwise, in order of size.
 CANDIDATES: tuple[str, ...] = (
-    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K",
-)  # fmt: skip
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "Q2_K",
+    "IQ3_XXS",
+    "IQ3_S",
+    "Q3_K",
+    "IQ4_XS",
+    "Q4_K",
+)
 
 # What the planner chooses from for attention matrices, in order of size; smaller ones hardly pay
 # (docs/allocation.md).
-ATTENTION_CANDIDATES: tuple[str, ...] = (
-    "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0",
-)  # fmt: skip
+ATTENTION_CANDIDATES: tuple[str, ...] = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 SIXTEEN_BIT = ("F16", "BF16")
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mc_gguf.allocate.problem import Budget, FileBytes, Floats, Ints, Problem
-from mc_gguf.allocate.solver import Knapsack
-from mc_gguf.allocate.strategies import Items, Limit, expert_items, layer_items, solve_program
 from mc_gguf.artifacts import ATTENTION, Calibration, FixedTypes, ModelInfo, TensorSpec
-from mc_gguf.errors import ArtifactError, BudgetError, McError
-from mc_gguf.ggml_types import ggml_type
+from mc_gguf.common.errors import ArtifactError, BudgetError, McError
+from mc_gguf.ggml.types import ggml_type
+from mc_gguf.plan.problem import Budget, FileBytes, Floats, Ints, Problem
+from mc_gguf.plan.solver import Knapsack
+from mc_gguf.plan.strategies import Items, Limit, expert_items, layer_items, solve_program
 
 STRATEGIES = ("pmq", "layer")  # those that minimise the divergence of the whole model
 COMPENSATED = 0.6  # docs/compensation.md; 0.52 to 0.65 by type and text
@@ -114,9 +114,7 @@ def with_attention(items: Items, attention: Attention) -> Items:
     shape = (attention.n_matrix, len(attention.types))
     error = np.full((n_item + shape[0], width), np.inf)
     size = np.zeros(error.shape, dtype=np.int64)
-    for table, rows, own in (
-        (error, experts.error, attention.error), (size, experts.size, attention.size),
-    ):  # fmt: skip
+    for table, rows, own in ((error, experts.error, attention.error), (size, experts.size, attention.size)):
         table[:n_item, : rows.shape[1]], table[n_item:, : shape[1]] = rows, own.reshape(shape)
 
     def columns(choice: Ints) -> Ints:

@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mc_gguf.allocate.published import EXPONENTS, share
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Floats
-from mc_gguf.errors import ArtifactError
+from mc_gguf.common.errors import ArtifactError
+from mc_gguf.plan.published import EXPONENTS, share
 
 Objective = Callable[[Calibration, Sequence[str]], Floats]
 
@@ -101,9 +101,16 @@ def bsp(calibration: Calibration, types: Sequence[str]) -> Floats:
 DEFAULT_OBJECTIVES: tuple[tuple[str, str], ...] = (("kld", "kld_per_error"), ("block", "sq_error"))
 
 OBJECTIVES: dict[str, Objective] = {
-    "kld": kld, "relative": relative, "block": block, "published": published, "f-norm": f_norm,
-    "hessian": hessian, "frequency": frequency, "routing-weight": routing_weight, "bsp": bsp,
-}  # fmt: skip
+    "kld": kld,
+    "relative": relative,
+    "block": block,
+    "published": published,
+    "f-norm": f_norm,
+    "hessian": hessian,
+    "frequency": frequency,
+    "routing-weight": routing_weight,
+    "bsp": bsp,
+}
 
 
 def measured(calibration: Calibration, types: Sequence[str], name: str) -> Floats:

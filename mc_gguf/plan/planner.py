@@ -16,10 +16,14 @@ from functools import partial
 
 import numpy as np
 
-from mc_gguf.allocate import attention as joint
-from mc_gguf.allocate import published, strategies
-from mc_gguf.allocate.objectives import DEFAULT_OBJECTIVES, OBJECTIVES
-from mc_gguf.allocate.problem import (
+from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan
+from mc_gguf.common.errors import BudgetError, McError
+from mc_gguf.common.units import format_size
+from mc_gguf.ggml.types import ATTENTION_CANDIDATES, CANDIDATES, ggml_type
+from mc_gguf.plan import attention as joint
+from mc_gguf.plan import published, strategies
+from mc_gguf.plan.objectives import DEFAULT_OBJECTIVES, OBJECTIVES
+from mc_gguf.plan.problem import (
     Budget,
     Experts,
     FileBytes,
@@ -32,11 +36,7 @@ from mc_gguf.allocate.problem import (
     fixed_types,
     sixteen_bit_type,
 )
-from mc_gguf.allocate.strategies import Limit
-from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan
-from mc_gguf.errors import BudgetError, McError
-from mc_gguf.ggml_types import ATTENTION_CANDIDATES, CANDIDATES, ggml_type
-from mc_gguf.units import format_size
+from mc_gguf.plan.strategies import Limit
 
 __all__ = ["OBJECTIVES", "STRATEGIES", "Budget", "Experts", "FileBytes", "fixed_types", "plan", "stand_in"]
 
@@ -102,19 +102,28 @@ def plan(
         fixed = replace(fixed, attention=decided.attention)
         file_bytes = partial(file_bytes, fixed=fixed) if file_bytes else None
     return Plan(
-        strategy=strategy, budget=budget.to_json(), layers=calibration.layers, experts=decided.experts,
-        fixed=fixed_types(calibration.model, budget, fixed), types=decided.types,
+        strategy=strategy,
+        budget=budget.to_json(),
+        layers=calibration.layers,
+        experts=decided.experts,
+        fixed=fixed_types(calibration.model, budget, fixed),
+        types=decided.types,
         model_fingerprint=calibration.model.fingerprint if calibration.model else "",
-        calibration_fingerprint=calibration.fingerprint, expert_bpw=decided.bpw, expert_bytes=decided.n_byte,
+        calibration_fingerprint=calibration.fingerprint,
+        expert_bpw=decided.bpw,
+        expert_bytes=decided.n_byte,
         file_bytes=file_bytes(decided.experts) if file_bytes and has_size else None,
-        predicted_error=decided.predicted_error, optimality_gap=decided.gap, seed=seed, bits=decided.bits,
-        objective=objective, predicted_kld=decided.predicted_kld, layer_ratio=decided.layer_ratio,
-    )  # fmt: skip
+        predicted_error=decided.predicted_error,
+        optimality_gap=decided.gap,
+        seed=seed,
+        bits=decided.bits,
+        objective=objective,
+        predicted_kld=decided.predicted_kld,
+        layer_ratio=decided.layer_ratio,
+    )
 
 
-def decides_attention(
-    calibration: Calibration, budget: Budget, strategy: str, objective: str | None
-) -> bool:
+def decides_attention(calibration: Calibration, budget: Budget, strategy: str, objective: str | None) -> bool:
     """Whether plan() can decide the types of attention matrices, too, under this request."""
     return (
         budget.size_bytes is not None
@@ -133,12 +142,21 @@ def stand_in(model: ModelInfo, types: Sequence[str] | None) -> Calibration:
     by_type = np.ones((*each.shape, len(PROJECTIONS), len(names)))
     attention_types, attention_error = joint.made_up(model, ATTENTION_CANDIDATES)
     return replace(
-        Calibration.blank(model), types=names, frequency=each, routing_weight=each, output_sq=each,
-        nominal_error=np.ones((*each.shape, 3)), kld_per_error=np.ones(len(each)),
-        block_score=np.ones(len(each)), hessian_trace=np.ones((*each.shape, len(PROJECTIONS))),
-        sq_error=by_type, relative_error=by_type, weight_error=by_type,
-        attention_types=attention_types, attention_error=attention_error,
-    )  # fmt: skip
+        Calibration.blank(model),
+        types=names,
+        frequency=each,
+        routing_weight=each,
+        output_sq=each,
+        nominal_error=np.ones((*each.shape, 3)),
+        kld_per_error=np.ones(len(each)),
+        block_score=np.ones(len(each)),
+        hessian_trace=np.ones((*each.shape, len(PROJECTIONS))),
+        sq_error=by_type,
+        relative_error=by_type,
+        weight_error=by_type,
+        attention_types=attention_types,
+        attention_error=attention_error,
+    )
 
 
 def _check_request(
@@ -214,10 +232,15 @@ def _with_attention(
 
 def _decision(problem: Problem, columns: Ints, gap: float | None, bits: Ints | None = None) -> _Decision:
     return _Decision(
-        problem.candidates, problem.experts(columns), problem.bpw(columns), problem.expert_bytes(columns),
-        problem.predicted_error(columns), gap, _rows(bits) if bits is not None else None,
+        problem.candidates,
+        problem.experts(columns),
+        problem.bpw(columns),
+        problem.expert_bytes(columns),
+        problem.predicted_error(columns),
+        gap,
+        _rows(bits) if bits is not None else None,
         problem.predicted_kld(columns),
-    )  # fmt: skip
+    )
 
 
 def _rows(bits: Ints) -> tuple[tuple[int, ...], ...]:

@@ -9,10 +9,10 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.allocate.objectives import Objective, block, kld
 from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, expert_tensor_name
-from mc_gguf.errors import ArtifactError, BudgetError, McError
-from mc_gguf.ggml_types import CANDIDATES, FALLBACKS, MAX_GROUPS, SIXTEEN_BIT, ggml_type
+from mc_gguf.common.errors import ArtifactError, BudgetError, McError
+from mc_gguf.ggml.types import CANDIDATES, FALLBACKS, MAX_GROUPS, SIXTEEN_BIT, ggml_type
+from mc_gguf.plan.objectives import Objective, block, kld
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -151,9 +151,16 @@ def build_problem(calibration: Calibration, types: Sequence[str], objective: Obj
     error, block_error = (_usable_errors(of(calibration, types), usable) for of in (objective, block))
     divergence = _usable_errors(kld(calibration, types), usable) if calibration.kld_per_error.size else None
     return Problem(
-        model, calibration.layers, tuple(types), tuple(columns), error, block_error, divergence, size,
+        model,
+        calibration.layers,
+        tuple(types),
+        tuple(columns),
+        error,
+        block_error,
+        divergence,
+        size,
         float(calibration.output_sq.sum()),
-    )  # fmt: skip
+    )
 
 
 def _usable_errors(error: Floats, usable: NDArray[np.bool_]) -> Floats:

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.allocate.solver import Floats, Ints
 from mc_gguf.artifacts import Calibration
-from mc_gguf.errors import ArtifactError, BudgetError
+from mc_gguf.common.errors import ArtifactError, BudgetError
+from mc_gguf.plan.solver import Floats, Ints
 
 NOMINAL_BITS = (1, 2, 3)
 NOMINAL_TYPES = ("IQ1_S", "IQ2_XXS", "IQ3_XXS")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.errors import BudgetError
+from mc_gguf.common.errors import BudgetError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

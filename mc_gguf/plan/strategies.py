@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mc_gguf.allocate.problem import Floats, Ints, Problem
-from mc_gguf.allocate.solver import Knapsack, fill, lower_bound, relative_gap, solve
-from mc_gguf.errors import BudgetError
+from mc_gguf.common.errors import BudgetError
+from mc_gguf.plan.problem import Floats, Ints, Problem
+from mc_gguf.plan.solver import Knapsack, fill, lower_bound, relative_gap, solve
 
 # Solving again with the room that the headers of the last solution left. It settles in two or three rounds,
 # or goes round in a circle.

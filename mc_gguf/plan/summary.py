@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mc_gguf.artifacts import ATTENTION, PROJECTIONS, FixedTypes, Plan
-from mc_gguf.ggml_types import ggml_type
-from mc_gguf.units import format_size
+from mc_gguf.common.units import format_size
+from mc_gguf.ggml.types import ggml_type
 
 # Above this share of the error of a plan per layer and projection, going per expert hardly pays.
 PAYS = 0.95
@@ -73,11 +73,23 @@ def summarize(plan: Plan) -> Summary:
     """The figures of `plan`; nothing is computed that the plan does not say."""
     counts = {p: _counts(plan, p) for p in PROJECTIONS}
     return Summary(
-        plan.strategy, plan.budget, len(plan.layers), len(plan.experts["gate"][0]), plan.file_bytes,
-        plan.expert_bytes, plan.expert_bpw, counts, plan.fixed, plan.objective, plan.predicted_error,
-        plan.predicted_kld, plan.layer_ratio, plan.optimality_gap, _notes(plan, counts),
+        plan.strategy,
+        plan.budget,
+        len(plan.layers),
+        len(plan.experts["gate"][0]),
+        plan.file_bytes,
+        plan.expert_bytes,
+        plan.expert_bpw,
+        counts,
+        plan.fixed,
+        plan.objective,
+        plan.predicted_error,
+        plan.predicted_kld,
+        plan.layer_ratio,
+        plan.optimality_gap,
+        _notes(plan, counts),
         _attention_counts(plan),
-    )  # fmt: skip
+    )
 
 
 def _counts(plan: Plan, projection: str) -> dict[str, int]:

@@ -19,16 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf import __version__, container
-from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, Plan, sha256_of
-from mc_gguf.checkpoint import Checkpoint
+from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, Plan
+from mc_gguf.common.errors import ArtifactError, McError, SourceError
+from mc_gguf.common.files import sha256_of
+from mc_gguf.common.partial_file import PartialFile
+from mc_gguf.common.progress import Progress
+from mc_gguf.compensate.bank import Bank
 from mc_gguf.container import OutputTensor
-from mc_gguf.errors import ArtifactError, McError, SourceError
-from mc_gguf.ggml_types import ggml_type
-from mc_gguf.progress import Progress
-from mc_gguf.quantize.bank import Bank
-from mc_gguf.quantize.journal import PartialFile
-from mc_gguf.quantize.kernels import init, quantize_rows
+from mc_gguf.ggml.quantizers import init, quantize_rows
+from mc_gguf.ggml.types import ggml_type
 from mc_gguf.routing.metadata import of_calibration
+from mc_gguf.source import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -156,8 +157,9 @@ def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[O
         names = [f"layer {plan.layers[i]} expert {e}" for i, e in np.argwhere(unused)]
         log.warning(
             "%d experts saw no calibration text and are quantized without an importance matrix: %s",
-            len(names), ", ".join(names[:20]) + (" ..." if len(names) > 20 else ""),
-        )  # fmt: skip
+            len(names),
+            ", ".join(names[:20]) + (" ..." if len(names) > 20 else ""),
+        )
 
 
 def _pieces(tensors: tuple[OutputTensor, ...]) -> Iterator[_Piece]:
@@ -174,9 +176,7 @@ def _weights(piece: _Piece) -> int:
     return piece.n_bytes // piece.tensor.type.block_bytes * piece.tensor.type.block_size
 
 
-def _loaded(
-    checkpoint: Checkpoint, pieces: Sequence[_Piece], bank: Bank | None
-) -> Iterator[NDArray[Any]]:
+def _loaded(checkpoint: Checkpoint, pieces: Sequence[_Piece], bank: Bank | None) -> Iterator[NDArray[Any]]:
     """What each piece is made from; the next one is read while the caller works on this one."""
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         ahead = reader.submit(_load, checkpoint, pieces[0], bank) if pieces else None

@@ -17,17 +17,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.allocate.problem import Ints, Problem
 from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration
-from mc_gguf.checkpoint import Checkpoint
-from mc_gguf.errors import ArtifactError
-from mc_gguf.progress import Progress, clock, silenced
-from mc_gguf.quantize.bank import Bank, bank_key
-from mc_gguf.quantize.compensate import supports
-from mc_gguf.quantize.compensation import Wanted, calibration_text, compensate, open_bank
+from mc_gguf.common.errors import ArtifactError
+from mc_gguf.common.progress import Progress, clock, silenced
+from mc_gguf.compensate.bank import Bank, bank_key
+from mc_gguf.compensate.experts import Wanted, calibration_text, compensate, open_bank
+from mc_gguf.compensate.matrix import supports
+from mc_gguf.plan.problem import Ints, Problem
 from mc_gguf.refine.matrices import GgmlQuantizer, Quantizer
 from mc_gguf.refine.memory import wanted_types
-from mc_gguf.upstream import pin
+from mc_gguf.runtime.upstream import pin
+from mc_gguf.source import Checkpoint
 
 NEAR = 2  # sizes up and down from the plan's own where not all types can be had
 MAX_SHARE = 0.5  # of the time for compensation
@@ -57,9 +57,16 @@ def can_compensate(calibration: Calibration) -> bool:
 
 
 def compensated_blocks(
-    checkpoint: Checkpoint, calibration: Calibration, problem: Problem, start: Ints, files: tuple[Path, ...],
-    folder: Path, threads: int, seconds: float, quiet: bool,
-) -> Blocks | None:  # fmt: skip
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    problem: Problem,
+    start: Ints,
+    files: tuple[Path, ...],
+    folder: Path,
+    threads: int,
+    seconds: float,
+    quiet: bool,
+) -> Blocks | None:
     """Those near the plan's types, made now; None when that takes more than MAX_SHARE of `seconds`. `files`
     hold the calibration's text (none: the bundled one).
     """
@@ -73,8 +80,9 @@ def compensated_blocks(
     except _TooSlow as error:
         log.warning(
             "error compensation of the types near the plan's would take %s, more than half of the time: the "
-            "search measures ggml's blocks; give more --time, or --no-compensate", error,
-        )  # fmt: skip
+            "search measures ggml's blocks; give more --time, or --no-compensate",
+            error,
+        )
         return None
     finally:
         bar.close()
@@ -88,11 +96,14 @@ def _wanted(calibration: Calibration, problem: Problem, allowed: NDArray[np.bool
     names = [(c, name) for c, name in enumerate(problem.types) if supports(name)]
     return {
         (layer, expert): frozenset(
-            (projection, name) for p, projection in enumerate(PROJECTIONS) for c, name in names
+            (projection, name)
+            for p, projection in enumerate(PROJECTIONS)
+            for c, name in names
             if allowed[i, expert, p, c]
         )
-        for i, layer in enumerate(calibration.layers) for expert in range(allowed.shape[1])
-    }  # fmt: skip
+        for i, layer in enumerate(calibration.layers)
+        for expert in range(allowed.shape[1])
+    }
 
 
 def _lost(layer: int, projection: str, expert: int, type_name: str) -> NDArray[np.uint8]:

@@ -8,10 +8,10 @@ from functools import partial
 
 import numpy as np
 
-from mc_gguf.allocate.problem import Budget, Ints, Problem, build_problem, bytes_for_bpw, candidate_types
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
+from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.container import file_bytes
-from mc_gguf.errors import ArtifactError, McError
+from mc_gguf.plan.problem import Budget, Ints, Problem, build_problem, bytes_for_bpw, candidate_types
 from mc_gguf.routing.metadata import of_calibration
 
 

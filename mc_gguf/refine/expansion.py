@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf.artifacts import PROJECTIONS, Floats
-from mc_gguf.forward import Expert
 from mc_gguf.refine.passes import Assignment, Evaluator, Layers
+from mc_gguf.source.decoder import Expert
 
 Ints = NDArray[np.int64]
 Singles = NDArray[np.float32]
@@ -91,9 +91,7 @@ def _output_signal(layers: Layers, reference: Tensor, final: Tensor, n_draw: int
 class _Backward:
     """One layer, backwards."""
 
-    def __init__(
-        self, layers: Layers, incumbent: Assignment, layer: int, wanted: NDArray[np.bool_]
-    ) -> None:
+    def __init__(self, layers: Layers, incumbent: Assignment, layer: int, wanted: NDArray[np.bool_]) -> None:
         self.layers, self.incumbent, self.layer, self.wanted = layers, incumbent, layer, wanted
         decoder = layers.decoder
         self.added, self.route = decoder.attention_added(layer), decoder.router(layer)
@@ -126,9 +124,11 @@ class _Backward:
                     products[:, :, number, p] = self._products(number, p, left, right, counts)
         for s in range(len(signal)):
             (at_entry,) = torch.autograd.grad(
-                [direct, x, routing.weights], entry, [flat[s], d_x[s], d_weights[s]],
+                [direct, x, routing.weights],
+                entry,
+                [flat[s], d_x[s], d_weights[s]],
                 retain_graph=s + 1 < len(signal),
-            )  # fmt: skip
+            )
             signal[s] = at_entry
         return products
 

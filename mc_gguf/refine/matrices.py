@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf.artifacts import Calibration
-from mc_gguf.checkpoint import Checkpoint
-from mc_gguf.ggml_types import ggml_type
-from mc_gguf.quantize import dequantize_rows, quantize_rows
-from mc_gguf.quantize.bank import Bank
+from mc_gguf.compensate.bank import Bank
+from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
+from mc_gguf.ggml.types import ggml_type
+from mc_gguf.source import Checkpoint
 
 # (layer of the model, projection, expert); and the name of a type, or None: as in the source.
 Place = tuple[int, str, int]

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import Floats, atomic_write
+from mc_gguf.artifacts import Floats
+from mc_gguf.common.files import atomic_write
 from mc_gguf.refine.expansion import Expansion, Ints, Singles
 
 # A gradient counts half as much with every round that has passed: what carries it over is an estimate.

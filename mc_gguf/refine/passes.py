@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf.artifacts import PROJECTIONS, Floats
-from mc_gguf.forward import CHUNK, Decoder, Expert, Routing
 from mc_gguf.refine.matrices import Matrices
+from mc_gguf.source.decoder import CHUNK, Decoder, Expert, Routing
 
 Ints = NDArray[np.int64]
 # Tokens whose log-probabilities (n_vocab floats each) are worked on at once.
@@ -94,9 +94,12 @@ class Evaluator:
     """Mean KL divergence of assignments on token rows [R, ctx], from the hidden states of an incumbent."""
 
     def __init__(
-        self, layers: Layers, rows: NDArray[np.int32], types: Sequence[str],
+        self,
+        layers: Layers,
+        rows: NDArray[np.int32],
+        types: Sequence[str],
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.layers, self.rows, began = layers, rows, clock()
         info = layers.decoder.checkpoint.info
         shape = (info.n_layer, info.n_expert, len(PROJECTIONS))

@@ -19,22 +19,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mc_gguf.allocate.problem import Ints
 from mc_gguf.artifacts import Calibration, Floats, Plan
-from mc_gguf.cores import usable_cores
-from mc_gguf.corpus import Corpus, load_corpus
-from mc_gguf.errors import ArtifactError, McError
-from mc_gguf.forward import Decoder
-from mc_gguf.progress import Progress, progress
+from mc_gguf.common.errors import ArtifactError, McError
+from mc_gguf.common.machine import usable_cores
+from mc_gguf.common.progress import Progress, progress
+from mc_gguf.plan.problem import Ints
 from mc_gguf.refine.blocks import NEAR, Blocks, can_compensate, compensated_blocks, ggml_blocks
 from mc_gguf.refine.budget import Scope, scope_of
 from mc_gguf.refine.matrices import Matrices
 from mc_gguf.refine.passes import Evaluator, Layers
 from mc_gguf.refine.search import Search
 from mc_gguf.refine.state import State, forget_partial, identity, partial_directory
+from mc_gguf.source.decoder import Decoder
+from mc_gguf.source.text import Corpus, load_corpus
 
 if TYPE_CHECKING:
-    from mc_gguf.checkpoint import Checkpoint
+    from mc_gguf.source import Checkpoint
 
 __all__ = ["Options", "Refined", "refine_to_file", "refined_before"]
 
@@ -92,13 +92,19 @@ class Refined:
         share = self.held_out_kld / self.held_out_start if self.held_out_start > 0 else 1.0
         rows = [
             ("search KLD", f"{self.search_start:.5f} -> {self.search_kld:.5f}"),
-            ("held-out KLD", f"{self.held_out_start:.5f} -> {self.held_out_kld:.5f} ({share:.3f} of it; "
-             f"change {change:+.5f} +- {error:.5f})"),
-            ("search", f"{self.rounds} rounds, {self.accepted} steps accepted, {self.evaluations} "
-             f"measurements, {self.seconds:.0f} s"),
+            (
+                "held-out KLD",
+                f"{self.held_out_start:.5f} -> {self.held_out_kld:.5f} ({share:.3f} of it; "
+                f"change {change:+.5f} +- {error:.5f})",
+            ),
+            (
+                "search",
+                f"{self.rounds} rounds, {self.accepted} steps accepted, {self.evaluations} "
+                f"measurements, {self.seconds:.0f} s",
+            ),
             ("changed", f"{self.changed} matrices have another type"),
             ("bits", f"{self.plan.expert_bpw:.4f} per expert weight"),
-        ]  # fmt: skip
+        ]
         return [f"{name:<16}{text}" for name, text in rows]
 
 
@@ -157,9 +163,13 @@ def _identity(
 ) -> str:
     """SHA-256 of all that a search depends on but its time."""
     return identity(
-        model=checkpoint.info.fingerprint, calibration=calibration.fingerprint, plan=plan.fingerprint,
-        text=text.to_json(), seed=options.seed, compensate=options.compensate,
-    )  # fmt: skip
+        model=checkpoint.info.fingerprint,
+        calibration=calibration.fingerprint,
+        plan=plan.fingerprint,
+        text=text.to_json(),
+        seed=options.seed,
+        compensate=options.compensate,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,9 +187,14 @@ class _Work:
 
     @classmethod
     def prepare(
-        cls, checkpoint: Checkpoint, calibration: Calibration, plan: Plan, output: Path, options: Options,
+        cls,
+        checkpoint: Checkpoint,
+        calibration: Calibration,
+        plan: Plan,
+        output: Path,
+        options: Options,
         quiet: bool,
-    ) -> _Work:  # fmt: skip
+    ) -> _Work:
         scope, start = scope_of(plan, calibration)
         decoder, text = Decoder(checkpoint), _text(checkpoint, options)
         if len(text.rows) < MIN_ROWS:
@@ -195,17 +210,32 @@ class _Work:
         key = _identity(checkpoint, calibration, plan, text, options)
         state = State.resume(directory / "state.json", key, blocks.compensated, start)
         return cls(
-            plan, output, options, scope, start, Layers(decoder, matrices), blocks, rows[~held_out],
-            rows[held_out], state,
-        )  # fmt: skip
+            plan,
+            output,
+            options,
+            scope,
+            start,
+            Layers(decoder, matrices),
+            blocks,
+            rows[~held_out],
+            rows[held_out],
+            state,
+        )
 
     def run(self, began: float, bar: Progress) -> Refined:
         directory, types = partial_directory(self.output), self.scope.problem.types
         evaluator = Evaluator(self.layers, self.search_rows, types)
         search = Search(
-            self.scope, evaluator, self.state, directory, self.options.seed, self.options.seconds, began,
-            reach=self.reach(), allowed=self.blocks.allowed,
-        )  # fmt: skip
+            self.scope,
+            evaluator,
+            self.state,
+            directory,
+            self.options.seed,
+            self.options.seconds,
+            began,
+            reach=self.reach(),
+            allowed=self.blocks.allowed,
+        )
         search_start, stopped = evaluator.settle(search.assignment(self.start)), False
         try:
             search.run(bar)
@@ -223,8 +253,10 @@ class _Work:
         if after.mean() > before.mean():
             log.warning(
                 "what the search found is worse on held-out text (KLD %.5f instead of %.5f): the plan stays "
-                "as it was; give more --tokens or another --text", after.mean(), before.mean(),
-            )  # fmt: skip
+                "as it was; give more --tokens or another --text",
+                after.mean(),
+                before.mean(),
+            )
             found, after, search_kld = self.start, before, search_start
         return self._result(found, search_start, search_kld, before, after, stopped)
 
@@ -237,45 +269,76 @@ class _Work:
         return len(problem.types) if every else NEAR
 
     def _result(
-        self, found: Ints, search_start: Floats, search_kld: Floats,
-        before: Floats, after: Floats, stopped: bool,
-    ) -> Refined:  # fmt: skip
+        self,
+        found: Ints,
+        search_start: Floats,
+        search_kld: Floats,
+        before: Floats,
+        after: Floats,
+        stopped: bool,
+    ) -> Refined:
         change = after - before
         figures: dict[str, float] = {
-            "search_start": float(search_start.mean()), "search_kld": float(search_kld.mean()),
-            "held_out_start": float(before.mean()), "held_out_kld": float(after.mean()),
+            "search_start": float(search_start.mean()),
+            "search_kld": float(search_kld.mean()),
+            "held_out_start": float(before.mean()),
+            "held_out_kld": float(after.mean()),
             "held_out_change_se": float(change.std(ddof=1) / len(change) ** 0.5) if len(change) > 1 else 0.0,
-        }  # fmt: skip
+        }
         seconds = self.state.seconds if stopped else self.options.seconds
         asked: dict[str, float | str] = {"request": self.state.identity, "seconds": seconds}
         problem, plan = self.scope.problem, self.plan
         experts = problem.experts(found)
         name = plan.strategy if plan.strategy.endswith("+refine") else f"{plan.strategy}+refine"
         refined = replace(
-            plan, strategy=name, experts=experts, expert_bpw=problem.bpw(found),
-            expert_bytes=problem.expert_bytes(found), file_bytes=self.scope.file_bytes(found),
-            predicted_error=problem.predicted_error(found), optimality_gap=None, bits=None,
-            predicted_kld=None, layer_ratio=None,
+            plan,
+            strategy=name,
+            experts=experts,
+            expert_bpw=problem.bpw(found),
+            expert_bytes=problem.expert_bytes(found),
+            file_bytes=self.scope.file_bytes(found),
+            predicted_error=problem.predicted_error(found),
+            optimality_gap=None,
+            bits=None,
+            predicted_kld=None,
+            layer_ratio=None,
             refinement={**figures, **asked},
-        ).save(self.output)  # fmt: skip
+        ).save(self.output)
         state = self.state
         return Refined(
-            refined, **figures, rounds=state.rounds, accepted=state.accepted, evaluations=state.evaluations,
-            changed=int((found != self.start).sum()), seconds=state.seconds,
-        )  # fmt: skip
+            refined,
+            **figures,
+            rounds=state.rounds,
+            accepted=state.accepted,
+            evaluations=state.evaluations,
+            changed=int((found != self.start).sum()),
+            seconds=state.seconds,
+        )
 
 
 def _blocks(
-    checkpoint: Checkpoint, calibration: Calibration, scope: Scope, start: Ints, directory: Path,
-    options: Options, quiet: bool,
-) -> Blocks:  # fmt: skip
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    scope: Scope,
+    start: Ints,
+    directory: Path,
+    options: Options,
+    quiet: bool,
+) -> Blocks:
     """Those that quantize would write; ggml's where compensation would take too long."""
     folder, threads = options.bank or directory / "bank", options.threads or usable_cores()
     if options.compensate and can_compensate(calibration):
         found = compensated_blocks(
-            checkpoint, calibration, scope.problem, start, options.calibration_text, folder, threads,
-            options.seconds, quiet,
-        )  # fmt: skip
+            checkpoint,
+            calibration,
+            scope.problem,
+            start,
+            options.calibration_text,
+            folder,
+            threads,
+            options.seconds,
+            quiet,
+        )
         if found is not None:
             return found
     return ggml_blocks(checkpoint, calibration, folder, threads)

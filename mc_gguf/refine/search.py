@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.allocate.problem import Ints
 from mc_gguf.artifacts import Floats
-from mc_gguf.progress import Progress
+from mc_gguf.common.progress import Progress
+from mc_gguf.plan.problem import Ints
 from mc_gguf.refine.budget import Scope
 from mc_gguf.refine.expansion import expand
 from mc_gguf.refine.memory import Memory, wanted_types
@@ -30,8 +30,15 @@ from mc_gguf.refine.state import State
 
 # (coupling, damping) of the candidates of a round.
 SETTINGS = (
-    (0.0, 0.0), (0.25, 0.1), (0.5, 0.25), (0.5, 0.5), (0.75, 0.25), (0.75, 0.5), (1.0, 0.5), (1.0, 1.0),
-)  # fmt: skip
+    (0.0, 0.0),
+    (0.25, 0.1),
+    (0.5, 0.25),
+    (0.5, 0.5),
+    (0.75, 0.25),
+    (0.75, 0.5),
+    (1.0, 0.5),
+    (1.0, 1.0),
+)
 # Added to the damping where steps have to become smaller.
 LEAST_DAMPING = 0.25
 MAX_CAUTION = 32

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from mc_gguf import __version__
-from mc_gguf.allocate.problem import Ints
-from mc_gguf.artifacts import atomic_write
+from mc_gguf.common.files import atomic_write
+from mc_gguf.plan.problem import Ints
 
 STATE_VERSION = 2
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import Calibration
-from mc_gguf.errors import McError
+from mc_gguf.common.errors import McError
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.routing.thresholds import at_quantiles, for_target_drop, tolerant_layers
 

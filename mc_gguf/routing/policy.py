@@ -28,12 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import Calibration
-from mc_gguf.errors import ArtifactError, McError
+from mc_gguf.common.errors import ArtifactError, McError
+from mc_gguf.common.units import parse_layers, parse_share
 from mc_gguf.routing.metadata import DEFAULT_PROTECT, RoutingMetadata, of_calibration
+from mc_gguf.routing.params import IMPORTANCES, RoutingParams, RoutingShape
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.routing.thresholds import at_quantiles, for_target_drop, tolerant_layers
-from mc_gguf.runtime.routing_api import IMPORTANCES, RoutingParams, RoutingShape
-from mc_gguf.units import parse_layers, parse_share
 
 _THRESHOLDS = ("quantile", "threshold", "target_drop")  # where thresholds come from; at most one of them
 _WITH_THRESHOLDS = (*_THRESHOLDS, "calibration", "layers")
@@ -167,9 +167,17 @@ def resolve(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingSh
     if routing.policy in ("odp", "threshold"):
         thresholds, layers = _thresholds(routing, metadata, shape, layers)
     return RoutingParams(
-        routing.policy, routing.importance, routing.keep_min, routing.seed, routing.ratio, routing.top_p,
-        routing.rate, protect, thresholds, _mask(layers, shape.n_layer),
-    )  # fmt: skip
+        routing.policy,
+        routing.importance,
+        routing.keep_min,
+        routing.seed,
+        routing.ratio,
+        routing.top_p,
+        routing.rate,
+        protect,
+        thresholds,
+        _mask(layers, shape.n_layer),
+    )
 
 
 def _of_calibration(path: Path, file: RoutingMetadata | None, shape: RoutingShape) -> RoutingMetadata:

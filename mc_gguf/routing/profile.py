@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mc_gguf.artifacts import Calibration, Floats
-from mc_gguf.errors import ArtifactError
+from mc_gguf.common.errors import ArtifactError
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,12 +26,15 @@ def describe(metadata: RoutingMetadata) -> dict[str, Any]:
     layers = range(len(metadata.thresholds)) if profile is None else profile.layers
     rows = [
         {
-            "layer": layer, "active": layer in metadata.active,
-            "thresholds": metadata.thresholds[layer, 1:].tolist(), "dropped": None, "damage": None,
+            "layer": layer,
+            "active": layer in metadata.active,
+            "thresholds": metadata.thresholds[layer, 1:].tolist(),
+            "dropped": None,
+            "damage": None,
             "sensitivity": None,
         }
         for layer in layers
-    ]  # fmt: skip
+    ]
     drop = damage = None
     if profile is not None:
         quantiles = _quantiles(profile, metadata.thresholds)
@@ -40,13 +43,18 @@ def describe(metadata: RoutingMetadata) -> dict[str, Any]:
         drop, damage = float(dropped.mean()), float(cost.sum())
         for i, row in enumerate(rows):
             row |= {
-                "dropped": float(dropped[i]), "damage": float(cost[i]),
+                "dropped": float(dropped[i]),
+                "damage": float(cost[i]),
                 "sensitivity": float(profile.sensitivity[i]),
-            }  # fmt: skip
+            }
     return {
-        "active": list(metadata.active), "protect": metadata.protect, "predicted_drop": drop,
-        "predicted_damage": damage, "calibration_fingerprint": metadata.calibration or None, "layers": rows,
-    }  # fmt: skip
+        "active": list(metadata.active),
+        "protect": metadata.protect,
+        "predicted_drop": drop,
+        "predicted_damage": damage,
+        "calibration_fingerprint": metadata.calibration or None,
+        "layers": rows,
+    }
 
 
 def _quantiles(profile: RoutingProfile, thresholds: NDArray[np.float32]) -> Floats:

@@ -75,10 +75,13 @@ class RoutingStats:
         """Shares, and the counts as lists by layer."""
         counts = {name: getattr(self, name).tolist() for name in ("kept", "dropped", "protected")}
         return {
-            "slots": self.n_slots, "dropped_share": self.dropped_share, "protected_share":
-            self.protected_share, "expert_bytes_not_read": self.expert_bytes_not_read,
-            "dropped_share_by_layer": self.dropped_share_by_layer.tolist(), **counts,
-        }  # fmt: skip
+            "slots": self.n_slots,
+            "dropped_share": self.dropped_share,
+            "protected_share": self.protected_share,
+            "expert_bytes_not_read": self.expert_bytes_not_read,
+            "dropped_share_by_layer": self.dropped_share_by_layer.tolist(),
+            **counts,
+        }
 
     def __str__(self) -> str:
         if not self.n_slots:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import Floats
-from mc_gguf.errors import McError
+from mc_gguf.common.errors import McError
 from mc_gguf.routing.profile import RoutingProfile
 
 # for_target_drop chooses among quantiles i / STEPS.

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mc_gguf.errors import McError
+from mc_gguf.common.errors import McError
 
 if TYPE_CHECKING:
-    from mc_gguf.llama import Llama
+    from mc_gguf.run.llama import Llama
 
 HELP = (
     "/reset forgets the conversation, /stats shows what dynamic routing saved, /exit or Ctrl-D leaves, "
@@ -100,7 +100,7 @@ def chat(
     """Loads the model and answers `prompt` on stdout, or talks until the user leaves when there is none. At
     the end what dynamic routing (`routing`, see Routing.parse) saved goes to stderr.
     """
-    from mc_gguf.llama import Llama
+    from mc_gguf.run.llama import Llama
 
     with contextlib.closing(Llama(model, n_ctx=n_ctx, n_threads=n_threads, routing=routing)) as llm:
         conversation = Conversation(llm, sampling)

@@ -13,11 +13,6 @@ that fails.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import glob
-import logging
-import re
-import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,28 +20,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf import runtime
-from mc_gguf.artifacts import expert_tensor_name
-from mc_gguf.container import MixedGguf, read_routing
-from mc_gguf.cores import usable_cores
-from mc_gguf.errors import FormatError, McError, SourceError
-from mc_gguf.gguf_file import read_header
+from mc_gguf.common.errors import FormatError, McError, SourceError
+from mc_gguf.common.machine import usable_cores
+from mc_gguf.container import expert_bytes, read_routing
+from mc_gguf.ggml.gguf_file import MAGIC
 from mc_gguf.routing import Routing, RoutingMetadata, RoutingStats, resolve
-from mc_gguf.runtime import routing_api
+from mc_gguf.run import routing_api
+from mc_gguf.runtime.llama_library import listen, llama_cpp, reason
 
-runtime.use_in_llama_cpp()  # before llama_cpp is imported: that is when it picks its libraries
-
-import llama_cpp  # noqa: E402  after the line above
-from llama_cpp._logger import logger  # noqa: E402
-
-GGUF_MAGIC = b"GGUF"
-SHARD_NAME = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
-STACK_NAME = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|gate_up|down)_exps\.weight")
-LOG_WARN, LOG_ERROR, LOG_CONTINUED = 3, 4, 5  # enum ggml_log_level
-KEPT_LINES = 8
 CONTEXT_STEP = 256  # tokens
-
-_problems: list[str] = []  # the latest errors and warnings of llama.cpp, oldest first
 
 
 class Llama(llama_cpp.Llama):
@@ -66,12 +48,7 @@ class Llama(llama_cpp.Llama):
     _stack = contextlib.ExitStack()  # so that __del__ works on an object whose __init__ raised early
 
     def __init__(
-        self,
-        model_path: str | Path,
-        *,
-        routing: Routing | str = "off",
-        verbose: bool = False,
-        **options: Any,
+        self, model_path: str | Path, *, routing: Routing | str = "off", verbose: bool = False, **options: Any
     ) -> None:
         path = Path(model_path)
         check_file(path)
@@ -83,8 +60,7 @@ class Llama(llama_cpp.Llama):
         if wanted := options.get("n_ctx"):
             # llama.cpp rounds up by itself, but llama_cpp sizes its arrays by the number that it was given.
             options["n_ctx"] = -(-wanted // CONTEXT_STEP) * CONTEXT_STEP
-        _problems.clear()
-        llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
+        listen()
         try:
             super().__init__(str(path), verbose=verbose, **options)
         except ValueError as error:
@@ -92,7 +68,7 @@ class Llama(llama_cpp.Llama):
                 "Failed to "
             ):  # those are about the file, the others about an argument
                 raise
-            raise FormatError(f"{path}: {_reason() or error}") from error
+            raise FormatError(f"{path}: {reason() or error}") from error
         try:
             self._routing = Routing("off")
             self.routing = wanted_routing
@@ -137,7 +113,8 @@ class Llama(llama_cpp.Llama):
 
     @cached_property
     def _expert_bytes(self) -> NDArray[np.int64]:
-        return expert_bytes(Path(self.model_path), routing_api.routing_shape(self._open_context()))
+        shape = routing_api.routing_shape(self._open_context())
+        return expert_bytes(Path(self.model_path), shape.n_layer, shape.n_expert)
 
     @cached_property
     def _routing_metadata(self) -> RoutingMetadata | None:
@@ -153,25 +130,6 @@ class Llama(llama_cpp.Llama):
         return state | {"routing": self.routing}
 
 
-def expert_bytes(path: Path, shape: routing_api.RoutingShape) -> NDArray[np.int64]:
-    """Bytes of every expert's matrices [n_layer, n_expert], of all shards; zeros where unknown."""
-    found = np.zeros((shape.n_layer, shape.n_expert), dtype=np.int64)
-    name = SHARD_NAME.fullmatch(path.name)
-    pattern = f"{glob.escape(name[1])}-?????-of-{name[2]}.gguf" if name else glob.escape(path.name)
-    try:
-        for shard in path.parent.glob(pattern) if shape.n_expert else ():
-            for entry in read_header(shard).tensors.values():
-                if (match := STACK_NAME.fullmatch(entry.name)) and int(match[1]) < shape.n_layer:
-                    found[int(match[1])] += entry.n_bytes // shape.n_expert
-        mixed = MixedGguf.open(path)
-    except FormatError:  # llama.cpp reads more than we do, such as GGUF version 2
-        return np.zeros_like(found)
-    for (layer, projection), experts in mixed.slices.items():
-        if expert_tensor_name(layer, projection) not in mixed.header.tensors and layer < shape.n_layer:
-            found[layer] += [expert.n_bytes for expert in experts]
-    return found
-
-
 def check_file(path: Path) -> None:
     """SourceError when `path` is no readable file, FormatError when it does not begin like a GGUF."""
     if not path.exists():
@@ -184,28 +142,8 @@ def check_file(path: Path) -> None:
         )
     try:
         with path.open("rb") as file:
-            magic = file.read(len(GGUF_MAGIC))
+            magic = file.read(len(MAGIC))
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error
-    if magic != GGUF_MAGIC:
-        raise FormatError(f"{path} is not a GGUF: it begins with {magic!r}, not {GGUF_MAGIC!r}")
-
-
-def _reason() -> str:
-    """llama.cpp's own words on why it failed: the first of the last errors, without the function's name."""
-    errors = [line for line in _problems if line]
-    return errors[0].split(": ", 1)[-1] if errors else ""
-
-
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]  # llama_cpp has no type information
-def _log_callback(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
-    """Keeps errors for _reason, prints all when verbose.
-
-    Replaces llama_cpp's, whose level numbers are not the library's: it prints warnings and drops errors.
-    """
-    line = text.decode("utf-8", "replace")
-    if level == LOG_ERROR:
-        _problems.append(line.strip())
-        del _problems[:-KEPT_LINES]
-    if logger.level <= logging.DEBUG:
-        sys.stderr.write(line)
+    if magic != MAGIC:
+        raise FormatError(f"{path} is not a GGUF: it begins with {magic!r}, not {MAGIC!r}")

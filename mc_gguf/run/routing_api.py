@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.errors import McError
-
-POLICIES = ("off", "odp", "threshold", "keep_min", "top_p", "random")  # enum mc_routing_policy
-IMPORTANCES = ("attention", "l1", "mean", "variance", "kurtosis", "last")  # enum mc_routing_importance
+from mc_gguf.common.errors import McError
+from mc_gguf.routing.params import IMPORTANCES, POLICIES, RoutingParams, RoutingShape
+from mc_gguf.runtime.locate import library_path
 
 
 class _Params(ctypes.Structure):
@@ -34,33 +32,6 @@ class _Params(ctypes.Structure):
         ("thresholds", ctypes.POINTER(ctypes.c_float)),
         ("active", ctypes.POINTER(ctypes.c_int8)),
     )
-
-
-@dataclass(frozen=True)
-class RoutingShape:
-    """Sizes of a model's routing arrays: layers, most experts a token uses, experts in a layer; 0 without."""
-
-    n_layer: int
-    n_rank: int
-    n_expert: int
-
-
-@dataclass(frozen=True, eq=False)
-class RoutingParams:
-    """What mc_set_routing takes. `thresholds` float32 [n_layer, n_rank] (rank 0 is not looked at), `active`
-    bool [n_layer]; None: no thresholds, all layers.
-    """
-
-    policy: str
-    importance: str = "attention"
-    keep_min: int = 1
-    seed: int = 0
-    ratio: float = 0.0
-    top_p: float = 1.0
-    rate: float = 0.0
-    protect: float = 0.02
-    thresholds: NDArray[np.float32] | None = None
-    active: NDArray[np.bool_] | None = None
 
 
 def routing_shape(context: Any) -> RoutingShape:
@@ -122,8 +93,6 @@ def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> 
 
 @cache
 def _library() -> ctypes.CDLL:
-    from mc_gguf.runtime.locate import library_path
-
     library = ctypes.CDLL(str(library_path("llama")))
     for name in ("n_layer", "n_rank", "n_expert"):
         function = getattr(library, f"mc_routing_{name}")

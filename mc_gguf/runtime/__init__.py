@@ -2,7 +2,9 @@
 
     mc-gguf runtime build [--backend cpu|cuda|vulkan|metal] [--unpatched]
 
-- source.py   the pinned source distribution: fetched through pip, checked, unpacked, patched
+- upstream.py the pin, our patch set, the user's cache
+- packages.py gguf-py and the HF converter of the pinned source
+- fetch.py    the pinned source distribution: fetched through pip, checked, unpacked, patched
 - builder.py  configured, compiled and installed; programs compiled against it
 - locate.py   which runtime is installed where; loading with the check of the patch digest
 """

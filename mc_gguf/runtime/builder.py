@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mc_gguf import upstream
-from mc_gguf.cores import usable_cores
-from mc_gguf.errors import RuntimeBuildError
-from mc_gguf.progress import Progress, progress
-from mc_gguf.runtime import source as sources
+from mc_gguf.common.errors import RuntimeBuildError
+from mc_gguf.common.machine import usable_cores
+from mc_gguf.common.progress import Progress, progress
+from mc_gguf.runtime import fetch as sources
+from mc_gguf.runtime import upstream
 from mc_gguf.runtime.locate import (
     BACKEND_FLAGS,
     BACKENDS,

@@ -16,9 +16,9 @@ import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
-from mc_gguf import upstream
-from mc_gguf.artifacts import sha256_of
-from mc_gguf.errors import RuntimeBuildError
+from mc_gguf.common.errors import RuntimeBuildError
+from mc_gguf.common.files import sha256_of
+from mc_gguf.runtime import upstream
 from mc_gguf.runtime.shell import Log, git_env
 
 GIT_DIRECTORY = ".git/modules/vendor/llama.cpp"

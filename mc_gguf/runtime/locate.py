@@ -24,8 +24,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mc_gguf import __version__, upstream
-from mc_gguf.errors import RuntimeBuildError
+from mc_gguf import __version__
+from mc_gguf.common.errors import RuntimeBuildError
+from mc_gguf.runtime import upstream
 
 BACKENDS: tuple[str, ...] = ("cpu", "cuda", "vulkan", "metal")
 PREFERENCE: tuple[str, ...] = ("metal", "cuda", "vulkan", "cpu")  # the first one that is built is used

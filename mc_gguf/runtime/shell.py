@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mc_gguf.errors import RuntimeBuildError
+from mc_gguf.common.errors import RuntimeBuildError
 
 TAIL_LINES = 20
 

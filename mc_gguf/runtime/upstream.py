@@ -11,16 +11,12 @@ from.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import ModuleType
 
-from mc_gguf.errors import RuntimeBuildError
+from mc_gguf.common.errors import RuntimeBuildError
 
 BUILD_HINT = "run: mc-gguf runtime build"
 
@@ -43,7 +39,7 @@ class Upstream:
 
 def patches_dir() -> Path:
     """The directory with UPSTREAM, series and the patches; in the repository a link to its patches/."""
-    path = Path(__file__).resolve().parent / "_patches"
+    path = Path(__file__).resolve().parent.parent / "_patches"
     if not (path / "UPSTREAM").is_file():
         raise RuntimeBuildError(f"the patch set is missing from {path}: reinstall mc-gguf")
     return path
@@ -85,69 +81,9 @@ def patchset_digest() -> str:
 
 
 def cache_dir() -> Path:
-    """The per-user cache: $MC_GGUF_CACHE, else mc_gguf in the platform's cache directory. Not created here.
-    """
+    """The user's cache: $MC_GGUF_CACHE, else mc_gguf in the platform's cache directory. It is not created."""
     if override := os.environ.get("MC_GGUF_CACHE"):
         return Path(override).expanduser().resolve()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "mc_gguf"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mc_gguf"
-
-
-def source_dir() -> Path:
-    """The llama.cpp source tree that an installed runtime was built from (has gguf-py/ and conversion/).
-
-    Our patches touch neither, so the tree of the unpatched build serves too. Raises RuntimeBuildError
-    without one.
-    """
-    from mc_gguf.runtime import find  # runtime imports this module
-
-    if override := os.environ.get("MC_GGUF_SOURCE"):
-        tree = Path(override)
-        if not (tree / "gguf-py").is_dir():
-            raise RuntimeBuildError(
-                f"MC_GGUF_SOURCE is {tree}, which is no llama.cpp tree: it has no gguf-py"
-            )
-        return tree
-    for patched in (True, False):
-        found = find(patched=patched)
-        if found and (found.source_dir / "gguf-py").is_dir():
-            return found.source_dir
-    raise RuntimeBuildError(f"the llama.cpp runtime is not built for this version of mc-gguf; {BUILD_HINT}")
-
-
-def load_gguf() -> ModuleType:
-    """gguf-py of the pinned source, imported. PyPI's gguf of the same version number lacks what conversion/
-    needs.
-    """
-    return _import_from("gguf", source_dir() / "gguf-py")
-
-
-def load_conversion() -> ModuleType:
-    """llama.cpp's HF converter package `conversion`, imported (it imports torch and transformers)."""
-    load_gguf()
-    return _import_from("conversion", source_dir())
-
-
-def _import_from(name: str, folder: Path) -> ModuleType:
-    """Imports package `name` from `folder`; RuntimeBuildError when another one is already imported."""
-    with _first_on_path(folder):
-        module = importlib.import_module(name)
-    origin = Path(module.__file__ or "").resolve().parent.parent
-    if origin != folder.resolve():
-        raise RuntimeBuildError(
-            f"{name} is already imported from {origin}, but mc-gguf needs the one in {folder}: "
-            f"import mc_gguf's modules before {name}"
-        )
-    return module
-
-
-@contextmanager
-def _first_on_path(folder: Path) -> Iterator[None]:
-    """Only during the import: the tree's other folders (tests, src, common) must not shadow anything later.
-    """
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import PROJECTIONS, ModelInfo, TensorSpec, expert_tensor_name
-from mc_gguf.errors import SourceError
-from mc_gguf.gguf_file import Value
+from mc_gguf.common.errors import SourceError
+from mc_gguf.ggml.gguf_file import Value
+from mc_gguf.ggml.gguf_writer import add_values
 
 SAMPLE_BYTES = 4096
 SAMPLES_PER_TENSOR = 3
@@ -65,26 +66,9 @@ def copied(kv: Mapping[str, Value]) -> dict[str, Value]:
     }
 
 
-def add_values(writer: Any, kv: Mapping[str, Value]) -> None:
-    """Put parsed metadata values into a gguf.GGUFWriter with the types they had."""
-    from mc_gguf.upstream import load_gguf
-
-    value_type = load_gguf().GGUFValueType
-    for key, value in kv.items():
-        item = None if value.item_type is None else value_type(value.item_type)
-        writer.add_key_value(key, _encoded(value.value), value_type(value.type), item)
-
-
-def _encoded(value: Any) -> Any:
-    """Text as the bytes it was read from: GGUF strings need not be UTF-8."""
-    if isinstance(value, list):
-        return [_encoded(item) for item in value]
-    return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
-
-
 def kv_size(kv: Mapping[str, Value], architecture: str) -> int:
     """Bytes that `kv` takes in an output's header, general.architecture included (which the writer adds)."""
-    from mc_gguf.upstream import load_gguf
+    from mc_gguf.runtime.packages import load_gguf
 
     writer = load_gguf().GGUFWriter(None, architecture)
     add_values(writer, kv)
@@ -143,10 +127,17 @@ def make_info(
                 )
     kept = copied(kv)
     return ModelInfo(
-        architecture=architecture, n_layer=n_layer, n_expert=n_expert, n_expert_used=n_used, n_embd=n_embd,
-        n_ff=n_ff, fingerprint=fingerprint(kept, architecture, tensors, samples), kv_bytes=kv_size(kept,
-        architecture), n_kv=len(kept) + 1, tensors=tuple(tensors),
-    )  # fmt: skip
+        architecture=architecture,
+        n_layer=n_layer,
+        n_expert=n_expert,
+        n_expert_used=n_used,
+        n_embd=n_embd,
+        n_ff=n_ff,
+        fingerprint=fingerprint(kept, architecture, tensors, samples),
+        kv_bytes=kv_size(kept, architecture),
+        n_kv=len(kept) + 1,
+        tensors=tuple(tensors),
+    )
 
 
 def fingerprint(

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf.artifacts import ATTENTION, PROJECTIONS
-from mc_gguf.errors import SourceError
+from mc_gguf.common.errors import SourceError
 
 if TYPE_CHECKING:
-    from mc_gguf.checkpoint import Checkpoint
+    from mc_gguf.source import Checkpoint
 
 # Tokens that go through attention or an expert at once: large enough for full matmul speed, small enough that
 # the activations of an expert (n_ff 14336: 3 x 117 MB) stay below its weights.
@@ -92,13 +92,18 @@ class Shape:
                 f"rope.dimension_count differs from the head size {head_dim}: not supported by calibration"
             )
         return cls(
-            architecture=ARCHITECTURES[info.architecture], n_head=n_head, n_head_kv=n_head_kv,
-            head_dim=head_dim, rope_base=float(hparams.get("rope.freq_base", 10000.0)),
-            rope_scale=_rope_scale(hparams), eps=float(_need(hparams, "attention.layer_norm_rms_epsilon")),
+            architecture=ARCHITECTURES[info.architecture],
+            n_head=n_head,
+            n_head_kv=n_head_kv,
+            head_dim=head_dim,
+            rope_base=float(hparams.get("rope.freq_base", 10000.0)),
+            rope_scale=_rope_scale(hparams),
+            eps=float(_need(hparams, "attention.layer_norm_rms_epsilon")),
             attn_scale=_attn_scale(info.architecture, hparams) or head_dim**-0.5,
-            n_expert=info.n_expert, n_used=info.n_expert_used,
+            n_expert=info.n_expert,
+            n_used=info.n_expert_used,
             weight_scale=float(hparams.get("expert_weights_scale", 0.0)) or 1.0,
-        )  # fmt: skip
+        )
 
 
 def _need(hparams: Mapping[str, Any], key: str) -> Any:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import TensorSpec, expert_tensor_name
-from mc_gguf.checkpoint.base import add_values, bos_of, copied, hparams_of, make_info, sample_offsets
-from mc_gguf.errors import FormatError, SourceError
-from mc_gguf.gguf_file import GgufHeader, TensorEntry, read_header
+from mc_gguf.common.errors import FormatError, SourceError
+from mc_gguf.ggml.gguf_file import GgufHeader, TensorEntry, read_header
+from mc_gguf.ggml.gguf_writer import add_values
+from mc_gguf.ggml.shards import shard_paths
+from mc_gguf.source.base import bos_of, copied, hparams_of, make_info, sample_offsets
 
-_SHARD_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+if TYPE_CHECKING:
+    from mc_gguf.runtime.vocabulary import Vocabulary
+
 _FLOATS = ("F32", "F16", "BF16")
 
 
 class GgufCheckpoint:
-    """See mc_gguf.checkpoint.Checkpoint."""
+    """See mc_gguf.source.Checkpoint."""
 
     def __init__(self, path: Path) -> None:
         headers = _open_shards(path)
@@ -67,15 +70,14 @@ class GgufCheckpoint:
         return data
 
     def tokenize(self, text: str) -> list[int]:
-        tokens: list[int] = self._vocabulary.tokenize(text.encode("utf-8"), add_bos=False, special=False)
-        return tokens
+        return self._vocabulary.tokenize(text)
 
     @cached_property
-    def _vocabulary(self) -> Any:
+    def _vocabulary(self) -> Vocabulary:
         """llama.cpp's tokenizer; the first shard has all of the metadata."""
-        from mc_gguf.llama import Llama
+        from mc_gguf.runtime.vocabulary import Vocabulary
 
-        return Llama(str(self._path), vocab_only=True, verbose=False)
+        return Vocabulary(self._path)
 
     def _entry(self, name: str) -> tuple[Path, TensorEntry]:
         if name not in self._entries:
@@ -109,12 +111,11 @@ def _open_shards(path: Path) -> list[GgufHeader]:
         count = int(header.get("split.count", 1))
         if count <= 1:
             return [header]
-        match = _SHARD_NAME.fullmatch(path.name)
-        if match is None or int(match["count"]) != count:
+        paths = shard_paths(path)
+        if len(paths) != count:
             raise SourceError(
                 f"{path} is one of {count} shards, but is not named like ...-00001-of-{count:05d}.gguf"
             )
-        paths = [path.with_name(f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
         if missing := [p.name for p in paths if not p.is_file()]:
             raise SourceError(
                 f"{path.parent} lacks {len(missing)} of {count} shards: {', '.join(missing[:5])}"

@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import PROJECTIONS, TensorSpec, expert_tensor_name
-from mc_gguf.checkpoint.base import add_values, bos_of, copied, hparams_of, make_info, sample_offsets
-from mc_gguf.errors import SourceError
-from mc_gguf.gguf_file import FLOAT32, Value
-from mc_gguf.upstream import load_conversion, load_gguf
+from mc_gguf.common.errors import SourceError
+from mc_gguf.ggml.gguf_file import FLOAT32, Value
+from mc_gguf.ggml.gguf_writer import add_values
+from mc_gguf.runtime.packages import load_conversion, load_gguf
+from mc_gguf.source.base import bos_of, copied, hparams_of, make_info, sample_offsets
 
 # What upstream's converter raises on checkpoints it cannot take.
 _CONVERTER_ERRORS = (
@@ -39,7 +40,7 @@ _CONVERTER_ERRORS = (
 
 
 class HfCheckpoint:
-    """See mc_gguf.checkpoint.Checkpoint."""
+    """See mc_gguf.source.Checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

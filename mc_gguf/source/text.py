@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.errors import SourceError
+from mc_gguf.common.errors import SourceError
 
 DEFAULT_TOKENS = 65_536
 DEFAULT_CTX = 512
@@ -66,9 +66,14 @@ class Corpus:
         """What a calibration records of its text."""
         n_rows, ctx = self.rows.shape
         return {
-            "sources": list(self.sources), "sha256": self.sha256, "available_tokens": self.available,
-            "tokens": self.n_tokens, "rows": n_rows, "ctx": ctx, "seed": self.seed,
-        }  # fmt: skip
+            "sources": list(self.sources),
+            "sha256": self.sha256,
+            "available_tokens": self.available,
+            "tokens": self.n_tokens,
+            "rows": n_rows,
+            "ctx": ctx,
+            "seed": self.seed,
+        }
 
 
 def load_corpus(
@@ -103,7 +108,7 @@ def load_corpus(
 def _read(files: Sequence[Path]) -> tuple[tuple[str, ...], list[bytes]]:
     """Names (without directories: two machines give the same calibration) and bytes of the texts."""
     if not files:
-        return (BUNDLED,), [resources.files("mc_gguf").joinpath("data", BUNDLED).read_bytes()]
+        return (BUNDLED,), [resources.files("mc_gguf.source").joinpath("data", BUNDLED).read_bytes()]
     try:
         return tuple(f.name for f in files), [f.read_bytes() for f in files]
     except OSError as error:

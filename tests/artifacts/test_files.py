@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save
-from synthetic_calibration import calibration, model_info
 
 from mc_gguf.artifacts import (
     PROJECTIONS,
@@ -21,23 +20,34 @@ from mc_gguf.artifacts import (
     ModelInfo,
     Plan,
     TensorSpec,
-    atomic_write,
     expert_tensor_name,
-    sha256_of,
 )
-from mc_gguf.errors import ArtifactError
+from mc_gguf.common.errors import ArtifactError
+from mc_gguf.common.files import atomic_write, sha256_of
+from tests.support import ROOT
+from tests.support.synthetic_calibration import calibration, model_info
 
-PUBLISHED = Path(__file__).parent / "data" / "mixtral-8x7b" / "calibration.json"
+PUBLISHED = ROOT / "tests" / "data" / "mixtral-8x7b" / "calibration.json"
 
 
 def small_plan(**changes: Any) -> Plan:
     row = ("IQ1_S", "Q4_K")
     plan = Plan(
-        strategy="pmq", budget={"bpw": 2.5}, layers=(1, 3),
-        experts=dict.fromkeys(PROJECTIONS, (row, row[::-1])), fixed=FixedTypes(), types=("IQ1_S", "Q4_K"),
-        model_fingerprint="m" * 64, calibration_fingerprint="c" * 64, expert_bpw=2.5, expert_bytes=1000,
-        file_bytes=2000, predicted_error=0.125, optimality_gap=0.0, tool="t",
-    )  # fmt: skip
+        strategy="pmq",
+        budget={"bpw": 2.5},
+        layers=(1, 3),
+        experts=dict.fromkeys(PROJECTIONS, (row, row[::-1])),
+        fixed=FixedTypes(),
+        types=("IQ1_S", "Q4_K"),
+        model_fingerprint="m" * 64,
+        calibration_fingerprint="c" * 64,
+        expert_bpw=2.5,
+        expert_bytes=1000,
+        file_bytes=2000,
+        predicted_error=0.125,
+        optimality_gap=0.0,
+        tool="t",
+    )
     return replace(plan, **changes)
 
 

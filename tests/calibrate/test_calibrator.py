@@ -18,30 +18,43 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from small_models import MemoryCheckpoint, random_mixtral
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration
-from mc_gguf.calibrate import (
-    Options,
-    calibrate,
-    calibrate_to_file,
-    measured_types,
-)
-from mc_gguf.corpus import Corpus
-from mc_gguf.errors import McError, SourceError
-from mc_gguf.ggml_types import CANDIDATES, FALLBACKS
-from mc_gguf.losses import NOMINAL, nominal_errors
-from mc_gguf.quantize import dequantize_rows, quantize_rows
+from mc_gguf.calibrate.calibrator import Options, calibrate, calibrate_to_file, measured_types
+from mc_gguf.calibrate.losses import NOMINAL, nominal_errors
+from mc_gguf.common.errors import McError, SourceError
+from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
+from mc_gguf.ggml.types import CANDIDATES, FALLBACKS
+from mc_gguf.source.text import Corpus
+from tests.support import ROOT
+from tests.support.small_models import MemoryCheckpoint, random_mixtral
 
 pytestmark = pytest.mark.native
 
 TYPES = ("IQ4_NL", "Q5_0", "Q8_0")
 ARRAYS = (
-    "frequency", "routing_weight", "sq_error", "output_sq", "imatrix_in", "imatrix_mid", "ratio_quantiles",
-    "routing_sensitivity", "routing_curve", "nominal_error", "relative_error", "weight_error",
-    "hessian_trace", "kld_per_error", "block_score", "hidden_max", "hidden_median", "down_max",
-    "attention_error", "attention_in", "attention_mid",
-)  # fmt: skip
+    "frequency",
+    "routing_weight",
+    "sq_error",
+    "output_sq",
+    "imatrix_in",
+    "imatrix_mid",
+    "ratio_quantiles",
+    "routing_sensitivity",
+    "routing_curve",
+    "nominal_error",
+    "relative_error",
+    "weight_error",
+    "hessian_trace",
+    "kld_per_error",
+    "block_score",
+    "hidden_max",
+    "hidden_median",
+    "down_max",
+    "attention_error",
+    "attention_in",
+    "attention_mid",
+)
 
 
 def corpus(n_rows: int = 6, ctx: int = 32, n_vocab: int = 96) -> Corpus:
@@ -116,9 +129,10 @@ def test_errors_are_those_of_the_whole_block(layer: int, expert: int, projection
     block, x = copy.deepcopy(model.model.layers[layer].mlp), block_inputs()[layer][None]
     p = PROJECTIONS.index(projection)
     weights = {
-        "gate": block.experts.gate_up_proj.data[expert, :96], "up": block.experts.gate_up_proj.data[expert,
-        96:], "down": block.experts.down_proj.data[expert],
-    }[projection]  # fmt: skip
+        "gate": block.experts.gate_up_proj.data[expert, :96],
+        "up": block.experts.gate_up_proj.data[expert, 96:],
+        "down": block.experts.down_proj.data[expert],
+    }[projection]
     imatrix = (calibration.imatrix_mid if projection == "down" else calibration.imatrix_in)[layer, expert]
     with torch.inference_mode():
         before = _tensor(block(x))
@@ -274,7 +288,7 @@ def test_a_kill_between_two_layers_loses_at_most_one(
 
 
 KILLED = """
-from test_calibrate import *
+from tests.calibrate.test_calibrator import *
 
 class Killed(MemoryCheckpoint):
     def expert(self, layer, projection, expert):
@@ -290,11 +304,14 @@ quiet=True)
 def test_killed_run_continues_bit_for_bit(tmp_path: Path) -> None:
     model, expected = case()
     output = tmp_path / "calib.safetensors"
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, output], env=os.environ | {"PYTHONPATH": paths}, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", KILLED, output],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not output.exists()
     left = [f"working/{name}.npy" for name in ("0", "1", "2", "added-0", "added-1", "added-2")]

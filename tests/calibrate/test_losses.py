@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from small_models import MemoryCheckpoint, tiny_mixtral
 
-from mc_gguf.forward import Decoder, Expert
-from mc_gguf.losses import MAX_ROWS, Sample, draw, expert_errors, fits, quantization_error
-from mc_gguf.quantize import dequantize_rows, quantize_rows
+from mc_gguf.calibrate.losses import MAX_ROWS, Sample, draw, expert_errors, fits, quantization_error
+from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
+from mc_gguf.source.decoder import Decoder, Expert
+from tests.support.small_models import MemoryCheckpoint, tiny_mixtral
 
 pytestmark = pytest.mark.native
 
@@ -131,7 +131,7 @@ def test_sampled_rows_are_unbiased_and_rank_experts_alike() -> None:
 
 def test_scaling_up_the_sampled_rows_alone_would_be_biased() -> None:
     """Why squared_error has a common part: a projection that only shrinks moves all hidden units together."""
-    from mc_gguf.losses import _Tokens, _Up
+    from mc_gguf.calibrate.losses import _Tokens, _Up
 
     expert, sample, _, _ = trained_layer()[0]
     one = torch.ones(len(sample.x), 1)

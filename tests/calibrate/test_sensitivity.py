@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moe_directories import CONFIGS, random_moe, save_moe
 from numpy.typing import NDArray
-from small_models import TINY, MemoryCheckpoint, random_mixtral, tiny_mixtral
 from torch.profiler import ProfilerActivity, profile
 
 from mc_gguf.artifacts import Calibration
-from mc_gguf.calibrate import Options, calibrate
-from mc_gguf.calibrate_state import N_QUANTILES
-from mc_gguf.checkpoint import open_checkpoint
-from mc_gguf.corpus import Corpus, load_corpus
+from mc_gguf.calibrate.calibrator import Options, calibrate
+from mc_gguf.calibrate.sensitivity import SENSITIVITY_TOKENS, branch_rows
+from mc_gguf.calibrate.state import N_QUANTILES
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.sensitivity import SENSITIVITY_TOKENS, branch_rows
+from mc_gguf.source import open_checkpoint
+from mc_gguf.source.text import Corpus, load_corpus
+from tests.support.moe_directories import CONFIGS, random_moe, save_moe
+from tests.support.small_models import TINY, MemoryCheckpoint, random_mixtral, tiny_mixtral
 
 pytestmark = pytest.mark.native
 MIDDLE = N_QUANTILES // 2

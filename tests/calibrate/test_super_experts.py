@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-from synthetic_calibration import calibration
 
 from mc_gguf.artifacts import Calibration
-from mc_gguf.super_experts import super_experts
+from mc_gguf.calibrate.super_experts import super_experts
+from tests.support import ROOT
+from tests.support.synthetic_calibration import calibration
 
-PUBLISHED = Path(__file__).parent / "data" / "mixtral-8x7b" / "calibration.json"
+PUBLISHED = ROOT / "tests" / "data" / "mixtral-8x7b" / "calibration.json"
 
 
 def test_mixtral_has_the_one_that_is_known() -> None:

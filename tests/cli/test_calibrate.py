@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from mc_gguf import corpus, losses
 from mc_gguf.artifacts import Calibration
+from mc_gguf.calibrate import losses
 from mc_gguf.cli import main
+from mc_gguf.source import text as corpus
 
 pytestmark = pytest.mark.native
 
@@ -21,9 +22,23 @@ def run(*arguments: object) -> Result:
 def test_calibrates_the_bundled_model(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "calib.safetensors"
     result = run(
-        tiny_model, "-o", output, "--tokens", 600, "--ctx", 64, "--types", "q3_k,Q4_K", "--rows", 32,
-        "--threads", 2, "--seed", 3, "--quiet",
-    )  # fmt: skip
+        tiny_model,
+        "-o",
+        output,
+        "--tokens",
+        600,
+        "--ctx",
+        64,
+        "--types",
+        "q3_k,Q4_K",
+        "--rows",
+        32,
+        "--threads",
+        2,
+        "--seed",
+        3,
+        "--quiet",
+    )
     assert result.exit_code == 0, result.output
     assert f"{output}: 6 layers, 8 experts, 2 types, 576 tokens" in result.stdout
     assert "calibrate:" not in result.stderr
@@ -39,9 +54,20 @@ def test_own_text_and_progress(tiny_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "own.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
     result = run(
-        tiny_model, "-o", tmp_path / "c", "--text", text, "--text", text, "--tokens", 128, "--ctx", 64,
-        "--types", "Q8_0",
-    )  # fmt: skip
+        tiny_model,
+        "-o",
+        tmp_path / "c",
+        "--text",
+        text,
+        "--text",
+        text,
+        "--tokens",
+        128,
+        "--ctx",
+        64,
+        "--types",
+        "Q8_0",
+    )
     assert result.exit_code == 0, result.output
     assert "calibrate: 100 %" in result.stderr
     assert Calibration.load(tmp_path / "c").corpus["sources"] == ["own.txt", "own.txt"]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import NoReturn
 
 import click
@@ -19,7 +17,8 @@ from click.testing import CliRunner, Result
 
 import mc_gguf
 from mc_gguf import cli
-from mc_gguf.errors import McError
+from mc_gguf.common.errors import McError
+from tools import make_cli_docs
 
 HEAVY = ("torch", "llama_cpp", "gguf", "numpy", "scipy", "transformers", "safetensors")
 
@@ -63,17 +62,7 @@ def test_every_command_and_option_has_help(name: str) -> None:
 
 
 def test_docs_cli_is_what_the_commands_say(repo_root: Path) -> None:
-    docs = _tool(repo_root / "tools" / "make_cli_docs.py")
-    assert (repo_root / "docs" / "cli.md").read_text() == docs.text(), "run: python tools/make_cli_docs.py"
-
-
-def _tool(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    assert (repo_root / "docs" / "cli.md").read_text() == make_cli_docs.text(), "run: make docs"
 
 
 def test_version() -> None:

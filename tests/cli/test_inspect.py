@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from gguf_models import ONES, TWOS, RandomCheckpoint, take_apart, uniform, write_parts, write_random
 
 from mc_gguf.cli import main
+from tests.support.gguf_models import (
+    ONES,
+    TWOS,
+    RandomCheckpoint,
+    take_apart,
+    uniform,
+    write_parts,
+    write_random,
+)
 
 TYPES = {
     "gate": [["Q8_0", "Q4_0", "Q8_0"], ["Q4_0"] * 3],

@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from synthetic_calibration import calibration
 
-from mc_gguf.allocate import STRATEGIES, Budget, fixed_types
-from mc_gguf.allocate import plan as make_plan
 from mc_gguf.artifacts import Calibration, FixedTypes, Plan
 from mc_gguf.cli.options import _collect
 from mc_gguf.cli.plan import command
+from mc_gguf.common.errors import ArtifactError, BudgetError, McError
 from mc_gguf.container import file_bytes
-from mc_gguf.errors import ArtifactError, BudgetError, McError
+from mc_gguf.plan import STRATEGIES, Budget, fixed_types
+from mc_gguf.plan import plan as make_plan
 from mc_gguf.routing.metadata import of_calibration
+from tests.support import ROOT
+from tests.support.synthetic_calibration import calibration
 
-PUBLISHED = Path(__file__).parent / "data" / "mixtral-8x7b" / "calibration.json"
+PUBLISHED = ROOT / "tests" / "data" / "mixtral-8x7b" / "calibration.json"
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +87,26 @@ def test_the_summary_as_json(source: Path) -> None:
 def test_every_option_arrives(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "plan.json"
     run(
-        source, "-o", output, "--bpw", 2.5, "--strategy", "random", "--types", "iq1_s, Q4_K,", "--seed", 7,
-        "--attn-type", "q8_0", "--attn-kv-type", "F16", "--embd-type", "Q4_K", "--output-type", "Q5_K",
-    )  # fmt: skip
+        source,
+        "-o",
+        output,
+        "--bpw",
+        2.5,
+        "--strategy",
+        "random",
+        "--types",
+        "iq1_s, Q4_K,",
+        "--seed",
+        7,
+        "--attn-type",
+        "q8_0",
+        "--attn-kv-type",
+        "F16",
+        "--embd-type",
+        "Q4_K",
+        "--output-type",
+        "Q5_K",
+    )
     plan = Plan.load(output)
     assert (plan.strategy, plan.types, plan.seed) == ("random", ("IQ1_S", "Q4_K"), 7)
     assert plan.fixed == FixedTypes(attn="Q8_0", attn_kv="F16", token_embd="Q4_K", output="Q5_K")
@@ -127,7 +145,7 @@ def test_bad_requests_write_nothing(
 
 
 def test_attention_in_the_budget(tmp_path: Path) -> None:
-    from synthetic_calibration import with_attention
+    from tests.support.synthetic_calibration import with_attention
 
     path, output = tmp_path / "calib", tmp_path / "plan.json"
     with_attention(calibration(), ("IQ4_XS", "Q6_K", "Q8_0")).save(path)

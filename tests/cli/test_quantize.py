@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from gguf_models import make_calibration, make_plan, uniform
 
-from mc_gguf.checkpoint import Checkpoint, open_checkpoint
 from mc_gguf.cli import main
 from mc_gguf.container import validate
+from mc_gguf.source import Checkpoint, open_checkpoint
+from tests.support.gguf_models import make_calibration, make_plan, uniform
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from mc_gguf.allocate import Budget
-from mc_gguf.allocate import plan as make_plan
 from mc_gguf.artifacts import Plan
-from mc_gguf.calibrate import Options, calibrate
-from mc_gguf.checkpoint import open_checkpoint
+from mc_gguf.calibrate.calibrator import Options, calibrate
 from mc_gguf.cli import main
-from mc_gguf.corpus import load_corpus
+from mc_gguf.plan import Budget
+from mc_gguf.plan import plan as make_plan
 from mc_gguf.refine.search import Search
+from mc_gguf.source import open_checkpoint
+from mc_gguf.source.text import load_corpus
 
 pytestmark = pytest.mark.native
 TYPES = ("Q2_K", "Q3_K", "Q4_K")  # quick to quantize
@@ -38,8 +38,18 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(source: Path, folder: Path, output: Path, *more: object) -> Result:
     arguments = (
-        source, folder / "plan.json", "-o", output, "--tokens", 1024, "--ctx", 128, "--threads", 1, *more
-    )  # fmt: skip
+        source,
+        folder / "plan.json",
+        "-o",
+        output,
+        "--tokens",
+        1024,
+        "--ctx",
+        128,
+        "--threads",
+        1,
+        *more,
+    )
     return CliRunner().invoke(main, ["refine", *map(str, arguments)])
 
 
@@ -93,9 +103,10 @@ def test_what_does_not_belong_together_is_refused(tiny_model: Path, folder: Path
     assert result.exit_code == 1
     assert "was not made from a calibration of this source" in result.stderr
     for option, value, message in (
-        ("--time", "soon", "is not a duration"), ("--memory", "much", "is not a size"),
+        ("--time", "soon", "is not a duration"),
+        ("--memory", "much", "is not a size"),
         ("--tokens", "256", "too few to compare"),
-    ):  # fmt: skip
+    ):
         result = run(tiny_model, folder, tmp_path / "r.json", option, value)
         assert result.exit_code == 1
         assert message in result.stderr

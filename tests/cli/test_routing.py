@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from gguf_models import (
+
+from mc_gguf import Llama
+from mc_gguf.artifacts import PROJECTIONS
+from mc_gguf.cli import main
+from mc_gguf.container import read_routing
+from mc_gguf.quantize.writer import quantize
+from mc_gguf.routing.metadata import choose, of_calibration
+from mc_gguf.source import open_checkpoint
+from tests.support.gguf_models import (
     RandomCheckpoint,
     make_calibration,
     make_plan,
@@ -19,14 +27,6 @@ from gguf_models import (
     write_parts,
     write_random,
 )
-
-from mc_gguf import Llama
-from mc_gguf.artifacts import PROJECTIONS
-from mc_gguf.checkpoint import open_checkpoint
-from mc_gguf.cli import main
-from mc_gguf.container import read_routing
-from mc_gguf.quantize import quantize
-from mc_gguf.routing.metadata import choose, of_calibration
 
 TYPES = {p: [["Q8_0", "Q4_0", "Q8_0"], *[["Q4_0"] * 3] * 3] for p in PROJECTIONS}
 

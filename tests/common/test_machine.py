@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from mc_gguf.cores import usable_cores
+from mc_gguf.common.machine import usable_cores
 
 
 def test_no_more_than_the_process_may_use() -> None:

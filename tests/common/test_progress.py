@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from mc_gguf.progress import Progress, clock, progress
+from mc_gguf.common.progress import Progress, clock, progress
 
 
 class Terminal(io.StringIO):
@@ -36,7 +36,7 @@ def test_the_last_state_is_shown_once() -> None:
 
 def test_on_a_terminal_one_line_is_redrawn_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("mc_gguf.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mc_gguf.common.progress.time.monotonic", lambda: now[0])
     stream = Terminal()
     bar = Progress("build", 4, "steps", stream, quiet=False)
     bar.advance(note="a.c")

@@ -1,7 +1,7 @@
 import pytest
 
-from mc_gguf.errors import BudgetError, McError
-from mc_gguf.units import format_size, parse_duration, parse_layers, parse_share, parse_size
+from mc_gguf.common.errors import BudgetError, McError
+from mc_gguf.common.units import format_size, parse_duration, parse_layers, parse_share, parse_size
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mc_gguf.errors import McError
-from mc_gguf.quantize.bank import Bank, bank_key
+from mc_gguf.common.errors import McError
+from mc_gguf.compensate.bank import Bank, bank_key
 
 PLACE = (3, "down", 5, "IQ2_S")
 KEY = bank_key("model", "calibration", "ggml")
@@ -62,8 +62,11 @@ def test_every_part_of_the_place_counts(tmp_path: Path, other: tuple[int, str, i
 
 def test_every_part_of_the_key_counts(tmp_path: Path) -> None:
     Bank(tmp_path, KEY).put(*PLACE, blocks())
-    for key in (bank_key("x", "calibration", "ggml"), bank_key("model", "x", "ggml"),
-                bank_key("model", "calibration", "x")):  # fmt: skip
+    for key in (
+        bank_key("x", "calibration", "ggml"),
+        bank_key("model", "x", "ggml"),
+        bank_key("model", "calibration", "x"),
+    ):
         assert Bank(tmp_path, key).get(*PLACE) is None
 
 

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from moe_directories import random_moe, save_moe
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
-from mc_gguf.checkpoint import Checkpoint, open_checkpoint
 from mc_gguf.cli import main
-from mc_gguf.corpus import Corpus, load_corpus
-from mc_gguf.errors import ArtifactError
-from mc_gguf.forward import Decoder
-from mc_gguf.progress import Progress
-from mc_gguf.quantize import dequantize_rows, quantize_rows
-from mc_gguf.quantize.bank import Bank
-from mc_gguf.quantize.compensation import Wanted, calibration_text, compensate, open_bank
-from mc_gguf.quantize.hessian import Collector, Tokens, held_out_tokens, run_expert
+from mc_gguf.common.errors import ArtifactError
+from mc_gguf.common.progress import Progress
+from mc_gguf.compensate.bank import Bank
+from mc_gguf.compensate.experts import Wanted, calibration_text, compensate, open_bank
+from mc_gguf.compensate.hessian import Collector, Tokens, held_out_tokens, run_expert
+from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
+from mc_gguf.source import Checkpoint, open_checkpoint
+from mc_gguf.source.decoder import Decoder
+from mc_gguf.source.text import Corpus, load_corpus
+from tests.support.moe_directories import random_moe, save_moe
 
 pytestmark = pytest.mark.native
 TOKENS, CTX = 4096, 256

@@ -7,12 +7,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mc_gguf.errors import McError
-from mc_gguf.ggml_types import TYPES
-from mc_gguf.quantize import dequantize_rows, quantize_rows
-from mc_gguf.quantize.compensate import Options, damped, quantize_compensated, supports, upper_factor
-from mc_gguf.quantize.native import Metric
-from mc_gguf.quantize.products import add_squares, mirror
+from mc_gguf.common.errors import McError
+from mc_gguf.compensate.matrix import Options, damped, quantize_compensated, supports, upper_factor
+from mc_gguf.compensate.products import add_squares, mirror
+from mc_gguf.ggml.compensation_library import Metric
+from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
+from mc_gguf.ggml.types import TYPES
 
 pytestmark = pytest.mark.native
 ROUNDED = tuple(name for name, kind in TYPES.items() if kind.block_size > 1)

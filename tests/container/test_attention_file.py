@@ -10,11 +10,11 @@ from click.testing import CliRunner
 
 from mc_gguf import Llama
 from mc_gguf.artifacts import ATTENTION, Calibration, Plan
-from mc_gguf.checkpoint import open_checkpoint
 from mc_gguf.cli import main
 from mc_gguf.container import MixedGguf
-from mc_gguf.quantize import quantize_rows
+from mc_gguf.ggml.quantizers import quantize_rows
 from mc_gguf.refine.budget import scope_of
+from mc_gguf.source import open_checkpoint
 
 pytestmark = pytest.mark.native
 SIZE = 5_300_000

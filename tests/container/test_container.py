@@ -12,7 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_models import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mc_gguf import container
+from mc_gguf.artifacts import PROJECTIONS, FixedTypes, TensorSpec
+from mc_gguf.common.errors import FormatError, McError
+from mc_gguf.container.table import render
+from mc_gguf.ggml.gguf_file import FLOAT32, STRING, UINT32, Value
+from mc_gguf.ggml.types import CANDIDATES, TYPES
+from mc_gguf.runtime.packages import load_gguf
+from tests.support.gguf_models import (
     ONES,
     TWOS,
     Part,
@@ -23,16 +33,6 @@ from gguf_models import (
     write_parts,
     write_random,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-from mc_gguf import container
-from mc_gguf.artifacts import PROJECTIONS, FixedTypes, TensorSpec
-from mc_gguf.container.table import render
-from mc_gguf.errors import FormatError, McError
-from mc_gguf.ggml_types import CANDIDATES, TYPES
-from mc_gguf.gguf_file import FLOAT32, STRING, UINT32, Value
-from mc_gguf.upstream import load_gguf
 
 SMALL_TYPES = ("F32", "F16", "Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "BF16")
 T = "blk.0.ffn_gate_exps.weight"

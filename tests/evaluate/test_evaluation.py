@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mc_gguf.errors import McError
-from mc_gguf.evaluate import Scorer, Text, evaluate, files, perplexity, references, table
+from mc_gguf.common.errors import McError
+from mc_gguf.evaluate import files
+from mc_gguf.evaluate.cache import references
+from mc_gguf.evaluate.evaluation import evaluate, perplexity
+from mc_gguf.evaluate.result import table
+from mc_gguf.evaluate.scorer import Scorer
+from mc_gguf.evaluate.text import Text
 
 pytestmark = pytest.mark.native
 
@@ -94,9 +99,8 @@ def test_threads_change_nothing(tiny_gguf: Path, text: Text) -> None:
 
 def test_a_model_without_bos(tiny_gguf: Path, tmp_path: Path, text: Text) -> None:
     """No token is put in front, and none is replaced: what a chunk begins with counts."""
-    from gguf_models import take_apart, write_parts
-
-    from mc_gguf.gguf_file import Value
+    from mc_gguf.ggml.gguf_file import Value
+    from tests.support.gguf_models import take_apart, write_parts
 
     bool_type = 7
     kv, parts = take_apart(tiny_gguf)
@@ -151,7 +155,7 @@ def test_a_longer_context_than_the_model_knows_is_warned_of(
 
 def test_logits_that_are_no_numbers(tiny_gguf: Path, tmp_path: Path, text: Text) -> None:
     """A damaged file: the norm before the output is NaN."""
-    from mc_gguf.gguf_file import read_header
+    from mc_gguf.ggml.gguf_file import read_header
 
     broken = tmp_path / "nan.gguf"
     data = bytearray(tiny_gguf.read_bytes())
@@ -209,9 +213,13 @@ def test_routing_is_counted_for_what_is_evaluated(tiny_gguf: Path, text: Text) -
     [off] = evaluate(tiny_gguf, [text], open_references, n_tokens=500, n_threads=1)
     short = Text("short", text.content[:3000])
     results = evaluate(
-        tiny_gguf, [text, short], [*open_references, *references(tiny_gguf, [short], n_threads=1)],
-        n_tokens=500, n_threads=1, routing="keep_min:ratio=1",
-    )  # fmt: skip
+        tiny_gguf,
+        [text, short],
+        [*open_references, *references(tiny_gguf, [short], n_threads=1)],
+        n_tokens=500,
+        n_threads=1,
+        routing="keep_min:ratio=1",
+    )
     assert off.dropped_share is None
     assert [r.dropped_share for r in results] == [0.5, 0.5]
     assert results[0].mean_kld is not None

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mc_gguf.evaluate import kernels
-from mc_gguf.evaluate.kernels import by_blocks
+from mc_gguf.evaluate import logprobs as kernels
+from mc_gguf.evaluate.logprobs import by_blocks
 from mc_gguf.evaluate.result import statistics
 from mc_gguf.evaluate.scorer import Scores
 

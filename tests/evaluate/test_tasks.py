@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mc_gguf import upstream
 from mc_gguf.cli import main
-from mc_gguf.evaluate.branches import Generation, Tree, generate, log_likelihoods
 from mc_gguf.evaluate.sequences import Sequences
+from mc_gguf.evaluate.tasks.continuations import Generation, Tree, generate, log_likelihoods
+from mc_gguf.runtime import packages
 
 pytestmark = pytest.mark.native
 
@@ -31,7 +31,7 @@ DOCUMENTS: tuple[dict[str, Any], ...] = (
 def f32(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model in float32: BF16 kernels round differently for one token than for many."""
     path = tmp_path_factory.mktemp("f32") / "tiny-f32.gguf"
-    script = upstream.source_dir() / "convert_hf_to_gguf.py"
+    script = packages.source_dir() / "convert_hf_to_gguf.py"
     command: list[str | Path] = [sys.executable, script, tiny_model, "--outfile", path, "--outtype", "f32"]
     subprocess.run(command, check=True, capture_output=True)
     return path
@@ -56,9 +56,9 @@ def plainly(llm: Sequences, context: list[int], continuation: list[int]) -> tupl
     total, greedy = 0.0, True
     for i, token in enumerate(tokens[:-1]):
         at = np.array([i], dtype=np.int32)
-        row = llm.decode(
-            np.array([token], dtype=np.int32), at, np.zeros(1, np.int32), np.ones(1, np.bool_)
-        )[0].astype(np.float64)  # fmt: skip
+        row = llm.decode(np.array([token], dtype=np.int32), at, np.zeros(1, np.int32), np.ones(1, np.bool_))[
+            0
+        ].astype(np.float64)
         if i >= len(context) - 1:
             total += float(row[tokens[i + 1]] - row.max() - np.log(np.exp(row - row.max()).sum()))
             greedy = greedy and tokens[i + 1] == row.argmax()
@@ -144,8 +144,10 @@ def test_tasks_of_a_local_folder(
     assert result.exit_code == 0, result.output
     found = {r["task"]: r for r in json.loads(result.stdout)}
     assert {(name, r["metric"], r["documents"]) for name, r in found.items()} == {
-        ("local_choice", "acc", 3), ("local_rolling", "bits_per_byte", 3), ("local_answer", "exact_match", 3),
-    }  # fmt: skip
+        ("local_choice", "acc", 3),
+        ("local_rolling", "bits_per_byte", 3),
+        ("local_answer", "exact_match", 3),
+    }
 
     right, nats, size = 0, 0.0, 0
     for document in DOCUMENTS:

@@ -17,9 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mc_gguf.errors import ArtifactError, McError
-from mc_gguf.evaluate import Reference, Scorer, Text, evaluate, references
-from mc_gguf.evaluate.reference import MAGIC, file_size
+from mc_gguf.common.errors import ArtifactError, McError
+from mc_gguf.evaluate.cache import references
+from mc_gguf.evaluate.evaluation import evaluate
+from mc_gguf.evaluate.reference import MAGIC, Reference, file_size
+from mc_gguf.evaluate.scorer import Scorer
+from mc_gguf.evaluate.text import Text
 
 pytestmark = pytest.mark.native
 

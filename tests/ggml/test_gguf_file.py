@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mc_gguf.errors import FormatError
-from mc_gguf.gguf_file import BY_ID, pad, read_header
-from mc_gguf.upstream import load_gguf
+from mc_gguf.common.errors import FormatError
+from mc_gguf.ggml.gguf_file import BY_ID, pad, read_header
+from mc_gguf.runtime.packages import load_gguf
 
 
 def test_types_are_upstreams() -> None:
@@ -145,7 +145,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_text_need_not_be_utf8(tmp_path: Path) -> None:
     """Token lists of byte-level vocabularies: kept, and written back as they were."""
-    from mc_gguf.checkpoint.base import add_values
+    from mc_gguf.ggml.gguf_writer import add_values
 
     entry = _string("k") + struct.pack("<IQ", 8, 3) + b"a\xff\xfe"
     (tmp_path / "m.gguf").write_bytes(_header(entry, n_kv=1))

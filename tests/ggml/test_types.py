@@ -2,15 +2,32 @@ from pathlib import Path
 
 import pytest
 
-from mc_gguf.errors import McError
-from mc_gguf.ggml_types import CANDIDATES, SIXTEEN_BIT, TYPES, ggml_type
+from mc_gguf.common.errors import McError
+from mc_gguf.ggml.types import CANDIDATES, SIXTEEN_BIT, TYPES, ggml_type
 
 # Bits per weight as llama.cpp's documentation states them: a second source for block sizes and bytes.
 RATES = {
-    "IQ1_S": 1.5625, "IQ1_M": 1.75, "IQ2_XXS": 2.0625, "IQ2_XS": 2.3125, "IQ2_S": 2.5625, "Q2_K": 2.625,
-    "IQ3_XXS": 3.0625, "IQ3_S": 3.4375, "Q3_K": 3.4375, "IQ4_XS": 4.25, "Q4_K": 4.5, "Q5_K": 5.5,
-    "Q6_K": 6.5625, "Q4_0": 4.5, "IQ4_NL": 4.5, "Q5_0": 5.5, "Q8_0": 8.5, "F16": 16, "BF16": 16, "F32": 32,
-}  # fmt: skip
+    "IQ1_S": 1.5625,
+    "IQ1_M": 1.75,
+    "IQ2_XXS": 2.0625,
+    "IQ2_XS": 2.3125,
+    "IQ2_S": 2.5625,
+    "Q2_K": 2.625,
+    "IQ3_XXS": 3.0625,
+    "IQ3_S": 3.4375,
+    "Q3_K": 3.4375,
+    "IQ4_XS": 4.25,
+    "Q4_K": 4.5,
+    "Q5_K": 5.5,
+    "Q6_K": 6.5625,
+    "Q4_0": 4.5,
+    "IQ4_NL": 4.5,
+    "Q5_0": 5.5,
+    "Q8_0": 8.5,
+    "F16": 16,
+    "BF16": 16,
+    "F32": 32,
+}
 
 
 def test_every_type_has_its_published_rate() -> None:
@@ -55,15 +72,15 @@ def test_an_unknown_type_is_answered_with_the_known_ones() -> None:
 
 def test_the_pinned_gguf_agrees() -> None:
     """Against the second implementation in the pinned source, when it is here."""
-    from mc_gguf import upstream
-    from mc_gguf.errors import RuntimeBuildError
+    from mc_gguf.common.errors import RuntimeBuildError
+    from mc_gguf.runtime import packages
 
     try:
-        source: Path = upstream.source_dir()
+        source: Path = packages.source_dir()
     except RuntimeBuildError:
         pytest.skip("no pinned source; mc-gguf runtime build fetches it")
     assert source.is_dir()
-    gguf = upstream.load_gguf()
+    gguf = packages.load_gguf()
     for name, t in TYPES.items():
         kind = gguf.GGMLQuantizationType[name]
         assert (int(kind), *gguf.GGML_QUANT_SIZES[kind]) == (t.id, t.block_size, t.block_bytes)

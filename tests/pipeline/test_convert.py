@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from moe_directories import CONFIGS, random_moe, save_moe
 
 from mc_gguf import Llama
 from mc_gguf.artifacts import NO_CALIBRATION, Calibration, Plan
-from mc_gguf.checkpoint import keep_source
 from mc_gguf.cli import main
+from mc_gguf.common.errors import SourceError
 from mc_gguf.container import MixedGguf
-from mc_gguf.errors import SourceError
+from mc_gguf.source import keep_source
+from tests.support.moe_directories import CONFIGS, random_moe, save_moe
 
 pytestmark = pytest.mark.native
 QUICK = ("--tokens", "1024", "--ctx", "128", "--rows", "16", "--types", "IQ1_S,IQ2_XXS,Q2_K,Q3_K", "--quiet")

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic_calibration import calibration, with_attention
 
-from mc_gguf.allocate import Budget, FileBytes, plan, stand_in
-from mc_gguf.allocate.attention import COMPENSATED
-from mc_gguf.allocate.summary import summarize
 from mc_gguf.artifacts import ATTENTION, PROJECTIONS, Calibration, FixedTypes, Plan
+from mc_gguf.common.errors import ArtifactError, BudgetError, McError
 from mc_gguf.container import file_bytes
-from mc_gguf.errors import ArtifactError, BudgetError, McError
+from mc_gguf.plan import Budget, FileBytes, plan, stand_in
+from mc_gguf.plan.attention import COMPENSATED
+from mc_gguf.plan.summary import summarize
+from tests.support.synthetic_calibration import calibration, with_attention
 
 TYPES = ("IQ3_XXS", "IQ4_XS", "Q4_K", "Q6_K", "Q8_0")
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
-from synthetic_calibration import calibration, model_info
 
-from mc_gguf.allocate import BASELINES, OBJECTIVES, Budget, plan
-from mc_gguf.allocate.objectives import type_rates
-from mc_gguf.allocate.published import EXPONENTS
 from mc_gguf.artifacts import PROJECTIONS, Calibration
-from mc_gguf.errors import ArtifactError, McError
-from mc_gguf.ggml_types import TYPES
+from mc_gguf.common.errors import ArtifactError, McError
+from mc_gguf.ggml.types import TYPES
+from mc_gguf.plan import OBJECTIVES, Budget, plan
+from mc_gguf.plan.objectives import type_rates
+from mc_gguf.plan.planner import BASELINES
+from mc_gguf.plan.published import EXPONENTS
+from tests.support.synthetic_calibration import calibration, model_info
+from tools import bench_allocate
 
 SOURCE = calibration()
 L, E, P, T = SOURCE.sq_error.shape
@@ -128,28 +126,17 @@ def test_objectives_belong_to_strategies_that_have_none() -> None:
             plan(SOURCE, Budget(bpw=2.5), strategy, objective="block")
 
 
-def bench() -> ModuleType:
-    path = Path(__file__).parent.parent / "tools" / "bench_allocate.py"
-    spec = importlib.util.spec_from_file_location("bench_allocate", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_allocate"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(("n_layer", "gap", "seconds"), [(1, 1e-9, 20), (58, 1e-3, 240)])
 def test_large_programs_are_solved_to_their_gap(n_layer: int, gap: float, seconds: float) -> None:
     """Ten times what a quiet machine is allowed, twice for the large one (which takes half a second)."""
-    found = bench().measure("test", n_layer, 256, 2.2)
+    found = bench_allocate.measure("test", n_layer, 256, 2.2)
     assert found.n_item == n_layer * 768
     assert found.gap <= gap
     assert found.seconds < seconds
 
 
 def test_made_up_calibrations_are_calibrations() -> None:
-    source: Calibration = bench().made_up(2, 256)
+    source: Calibration = bench_allocate.made_up(2, 256)
     assert source.sq_error.shape == (2, 256, 3, 10)
     tail = source.output_sq / np.median(source.output_sq)
     assert tail.max() > 10

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic_calibration import calibration, model_info
 
-from mc_gguf.allocate import BASELINES, STRATEGIES, Budget, Experts, FileBytes, fixed_types
-from mc_gguf.allocate import plan as any_plan
 from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, Plan
+from mc_gguf.common.errors import ArtifactError, BudgetError, McError
 from mc_gguf.container import file_bytes
-from mc_gguf.errors import ArtifactError, BudgetError, McError
-from mc_gguf.ggml_types import TYPES
+from mc_gguf.ggml.types import TYPES
+from mc_gguf.plan import STRATEGIES, Budget, Experts, FileBytes, fixed_types
+from mc_gguf.plan import plan as any_plan
+from mc_gguf.plan.planner import BASELINES
+from tests.support.synthetic_calibration import calibration, model_info
 
 OPTIMISED = ("pmq", "layer")
 BUDGETED = ("pmq", "uniform", "layer", "random", "inverted", "frequency", "hessian")

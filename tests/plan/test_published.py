@@ -6,19 +6,19 @@ import itertools
 import json
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_calibration import calibration
 
-from mc_gguf.allocate import Budget, published
-from mc_gguf.allocate import plan as make_plan
 from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes
+from mc_gguf.common.errors import ArtifactError, BudgetError
 from mc_gguf.container import file_bytes
-from mc_gguf.errors import ArtifactError, BudgetError
+from mc_gguf.plan import Budget, published
+from mc_gguf.plan import plan as make_plan
+from tests.support import ROOT
+from tests.support.synthetic_calibration import calibration
 
-DATA = Path(__file__).parent / "data" / "mixtral-8x7b"
+DATA = ROOT / "tests" / "data" / "mixtral-8x7b"
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
-from mc_gguf.allocate import solver
-from mc_gguf.allocate.solver import Knapsack, fill, lower_bound, solve
-from mc_gguf.errors import BudgetError
+from mc_gguf.common.errors import BudgetError
+from mc_gguf.plan import solver
+from mc_gguf.plan.solver import Knapsack, fill, lower_bound, solve
 
 
 def brute_force(items: Knapsack, capacity: int) -> float:

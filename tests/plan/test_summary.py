@@ -2,17 +2,16 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from pathlib import Path
 
-from synthetic_calibration import calibration
-
-from mc_gguf.allocate import Budget
-from mc_gguf.allocate import plan as make_plan
-from mc_gguf.allocate.summary import summarize
 from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes
 from mc_gguf.container import file_bytes
+from mc_gguf.plan import Budget
+from mc_gguf.plan import plan as make_plan
+from mc_gguf.plan.summary import summarize
+from tests.support import ROOT
+from tests.support.synthetic_calibration import calibration
 
-DATA = Path(__file__).parent / "data" / "mixtral-8x7b"
+DATA = ROOT / "tests" / "data" / "mixtral-8x7b"
 
 
 def test_the_summary_says_what_the_plan_says() -> None:

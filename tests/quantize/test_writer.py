@@ -13,34 +13,40 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_models import (
-    ONES,
-    TINY,
-    RandomCheckpoint,
-    make_calibration,
-    make_plan,
-    uniform,
-)
 
 from mc_gguf import container
 from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, FixedTypes, Plan, expert_tensor_name
-from mc_gguf.checkpoint import open_checkpoint
-from mc_gguf.errors import ArtifactError, McError, SourceError
-from mc_gguf.ggml_types import CANDIDATES, TYPES
-from mc_gguf.quantize import dequantize_rows, find_calibration, quantize, quantize_rows
-from mc_gguf.quantize.journal import PartialFile
+from mc_gguf.common.errors import ArtifactError, McError, SourceError
+from mc_gguf.common.partial_file import PartialFile
+from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
+from mc_gguf.ggml.types import CANDIDATES, TYPES
+from mc_gguf.quantize.writer import find_calibration, quantize
 from mc_gguf.routing import default_metadata
 from mc_gguf.routing.metadata import of_calibration
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.upstream import load_gguf
+from mc_gguf.runtime.packages import load_gguf
+from mc_gguf.source import open_checkpoint
+from tests.support.gguf_models import ONES, TINY, RandomCheckpoint, make_calibration, make_plan, uniform
 
 FAST = ("Q2_K", "Q3_K", "Q4_K", "IQ4_XS")
 # Relative squared error on Gaussian rows, measured once per type: a quantizer that lost its scale is far off.
 RATES = {
-    "IQ1_S": 0.251, "IQ1_M": 0.222, "IQ2_XXS": 0.123, "IQ2_XS": 0.096, "IQ2_S": 0.065, "Q2_K": 0.074,
-    "IQ3_XXS": 0.036, "IQ3_S": 0.020, "Q3_K": 0.021, "IQ4_XS": 0.0058, "Q4_K": 0.0051, "Q8_0": 3e-5, "Q6_K":
-    3e-4, "F16": 5e-8, "BF16": 3e-6,
-}  # fmt: skip
+    "IQ1_S": 0.251,
+    "IQ1_M": 0.222,
+    "IQ2_XXS": 0.123,
+    "IQ2_XS": 0.096,
+    "IQ2_S": 0.065,
+    "Q2_K": 0.074,
+    "IQ3_XXS": 0.036,
+    "IQ3_S": 0.020,
+    "Q3_K": 0.021,
+    "IQ4_XS": 0.0058,
+    "Q4_K": 0.0051,
+    "Q8_0": 3e-5,
+    "Q6_K": 3e-4,
+    "F16": 5e-8,
+    "BF16": 3e-6,
+}
 
 
 def gaussian(rows: int, cols: int, seed: int = 0) -> np.ndarray:
@@ -434,12 +440,12 @@ SLOW_RUN = """
 import sys, time
 from pathlib import Path
 from mc_gguf.artifacts import Plan
-from mc_gguf.checkpoint import open_checkpoint
-from mc_gguf.quantize import output, quantize
-make = output._make
-output._make = lambda *args: (time.sleep(0.004), make(*args))[1]
+from mc_gguf.quantize import writer
+from mc_gguf.source import open_checkpoint
+make = writer._make
+writer._make = lambda *args: (time.sleep(0.004), make(*args))[1]
 source, plan, target = map(Path, sys.argv[1:])
-quantize(open_checkpoint(source), None, Plan.load(plan), target, 2)
+writer.quantize(open_checkpoint(source), None, Plan.load(plan), target, 2)
 """
 
 

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moe_directories import CONFIGS, random_moe, save_moe
 from numpy.typing import NDArray
-from refine_models import divergence, slice_of
 
 from mc_gguf.artifacts import PROJECTIONS
-from mc_gguf.checkpoint import Checkpoint, open_checkpoint
-from mc_gguf.forward import ARCHITECTURES, Decoder
-from mc_gguf.quantize import quantize_rows
-from mc_gguf.quantize.bank import Bank
+from mc_gguf.compensate.bank import Bank
+from mc_gguf.ggml.quantizers import quantize_rows
 from mc_gguf.refine.expansion import expand
 from mc_gguf.refine.matrices import Matrices
 from mc_gguf.refine.passes import Assignment, Evaluator, Layers
+from mc_gguf.source import Checkpoint, open_checkpoint
+from mc_gguf.source.decoder import ARCHITECTURES, Decoder
+from tests.support.moe_directories import CONFIGS, random_moe, save_moe
+from tests.support.refine_models import divergence, slice_of
 
 pytestmark = pytest.mark.native
 TYPES = ("Q4_0", "Q8_0")

@@ -9,20 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from refine_models import TYPES, small
 
-from mc_gguf.allocate import Budget
-from mc_gguf.allocate import plan as make_plan
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
-from mc_gguf.calibrate import Options as CalibrateOptions
-from mc_gguf.calibrate import calibrate
-from mc_gguf.corpus import load_corpus
-from mc_gguf.errors import ArtifactError
-from mc_gguf.quantize.compensation import calibration_text, compensate, open_bank, wanted_by
-from mc_gguf.refine import Options, blocks, refine_to_file, refined_before
+from mc_gguf.calibrate.calibrator import Options as CalibrateOptions
+from mc_gguf.calibrate.calibrator import calibrate
+from mc_gguf.common.errors import ArtifactError
+from mc_gguf.compensate.experts import calibration_text, compensate, open_bank, wanted_by
+from mc_gguf.plan import Budget
+from mc_gguf.plan import plan as make_plan
+from mc_gguf.refine import blocks
 from mc_gguf.refine.blocks import _Limited, _TooSlow, can_compensate, compensated_blocks
 from mc_gguf.refine.budget import scope_of
 from mc_gguf.refine.matrices import GgmlQuantizer
+from mc_gguf.refine.refinement import Options, refine_to_file, refined_before
+from mc_gguf.source.text import load_corpus
+from tests.support.refine_models import TYPES, small
 
 pytestmark = pytest.mark.native
 
@@ -61,8 +62,9 @@ def plan(calibration: Calibration) -> Plan:
 
 def options(text: Path, **changes: object) -> Options:
     return replace(
-        Options(3.0, (text,), 1024, 32, threads=1, calibration_text=(text,)), **changes  # type: ignore[arg-type]
-    )  # fmt: skip
+        Options(3.0, (text,), 1024, 32, threads=1, calibration_text=(text,)),
+        **changes,  # type: ignore[arg-type]
+    )
 
 
 def test_near_types_are_made_once_and_quantize_takes_them(
@@ -99,9 +101,13 @@ def test_ggmls_blocks_where_compensation_takes_too_long(
     assert "the search measures ggml's blocks" in caplog.text
     assert result.rounds == 0
     plain = refine_to_file(
-        small()[1], calibration, plan, tmp_path / "p.json",
-        options(text, seconds=0.01, compensate=False), quiet=True,
-    )  # fmt: skip
+        small()[1],
+        calibration,
+        plan,
+        tmp_path / "p.json",
+        options(text, seconds=0.01, compensate=False),
+        quiet=True,
+    )
     assert plain.held_out_start == result.held_out_start
 
 
@@ -110,9 +116,7 @@ def test_blocks_are_those_of_quantize_and_not_ggmls(
 ) -> None:
     checkpoint = small()[1]
     scope, start = scope_of(plan, calibration)
-    made = compensated_blocks(
-        checkpoint, calibration, scope.problem, start, (text,), tmp_path, 1, 1e9, True
-    )
+    made = compensated_blocks(checkpoint, calibration, scope.problem, start, (text,), tmp_path, 1, 1e9, True)
     assert made is not None
     assert made.compensated
     name = scope.problem.types[start[1, 2, 0]]
@@ -130,9 +134,13 @@ def test_text_of_the_calibration_is_needed(
     other.write_text("x" * 5000)
     with pytest.raises(ArtifactError, match="--calibration-text"):
         refine_to_file(
-            small()[1], calibration, plan, tmp_path / "r.json",
-            options(text, calibration_text=(other,)), quiet=True,
-        )  # fmt: skip
+            small()[1],
+            calibration,
+            plan,
+            tmp_path / "r.json",
+            options(text, calibration_text=(other,)),
+            quiet=True,
+        )
     assert not can_compensate(replace(calibration, corpus={}))
 
 

@@ -8,13 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from refine_models import TYPES, divergence, drawn, layers, matrices, rows, slice_of, small, twin
 
 from mc_gguf.artifacts import PROJECTIONS, Floats
 from mc_gguf.refine import expansion as expansion_module
 from mc_gguf.refine.expansion import Ints, expand
 from mc_gguf.refine.memory import Memory, wanted_types
 from mc_gguf.refine.passes import Assignment, Evaluator
+from tests.support.refine_models import (
+    TYPES,
+    divergence,
+    drawn,
+    layers,
+    matrices,
+    rows,
+    slice_of,
+    small,
+    twin,
+)
 
 pytestmark = pytest.mark.native
 ALL = np.ones((2, 5, 3, len(TYPES)), dtype=bool)

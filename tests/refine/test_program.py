@@ -38,9 +38,10 @@ def test_as_good_as_brute_force_nearly_always(coupling: float, damping: float) -
         found = one.minimise(start, capacity)
         assert int(one.size[np.arange(N), found].sum()) <= capacity
         feasible = [
-            np.array(c) for c in itertools.product(range(T), repeat=N)
+            np.array(c)
+            for c in itertools.product(range(T), repeat=N)
             if one.size[np.arange(N), list(c)].sum() <= capacity
-        ]  # fmt: skip
+        ]
         best = min(value(one, c, start) for c in feasible)
         assert best - 1e-6 <= value(one, found, start) <= 0
         optimal += value(one, found, start) <= best + 1e-4

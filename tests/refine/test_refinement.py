@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from refine_models import TYPES, layers, rows, small
 
-from mc_gguf.allocate import Budget
-from mc_gguf.allocate import plan as make_plan
 from mc_gguf.artifacts import Plan
-from mc_gguf.errors import ArtifactError, McError, SourceError
-from mc_gguf.progress import Progress, progress
-from mc_gguf.refine import Options, refine_to_file
+from mc_gguf.common.errors import ArtifactError, McError, SourceError
+from mc_gguf.common.progress import Progress, progress
+from mc_gguf.plan import Budget
+from mc_gguf.plan import plan as make_plan
 from mc_gguf.refine.budget import scope_of
 from mc_gguf.refine.passes import Evaluator
+from mc_gguf.refine.refinement import Options, refine_to_file
 from mc_gguf.refine.search import Search
 from mc_gguf.refine.state import State
+from tests.support.refine_models import TYPES, layers, rows, small
 
 pytestmark = pytest.mark.native
 

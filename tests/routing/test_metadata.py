@@ -16,7 +16,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_models import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mc_gguf import container
+from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes
+from mc_gguf.common.errors import ArtifactError, FormatError, McError
+from mc_gguf.common.progress import progress
+from mc_gguf.container.routing import routing_bytes, routing_kv
+from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, FLOAT64, STRING, UINT32, Value, encode_kv, read_header
+from mc_gguf.routing import RoutingMetadata, default_metadata
+from mc_gguf.routing.metadata import choose, of_calibration
+from mc_gguf.routing.profile import RoutingProfile
+from mc_gguf.routing.report import describe, summary
+from mc_gguf.routing.thresholds import at_quantiles, for_target_drop
+from mc_gguf.runtime.packages import load_gguf
+from tests.support.gguf_models import (
     ONES,
     RandomCheckpoint,
     make_calibration,
@@ -25,23 +40,8 @@ from gguf_models import (
     write_parts,
     write_random,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from routing_predictions import predicted_damage, predicted_drop
-from synthetic_calibration import synthetic_routing
-
-from mc_gguf import container
-from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes
-from mc_gguf.container.routing import routing_bytes, routing_kv
-from mc_gguf.errors import ArtifactError, FormatError, McError
-from mc_gguf.gguf_file import ARRAY, FLOAT32, FLOAT64, STRING, UINT32, Value, encode_kv, read_header
-from mc_gguf.progress import progress
-from mc_gguf.routing import RoutingMetadata, default_metadata
-from mc_gguf.routing.metadata import choose, of_calibration
-from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.routing.report import describe, summary
-from mc_gguf.routing.thresholds import at_quantiles, for_target_drop
-from mc_gguf.upstream import load_gguf
+from tests.support.routing_predictions import predicted_damage, predicted_drop
+from tests.support.synthetic_calibration import synthetic_routing
 
 N_LAYER = 4
 MIXED = {p: [["Q8_0", "Q4_0", "Q8_0"], *[["Q4_0"] * 3] * (N_LAYER - 1)] for p in PROJECTIONS}
@@ -255,7 +255,7 @@ BROKEN: dict[str, tuple[Callable[[KV], None], str]] = {
         r"llama\.expert_used_count: every token uses one expert",
     ),
     "no layers": (_set("llama.block_count", Value(UINT32, 0), ""), r"llama\.block_count: is 0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rule", BROKEN)
@@ -292,9 +292,11 @@ def test_unknown_routing_keys_are_ignored_and_go_when_routing_is_set(ours: Path)
 
 @given(st.data())
 @settings(
-    deadline=None, max_examples=300, derandomize=True,
+    deadline=None,
+    max_examples=300,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+)
 def test_flipped_bytes_never_crash(ours: Path, tmp_path: Path, data: st.DataObject) -> None:
     whole, header = bytearray(ours.read_bytes()), read_header(ours)
     spans = [span for key, span in header.kv_spans.items() if key.startswith(P)]

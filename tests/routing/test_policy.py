@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from routing_predictions import predicted_drop
-from synthetic_calibration import calibration as make_calibration
-from synthetic_calibration import synthetic_routing
 
-from mc_gguf.errors import ArtifactError, McError
+from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.routing import Routing, RoutingMetadata, default_metadata, resolve
+from mc_gguf.routing.params import POLICIES, RoutingParams, RoutingShape
 from mc_gguf.routing.policy import OPTIONS
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.routing.thresholds import at_quantiles, for_target_drop, tolerant_layers
-from mc_gguf.runtime.routing_api import POLICIES, RoutingParams, RoutingShape
+from tests.support.routing_predictions import predicted_drop
+from tests.support.synthetic_calibration import calibration as make_calibration
+from tests.support.synthetic_calibration import synthetic_routing
 
 SHAPE = RoutingShape(n_layer=6, n_rank=3, n_expert=8)
 PLAIN_SHAPE = RoutingShape(n_layer=6, n_rank=2, n_expert=8)
@@ -59,7 +59,7 @@ def active(params: RoutingParams) -> list[int]:
         ("top_p:top_p=0.9", Routing("top_p", top_p=0.9)),
         ("random:rate=0.3,seed=1", Routing("random", rate=0.3, seed=1)),
     ],
-)  # fmt: skip
+)
 def test_text_says_what_python_says(text: str, expected: Routing) -> None:
     assert Routing.parse(text) == expected
     assert hash(Routing.parse(text)) == hash(expected)

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from eval_capture import Batch, Context, Decision
 from numpy.typing import NDArray
-from routing_reference import Reference, Routed, load, splitmix64, ubatches, uniform
 from tokenizers import Tokenizer
 
-from mc_gguf import upstream
-from mc_gguf.runtime import Runtime
-from mc_gguf.runtime.routing_api import IMPORTANCES, RoutingParams
+from mc_gguf.routing.params import IMPORTANCES, RoutingParams
+from mc_gguf.runtime import Runtime, packages
+from tests.support import ROOT
+from tests.support.eval_capture import Batch, Context, Decision
+from tests.support.routing_reference import Reference, Routed, load, splitmix64, ubatches, uniform
 
 pytestmark = pytest.mark.native
 N_LAYER = 6
-TEXT = Path(__file__).parent / "data" / "wikitext-2.test.txt"
+TEXT = ROOT / "tests" / "data" / "wikitext-2.test.txt"
 # llama.cpp's flash attention rounds keys and values to F16 whatever the cache holds.
 NEAR_FLASH = 1e-2
 Step = Batch | tuple[int, int]  # decode, or remove (sequence, start)
@@ -34,7 +34,7 @@ Weights = tuple[dict[str, torch.Tensor], dict[str, Any]]
 def tiny_f32(runtime: Runtime, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model as an F32 GGUF: the weights that torch reads."""
     path = tmp_path_factory.mktemp("gguf") / "tiny-f32.gguf"
-    script = upstream.source_dir() / "convert_hf_to_gguf.py"
+    script = packages.source_dir() / "convert_hf_to_gguf.py"
     command: list[str | Path] = [sys.executable, script, tiny_model, "--outfile", path, "--outtype", "f32"]
     subprocess.run(command, check=True, capture_output=True)
     return path

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from routing_predictions import predicted_damage, predicted_drop
-from synthetic_calibration import calibration
 
 from mc_gguf.artifacts import Calibration
-from mc_gguf.errors import ArtifactError, McError
+from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.routing import thresholds
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.routing.thresholds import (
-    at_quantiles,
-    damages,
-    for_target_drop,
-    tolerant_layers,
-)
+from mc_gguf.routing.thresholds import at_quantiles, damages, for_target_drop, tolerant_layers
+from tests.support import ROOT
+from tests.support.routing_predictions import predicted_damage, predicted_drop
+from tests.support.synthetic_calibration import calibration
 
-PUBLISHED = Path(__file__).parent / "data" / "mixtral-8x7b" / "calibration.json"
+PUBLISHED = ROOT / "tests" / "data" / "mixtral-8x7b" / "calibration.json"
 
 
 def small(sensitivity: tuple[float, ...] = (1.0, 2.0), n_rank: int = 2) -> RoutingProfile:
@@ -31,9 +26,12 @@ def small(sensitivity: tuple[float, ...] = (1.0, 2.0), n_rank: int = 2) -> Routi
     n = len(sensitivity)
     ratios = np.array([0.1, 0.5, 0.9]) / np.arange(1, n_rank)[:, None]
     return RoutingProfile(
-        layers=tuple(range(1, 2 * n, 2)), n_layer=2 * n, ratio_quantiles=np.tile(ratios, (n, 1, 1)),
-        sensitivity=np.array(sensitivity), curve=np.tile([0.0, 1.0, 4.0], (n, 1)),
-    )  # fmt: skip
+        layers=tuple(range(1, 2 * n, 2)),
+        n_layer=2 * n,
+        ratio_quantiles=np.tile(ratios, (n, 1, 1)),
+        sensitivity=np.array(sensitivity),
+        curve=np.tile([0.0, 1.0, 4.0], (n, 1)),
+    )
 
 
 def rough(n_layer: int, seed: int = 0) -> RoutingProfile:

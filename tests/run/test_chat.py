@@ -10,11 +10,11 @@ from typing import Any, cast
 import pytest
 from click.testing import CliRunner
 
-from mc_gguf import chat as chats
-from mc_gguf.chat import HELP, Conversation, Sampling, say, talk
 from mc_gguf.cli import main
-from mc_gguf.errors import McError
-from mc_gguf.llama import Llama
+from mc_gguf.common.errors import McError
+from mc_gguf.run import chat as chats
+from mc_gguf.run.chat import HELP, Conversation, Sampling, say, talk
+from mc_gguf.run.llama import Llama
 
 pytestmark = pytest.mark.native
 DEFAULTS = Sampling()

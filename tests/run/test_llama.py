@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from mc_gguf import Llama, runtime
-from mc_gguf.cores import usable_cores
-from mc_gguf.errors import FormatError, SourceError
+from mc_gguf.common.errors import FormatError, SourceError
+from mc_gguf.common.machine import usable_cores
 from mc_gguf.runtime import Runtime, locate
 
 pytestmark = pytest.mark.native

@@ -9,25 +9,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_models import make_calibration, make_plan
-from mixed_files import first_layers
-from random_models import N_EMBD, N_EXPERT, N_FF, N_LAYER, write_random_model
-from synthetic_calibration import calibration
 
 from mc_gguf import Llama, Routing
 from mc_gguf.artifacts import PROJECTIONS, Calibration
-from mc_gguf.checkpoint import open_checkpoint
+from mc_gguf.common.errors import FormatError, McError
+from mc_gguf.container import expert_bytes
 from mc_gguf.container.routing import write_routing
-from mc_gguf.errors import FormatError, McError
-from mc_gguf.gguf_file import read_header
-from mc_gguf.llama import expert_bytes
-from mc_gguf.quantize import quantize
+from mc_gguf.ggml.gguf_file import read_header
+from mc_gguf.quantize.writer import quantize
 from mc_gguf.routing import RoutingMetadata, default_metadata
 from mc_gguf.routing.metadata import choose
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.routing.thresholds import at_quantiles
-from mc_gguf.runtime.routing_api import RoutingShape
-from mc_gguf.upstream import load_gguf
+from mc_gguf.runtime.packages import load_gguf
+from mc_gguf.source import open_checkpoint
+from tests.support.gguf_models import make_calibration, make_plan
+from tests.support.mixed_files import first_layers
+from tests.support.random_models import N_EMBD, N_EXPERT, N_FF, N_LAYER, write_random_model
+from tests.support.synthetic_calibration import calibration
 
 import llama_cpp  # isort: skip  after mc_gguf, which chooses its libraries
 
@@ -80,9 +79,11 @@ def test_auto_does_what_the_file_says(
     assert stats.protected.any()
     auto.close()
     given = Llama(
-        tiny_gguf, n_ctx=256, n_threads=1,
+        tiny_gguf,
+        n_ctx=256,
+        n_threads=1,
         routing=Routing(threshold=carried.thresholds[:, 1].tolist(), layers=carried.active, protect=0.1),
-    )  # fmt: skip
+    )
     assert answer(given) == text
     assert given.routing_stats().to_json() == stats.to_json()
     given.close()
@@ -202,7 +203,7 @@ def test_the_bytes_of_a_mixed_file(tiny_model: Path, tmp_path: Path) -> None:
     measured = make_calibration(info, tmp_path / "a.calib")
     plan = make_plan(info, dict.fromkeys(PROJECTIONS, types), tmp_path / "plan.json", measured.fingerprint)
     quantize(checkpoint, measured, plan, tmp_path / "mixed.gguf", threads=1)
-    found = expert_bytes(tmp_path / "mixed.gguf", RoutingShape(2, 2, 8))
+    found = expert_bytes(tmp_path / "mixed.gguf", 2, 8)
     blocks = 3 * 256 * 256 // 32
     assert found.tolist() == [[34 * blocks] * 4 + [18 * blocks] * 4, [34 * blocks] * 8]
     mixed = Llama(tmp_path / "mixed.gguf", n_ctx=256, routing="random:rate=1,layers=all")
@@ -217,8 +218,7 @@ def test_shards_and_fused_stacks_count(tmp_path: Path) -> None:
     write_random_model(tmp_path / "whole.gguf", "qwen3moe")
     write_random_model(tmp_path / "split[1].gguf", "qwen3moe", shard_tensors=7)
     first = next(tmp_path.glob("split*-00001-of-*.gguf"))
-    shape = RoutingShape(N_LAYER, 4, N_EXPERT)
-    whole = expert_bytes(tmp_path / "whole.gguf", shape)
+    whole = expert_bytes(tmp_path / "whole.gguf", N_LAYER, N_EXPERT)
     assert whole.tolist() == [[3 * 4 * N_FF * N_EMBD] * N_EXPERT] * N_LAYER
     sharded = Llama(first, n_ctx=256, routing="random:rate=0.5")
     sharded.eval([5])
@@ -232,9 +232,7 @@ def test_shards_and_fused_stacks_count(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    np.testing.assert_array_equal(
-        expert_bytes(tmp_path / "fused.gguf", RoutingShape(1, 4, N_EXPERT)), whole[:1]
-    )
+    np.testing.assert_array_equal(expert_bytes(tmp_path / "fused.gguf", 1, N_EXPERT), whole[:1])
 
 
 def test_a_file_that_only_llama_cpp_reads_has_no_bytes(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mixed_files import Groups, ModelWriter, first_layers, run_logits
 from numpy.typing import NDArray
 
-from mc_gguf.checkpoint import open_checkpoint
-from mc_gguf.errors import FormatError
-from mc_gguf.ggml_types import CANDIDATES
-from mc_gguf.gguf_file import read_header
+from mc_gguf.common.errors import FormatError
+from mc_gguf.ggml.gguf_file import read_header
+from mc_gguf.ggml.types import CANDIDATES
 from mc_gguf.runtime import Runtime
+from mc_gguf.source import open_checkpoint
+from tests.support.mixed_files import Groups, ModelWriter, first_layers, run_logits
 
 pytestmark = pytest.mark.native
 ALL = tuple(range(8))
@@ -112,12 +112,7 @@ CASES = range(0, len(CANDIDATES) + 1, 2)
 @pytest.mark.parametrize("repack", [False, True])
 @pytest.mark.parametrize("shift", CASES)
 def test_mixed_equals_its_weights_as_f32(
-    writer: ModelWriter,
-    runtime: Runtime,
-    noise: Noise,
-    tmp_path: Path,
-    shift: int,
-    repack: bool,
+    writer: ModelWriter, runtime: Runtime, noise: Noise, tmp_path: Path, shift: int, repack: bool
 ) -> None:
     layers: dict[int, Groups] = {}
     for i, sizes in enumerate((SIZES[shift // 2], SIZES[(shift // 2 + 1) % len(SIZES)])):

@@ -10,9 +10,10 @@ import pytest
 
 from mc_gguf import runtime as runtimes
 from mc_gguf.runtime import Runtime
+from tests.support import ROOT
 
 pytestmark = pytest.mark.native
-SOURCES = Path(__file__).resolve().parent / "native"
+SOURCES = ROOT / "tests" / "native"
 
 
 @pytest.mark.parametrize("tiled", ["0", "1"])

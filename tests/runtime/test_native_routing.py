@@ -13,24 +13,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mixed_files import ModelWriter, first_layers
 from numpy.typing import NDArray
-from random_models import write_random_model
-from routing_session import Logits, Session, write_lora
 
 from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
-from mc_gguf.checkpoint import open_checkpoint
-from mc_gguf.errors import McError
-from mc_gguf.gguf_file import read_header
-from mc_gguf.llama import Llama
+from mc_gguf.common.errors import McError
+from mc_gguf.ggml.gguf_file import read_header
+from mc_gguf.routing.params import RoutingParams
+from mc_gguf.run.llama import Llama
+from mc_gguf.run.routing_api import set_routing
 from mc_gguf.runtime import Runtime
-from mc_gguf.runtime.routing_api import RoutingParams, set_routing
+from mc_gguf.source import open_checkpoint
+from tests.support import ROOT
+from tests.support.mixed_files import ModelWriter, first_layers
+from tests.support.random_models import write_random_model
+from tests.support.routing_session import Logits, Session, write_lora
 
-import llama_cpp  # isort: skip  after mc_gguf.llama, which chooses its libraries
+import llama_cpp  # isort: skip  after mc_gguf.run.llama, which chooses its libraries
 from llama_cpp._logger import set_verbose  # isort: skip
 
 pytestmark = pytest.mark.native
-TEXT = Path(__file__).parent / "data" / "wikitext-2.test.txt"
+TEXT = ROOT / "tests" / "data" / "wikitext-2.test.txt"
 N_LAYER, N_EXPERT, N_EMBD, N_FF = 2, 8, 256, 256  # of the bundled model's first layers
 ALL = tuple(range(N_EXPERT))
 MIXED: dict[int, list[tuple[str, tuple[int, ...]]]] = {

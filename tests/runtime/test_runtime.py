@@ -25,11 +25,12 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from mc_gguf import runtime, upstream
+from mc_gguf import runtime
 from mc_gguf.cli import main
-from mc_gguf.errors import RuntimeBuildError
+from mc_gguf.common.errors import RuntimeBuildError
 from mc_gguf.runtime import builder as building
-from mc_gguf.runtime import locate, source
+from mc_gguf.runtime import fetch as source
+from mc_gguf.runtime import locate, packages, upstream
 from mc_gguf.runtime.shell import Log, git_env
 
 CMAKE = """cmake_minimum_required(VERSION 3.14)
@@ -220,7 +221,7 @@ def test_build_installs_libraries_and_the_needed_source(
     assert runtime.load_ggml_base().ggml_answer() == 42
     assert {"gguf-py/gguf/__init__.py", "include/llama.h"} <= files(made.source_dir)
     assert "docs/long.md" not in files(made.source_dir)
-    assert upstream.source_dir() == made.source_dir
+    assert packages.source_dir() == made.source_dir
     err = capsys.readouterr().err
     assert "100 %" in err
     assert "elapsed" in err

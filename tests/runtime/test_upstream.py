@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from mc_gguf import upstream
-from mc_gguf.errors import RuntimeBuildError
+from mc_gguf.common.errors import RuntimeBuildError
+from mc_gguf.runtime import packages, upstream
 
 UPSTREAM = "package = p-q\nversion = 1\nsdist_sha256 = aa\ncommit = bb\ntree = cc\npatched_tree = dd\n"
 
@@ -106,13 +106,13 @@ def test_source_dir_without_a_runtime_says_what_to_run(
     monkeypatch.setenv("MC_GGUF_CACHE", str(tmp_path))
     monkeypatch.delenv("MC_GGUF_SOURCE", raising=False)
     with pytest.raises(RuntimeBuildError, match="run: mc-gguf runtime build"):
-        upstream.source_dir()
+        packages.source_dir()
 
 
 def test_source_dir_refuses_what_is_no_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MC_GGUF_SOURCE", str(tmp_path))
     with pytest.raises(RuntimeBuildError, match="has no gguf-py"):
-        upstream.source_dir()
+        packages.source_dir()
 
 
 def _tree(folder: Path) -> Path:
@@ -126,8 +126,8 @@ def _tree(folder: Path) -> Path:
 def test_gguf_and_conversion_come_from_the_source_tree_only(tmp_path: Path) -> None:
     tree = _tree(tmp_path / "tree")
     code = (
-        "import sys; path = list(sys.path); from mc_gguf import upstream\n"
-        "print(upstream.load_conversion().__file__); print(upstream.load_gguf().__file__)\n"
+        "import sys; path = list(sys.path); from mc_gguf.runtime import packages\n"
+        "print(packages.load_conversion().__file__); print(packages.load_gguf().__file__)\n"
         "assert sys.path == path"
     )
     env = {**os.environ, "MC_GGUF_SOURCE": str(tree)}
@@ -144,4 +144,4 @@ def test_another_gguf_in_the_process_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "gguf", other)
     monkeypatch.setenv("MC_GGUF_SOURCE", str(_tree(tmp_path / "tree")))
     with pytest.raises(RuntimeBuildError, match=r"already imported from .*elsewhere"):
-        upstream.load_gguf()
+        packages.load_gguf()

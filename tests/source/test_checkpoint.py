@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_models import (
+
+from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
+from mc_gguf.common.errors import SourceError
+from mc_gguf.ggml.gguf_file import STRING, UINT32, Value
+from mc_gguf.runtime.packages import load_gguf
+from mc_gguf.source import Checkpoint, open_checkpoint
+from mc_gguf.source.base import SAMPLE_BYTES, bos_of, make_info, sample_offsets
+from tests.support.gguf_models import (
     TINY,
     RandomCheckpoint,
     model_kv,
@@ -22,14 +29,7 @@ from gguf_models import (
     write_parts,
     write_random,
 )
-from moe_directories import random_moe, save_moe
-
-from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
-from mc_gguf.checkpoint import Checkpoint, open_checkpoint
-from mc_gguf.checkpoint.base import SAMPLE_BYTES, bos_of, make_info, sample_offsets
-from mc_gguf.errors import SourceError
-from mc_gguf.gguf_file import STRING, UINT32, Value
-from mc_gguf.upstream import load_gguf
+from tests.support.moe_directories import random_moe, save_moe
 
 HF_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 
@@ -53,10 +53,17 @@ def test_what_the_model_is(tiny: Checkpoint) -> None:
     assert (info.n_embd, info.n_ff, info.expert_layers) == (256, 256, tuple(range(6)))
     assert len(info.tensors) == 63
     expected = {
-        "block_count": 6, "embedding_length": 256, "context_length": 1024, "attention.head_count": 8,
-        "attention.head_count_kv": 4, "attention.key_length": 32, "rope.freq_base": 10000.0,
-        "rope.dimension_count": 32, "expert_count": 8, "expert_used_count": 2,
-    }  # fmt: skip
+        "block_count": 6,
+        "embedding_length": 256,
+        "context_length": 1024,
+        "attention.head_count": 8,
+        "attention.head_count_kv": 4,
+        "attention.key_length": 32,
+        "rope.freq_base": 10000.0,
+        "rope.dimension_count": 32,
+        "expert_count": 8,
+        "expert_used_count": 2,
+    }
     assert expected.items() <= tiny.hparams.items()
     assert tiny.hparams["attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
     assert (tiny.bos_id, tiny.add_bos) == (1, True)
@@ -342,9 +349,10 @@ def split_gguf(path: Path, n_shard: int) -> Path:
     size = -(-len(parts) // n_shard)
     for i in range(n_shard):
         keys = {
-            "split.no": Value(2, i), "split.count": Value(2, n_shard), "split.tensors.count": Value(5,
-            len(parts)),
-        }  # fmt: skip
+            "split.no": Value(2, i),
+            "split.count": Value(2, n_shard),
+            "split.tensors.count": Value(5, len(parts)),
+        }
         name = path.with_name(f"part-{i + 1:05d}-of-{n_shard:05d}.gguf")
         write_parts(name, {**(kv if i == 0 else {}), **keys}, parts[i * size : (i + 1) * size])
     return path.with_name(f"part-00002-of-{n_shard:05d}.gguf")

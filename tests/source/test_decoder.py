@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moe_directories import CONFIGS, random_moe, save_moe, write_f32
-from small_models import MemoryCheckpoint, random_mixtral, tiny_mixtral
 
-from mc_gguf import Llama, forward
-from mc_gguf.checkpoint import Checkpoint, open_checkpoint
-from mc_gguf.errors import SourceError
-from mc_gguf.forward import ARCHITECTURES, Decoder
+from mc_gguf import Llama
+from mc_gguf.common.errors import SourceError
 from mc_gguf.runtime import Runtime
+from mc_gguf.source import Checkpoint, open_checkpoint
+from mc_gguf.source import decoder as forward
+from mc_gguf.source.decoder import ARCHITECTURES, Decoder
+from tests.support.moe_directories import CONFIGS, random_moe, save_moe, write_f32
+from tests.support.small_models import MemoryCheckpoint, random_mixtral, tiny_mixtral
 
 
 def logits(decoder: Decoder, rows: Any) -> torch.Tensor:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mc_gguf.corpus import MIN_TOKENS, load_corpus
-from mc_gguf.errors import SourceError
+from mc_gguf.common.errors import SourceError
+from mc_gguf.source.text import MIN_TOKENS, load_corpus
 
 
 @dataclass
@@ -74,10 +74,14 @@ def test_records_what_it_used(text: Path) -> None:
     more.write_text("y" * 500)
     corpus = load_corpus(Bytes(), [text, more], tokens=2000, ctx=100, seed=5)
     assert corpus.to_json() == {
-        "sources": ["text.txt", "more.txt"], "sha256": hashlib.sha256(text.read_bytes() +
-        more.read_bytes()).hexdigest(), "available_tokens": 40_500, "tokens": 2000, "rows": 20, "ctx": 100,
+        "sources": ["text.txt", "more.txt"],
+        "sha256": hashlib.sha256(text.read_bytes() + more.read_bytes()).hexdigest(),
+        "available_tokens": 40_500,
+        "tokens": 2000,
+        "rows": 20,
+        "ctx": 100,
         "seed": 5,
-    }  # fmt: skip
+    }
 
 
 def test_the_bundled_text_is_the_default_and_large_enough() -> None:

@@ -17,8 +17,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_gguf.routing.params import RoutingParams
+from mc_gguf.run.routing_api import read_counters, reset_counters, set_routing
 from mc_gguf.runtime.locate import load_ggml_base, use_in_llama_cpp
-from mc_gguf.runtime.routing_api import RoutingParams, read_counters, reset_counters, set_routing
 
 _GGML_TYPES = {0: np.dtype(np.float32), 26: np.dtype(np.int32)}  # enum ggml_type: F32, I32
 _WANTED = re.compile(rb"(ffn_moe_(?:topk|weights|routed|importance)|attn_received)-(\d+)")
@@ -112,7 +113,7 @@ class Context:
         reset_counters(self.handle)
 
     def counters(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """As mc_gguf.runtime.routing_api.read_counters."""
+        """As mc_gguf.run.routing_api.read_counters."""
         return read_counters(self.handle)
 
     def remove(self, sequence: int, start: int) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from synthetic_calibration import synthetic_routing
 
 from mc_gguf import container
 from mc_gguf.artifacts import (
@@ -22,12 +21,15 @@ from mc_gguf.artifacts import (
     TensorSpec,
     expert_tensor_name,
 )
-from mc_gguf.checkpoint.base import add_values, fingerprint, kv_size
-from mc_gguf.gguf_file import ARRAY, FLOAT32, STRING, UINT32, TensorEntry, Value, read_header
+from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, STRING, UINT32, TensorEntry, Value, read_header
+from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.routing import RoutingMetadata
-from mc_gguf.upstream import load_gguf
+from mc_gguf.runtime.packages import load_gguf
+from mc_gguf.source.base import fingerprint, kv_size
+from tests.support import ROOT
+from tests.support.synthetic_calibration import synthetic_routing
 
-TINY = Path(__file__).parent.parent / "models" / "tiny-mixtral"
+TINY = ROOT / "models" / "tiny-mixtral"
 ONES = hashlib.sha256(b"1").hexdigest()
 TWOS = hashlib.sha256(b"2").hexdigest()
 
@@ -35,10 +37,16 @@ TWOS = hashlib.sha256(b"2").hexdigest()
 def model_kv(n_layer: int, n_expert: int, n_embd: int, n_ff: int, n_used: int = 2) -> dict[str, Value]:
     """The metadata of a Mixtral-like model with three tokens."""
     numbers = {
-        "block_count": n_layer, "context_length": 64, "embedding_length": n_embd, "feed_forward_length": n_ff,
-        "attention.head_count": 2, "attention.head_count_kv": 1, "expert_count": n_expert,
-        "expert_used_count": min(n_used, n_expert), "rope.dimension_count": n_embd // 2,
-    }  # fmt: skip
+        "block_count": n_layer,
+        "context_length": 64,
+        "embedding_length": n_embd,
+        "feed_forward_length": n_ff,
+        "attention.head_count": 2,
+        "attention.head_count_kv": 1,
+        "expert_count": n_expert,
+        "expert_used_count": min(n_used, n_expert),
+        "rope.dimension_count": n_embd // 2,
+    }
     kv = {"general.name": Value(STRING, "random")}
     kv |= {f"llama.{key}": Value(UINT32, number) for key, number in numbers.items()}
     kv["llama.attention.layer_norm_rms_epsilon"] = Value(FLOAT32, 0.0009765625)
@@ -68,7 +76,7 @@ def model_tensors(n_layer: int, n_expert: int, n_embd: int, n_ff: int, kind: str
 
 
 class RandomCheckpoint:
-    """mc_gguf.checkpoint.Checkpoint with weights drawn anew at every read, always the same."""
+    """mc_gguf.source.Checkpoint with weights drawn anew at every read, always the same."""
 
     def __init__(
         self, n_layer: int = 2, n_expert: int = 4, n_embd: int = 32, n_ff: int = 64, kind: str = "BF16"
@@ -76,10 +84,17 @@ class RandomCheckpoint:
         self.kv = model_kv(n_layer, n_expert, n_embd, n_ff)
         tensors = model_tensors(n_layer, n_expert, n_embd, n_ff, kind)
         self.info = ModelInfo(
-            architecture="llama", n_layer=n_layer, n_expert=n_expert, n_expert_used=min(2, n_expert),
-            n_embd=n_embd, n_ff=n_ff, fingerprint=fingerprint(self.kv, "llama", tensors, []),
-            kv_bytes=kv_size(self.kv, "llama"), n_kv=len(self.kv) + 1, tensors=tuple(tensors),
-        )  # fmt: skip
+            architecture="llama",
+            n_layer=n_layer,
+            n_expert=n_expert,
+            n_expert_used=min(2, n_expert),
+            n_embd=n_embd,
+            n_ff=n_ff,
+            fingerprint=fingerprint(self.kv, "llama", tensors, []),
+            kv_bytes=kv_size(self.kv, "llama"),
+            n_kv=len(self.kv) + 1,
+            tensors=tuple(tensors),
+        )
         self.hparams: Mapping[str, Any] = {}
         self.bos_id: int | None = 1
         self.add_bos = True
@@ -118,17 +133,29 @@ def uniform(info: ModelInfo, type_name: str) -> dict[str, tuple[tuple[str, ...],
 
 
 def make_plan(
-    info: ModelInfo, experts: Mapping[str, Sequence[Sequence[str]]], path: Path, calibration: str = ONES,
-    fixed: FixedTypes | None = None, model_fingerprint: str | None = None,
-) -> Plan:  # fmt: skip
+    info: ModelInfo,
+    experts: Mapping[str, Sequence[Sequence[str]]],
+    path: Path,
+    calibration: str = ONES,
+    fixed: FixedTypes | None = None,
+    model_fingerprint: str | None = None,
+) -> Plan:
     """A saved plan with these types."""
     plan = Plan(
-        strategy="test", budget={"bpw": 3.0}, layers=info.expert_layers,
-        experts={p: tuple(tuple(row) for row in rows) for p, rows in experts.items()}, fixed=fixed or
-        FixedTypes(), types=(), model_fingerprint=info.fingerprint if model_fingerprint is None else
-        model_fingerprint, calibration_fingerprint=calibration, expert_bpw=3.0, expert_bytes=None,
-        file_bytes=None, predicted_error=None, optimality_gap=None,
-    )  # fmt: skip
+        strategy="test",
+        budget={"bpw": 3.0},
+        layers=info.expert_layers,
+        experts={p: tuple(tuple(row) for row in rows) for p, rows in experts.items()},
+        fixed=fixed or FixedTypes(),
+        types=(),
+        model_fingerprint=info.fingerprint if model_fingerprint is None else model_fingerprint,
+        calibration_fingerprint=calibration,
+        expert_bpw=3.0,
+        expert_bytes=None,
+        file_bytes=None,
+        predicted_error=None,
+        optimality_gap=None,
+    )
     return plan.save(path)
 
 
@@ -145,10 +172,19 @@ def make_calibration(info: ModelInfo, path: Path, unused: Sequence[tuple[int, in
         wide[place] = mid[place] = 0
     flat, none = np.ones((n_layer, n_expert)), np.zeros(0)
     calibration = Calibration(
-        model=info, layers=info.expert_layers, types=("Q2_K",), corpus={}, frequency=flat,
-        routing_weight=flat, sq_error=np.ones((n_layer, n_expert, 3, 1)), output_sq=flat, imatrix_in=wide,
-        imatrix_mid=mid, **synthetic_routing(n_layer), nominal_error=none,
-    )  # fmt: skip
+        model=info,
+        layers=info.expert_layers,
+        types=("Q2_K",),
+        corpus={},
+        frequency=flat,
+        routing_weight=flat,
+        sq_error=np.ones((n_layer, n_expert, 3, 1)),
+        output_sq=flat,
+        imatrix_in=wide,
+        imatrix_mid=mid,
+        **synthetic_routing(n_layer),
+        nominal_error=none,
+    )
     return calibration.save(path)
 
 

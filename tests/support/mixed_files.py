@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from mc_gguf import upstream
 from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
-from mc_gguf.checkpoint import Checkpoint
-from mc_gguf.ggml_types import ggml_type
-from mc_gguf.quantize import dequantize_rows, quantize_rows
-from mc_gguf.runtime import Runtime
+from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
+from mc_gguf.ggml.types import ggml_type
+from mc_gguf.runtime import Runtime, packages
+from mc_gguf.source import Checkpoint
+from tests.support import ROOT
 
-LOGITS = Path(__file__).resolve().parent / "native" / "logits.py"
+LOGITS = ROOT / "tests" / "native" / "logits.py"
 Groups = Sequence[tuple[str, Sequence[int]]]  # (type, experts) of each group
 
 
@@ -58,7 +58,7 @@ class ModelWriter:
     ) -> Path:
         """`groups` for every layer or by layer. One group of all experts in order is a stock tensor; so is
         everything with `dequantize`, which stores the weights that the blocks stand for as F32."""
-        gguf = upstream.load_gguf()
+        gguf = packages.load_gguf()
         path = self.folder / f"{name}.gguf"
         own_name = self.checkpoint.info.architecture
         writer = gguf.GGUFWriter(path, architecture or own_name)

@@ -11,22 +11,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from small_models import TINY
 
 from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
-from mc_gguf.checkpoint import Checkpoint
-from mc_gguf.upstream import load_gguf
+from mc_gguf.runtime.packages import load_gguf
+from mc_gguf.source import Checkpoint
+from tests.support.small_models import TINY
 
 # What the architectures do not share; attention heads are 32 wide where that can be chosen.
 CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {"num_experts": 64, "norm_topk_prob": True, "moe_intermediate_size": 96, "head_dim": 32},
     "Olmoe": {"num_experts": 64, "intermediate_size": 96, "num_key_value_heads": 4, "pad_token_id": None},
     "Qwen2Moe": {
-        "num_experts": 64, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 160,
+        "num_experts": 64,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 160,
         "intermediate_size": 160,
     },
     "Mixtral": {"num_local_experts": 64, "intermediate_size": 96, "head_dim": 32, "sliding_window": None},
-}  # fmt: skip
+}
 
 
 def random_moe(name: str, seed: int = 0, **changes: Any) -> Any:
@@ -36,10 +38,18 @@ def random_moe(name: str, seed: int = 0, **changes: Any) -> Any:
     import transformers
 
     sizes: dict[str, Any] = {
-        "vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "num_experts_per_tok": 8, "max_position_embeddings": 256,
-        "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
+        "vocab_size": 4096,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rms_norm_eps": 1e-5,
+    }
     torch.manual_seed(seed)
     config = getattr(transformers, f"{name}Config")(**(sizes | CONFIGS[name] | changes))
     model: Any = getattr(transformers, f"{name}ForCausalLM")(config)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mc_gguf.upstream import load_gguf
+from mc_gguf.runtime.packages import load_gguf
 
 N_LAYER, N_EMBD, N_HEAD, N_FF, N_EXPERT, N_USED, N_VOCAB = 3, 64, 4, 32, 8, 4, 96
 HEAD = N_EMBD // N_HEAD
@@ -44,11 +44,20 @@ def write_random_model(path: Path, architecture: str, norm: bool = True, shard_t
 
 def _metadata(writer: Any, architecture: str, norm: bool) -> None:
     numbers = {
-        "block_count": N_LAYER, "context_length": 1024, "embedding_length": N_EMBD, "feed_forward_length":
-        N_FF, "expert_feed_forward_length": N_FF, "attention.head_count": N_HEAD, "attention.head_count_kv":
-        N_HEAD, "attention.key_length": HEAD, "attention.value_length": HEAD, "rope.dimension_count": HEAD,
-        "expert_count": N_EXPERT, "expert_used_count": N_USED, "attention.sliding_window": 32,
-    }  # fmt: skip
+        "block_count": N_LAYER,
+        "context_length": 1024,
+        "embedding_length": N_EMBD,
+        "feed_forward_length": N_FF,
+        "expert_feed_forward_length": N_FF,
+        "attention.head_count": N_HEAD,
+        "attention.head_count_kv": N_HEAD,
+        "attention.key_length": HEAD,
+        "attention.value_length": HEAD,
+        "rope.dimension_count": HEAD,
+        "expert_count": N_EXPERT,
+        "expert_used_count": N_USED,
+        "attention.sliding_window": 32,
+    }
     if architecture == "llama":
         del numbers["expert_count"], numbers["expert_used_count"]
     if architecture == "dots1":
@@ -65,9 +74,10 @@ def _metadata(writer: Any, architecture: str, norm: bool) -> None:
 
 def _shapes(architecture: str) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (N_VOCAB, N_EMBD), "output.weight": (N_VOCAB, N_EMBD), "output_norm.weight":
-        (N_EMBD,),
-    }  # fmt: skip
+        "token_embd.weight": (N_VOCAB, N_EMBD),
+        "output.weight": (N_VOCAB, N_EMBD),
+        "output_norm.weight": (N_EMBD,),
+    }
     for layer in range(N_LAYER):
         own = _attention(architecture)
         if architecture == "llama" or (architecture == "dots1" and layer == 0):

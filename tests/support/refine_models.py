@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from small_models import MemoryCheckpoint, random_mixtral
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration
-from mc_gguf.calibrate import Options, calibrate
-from mc_gguf.corpus import Corpus
-from mc_gguf.forward import Decoder
-from mc_gguf.quantize import dequantize_rows
-from mc_gguf.quantize.bank import Bank
+from mc_gguf.calibrate.calibrator import Options, calibrate
+from mc_gguf.compensate.bank import Bank
+from mc_gguf.ggml.quantizers import dequantize_rows
 from mc_gguf.refine.matrices import GgmlQuantizer, Matrices
 from mc_gguf.refine.passes import Assignment, Layers
+from mc_gguf.source.decoder import Decoder
+from mc_gguf.source.text import Corpus
+from tests.support.small_models import MemoryCheckpoint, random_mixtral
 
 TYPES = ("Q4_0", "IQ4_NL", "Q5_0", "Q8_0")
 
@@ -30,9 +30,11 @@ def small() -> tuple[Any, MemoryCheckpoint, Calibration]:
     model = random_mixtral()
     checkpoint = MemoryCheckpoint(model)
     calibration = calibrate(
-        checkpoint, Corpus(rows(24, seed=9), ("random",), "0" * 64, 768, 0), Options(types=TYPES, threads=1),
+        checkpoint,
+        Corpus(rows(24, seed=9), ("random",), "0" * 64, 768, 0),
+        Options(types=TYPES, threads=1),
         quiet=True,
-    )  # fmt: skip
+    )
     return model, checkpoint, calibration
 
 

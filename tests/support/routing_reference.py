@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from eval_capture import Batch, Decision
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mc_gguf.runtime.routing_api import RoutingParams
+from mc_gguf.routing.params import RoutingParams
+from tests.support.eval_capture import Batch, Decision
 
 
 @dataclass(frozen=True, eq=False)

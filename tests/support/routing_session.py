@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.llama import Llama
 from mc_gguf.routing import Routing, RoutingStats, resolve
-from mc_gguf.runtime.routing_api import read_counters, reset_counters, routing_shape, set_routing
+from mc_gguf.run.llama import Llama
+from mc_gguf.run.routing_api import read_counters, reset_counters, routing_shape, set_routing
 
-import llama_cpp  # isort: skip  after mc_gguf.llama, which chooses its libraries
+import llama_cpp  # isort: skip  after mc_gguf.run.llama, which chooses its libraries
 
 Token = tuple[int, int, int]  # token, position, sequence
 Logits = NDArray[np.float32]
@@ -101,7 +101,7 @@ class Session:
 
 def write_lora(path: Path, n_embd: int, n_ff: int, n_expert: int, layers: int, rank: int = 4) -> Path:
     """A LoRA adapter for a Mixtral: attention outputs and the experts' up projections."""
-    from mc_gguf.upstream import load_gguf
+    from mc_gguf.runtime.packages import load_gguf
 
     writer = load_gguf().GGUFWriter(path, "llama")
     writer.add_string("general.type", "adapter")

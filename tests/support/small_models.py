@@ -1,12 +1,11 @@
 """A Checkpoint in memory made from a transformers Mixtral: what the calibration tests read.
 
-It converts names and permutes Q and K itself, independently of mc_gguf.checkpoint.
+It converts names and permutes Q and K itself, independently of mc_gguf.source.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import PROJECTIONS, ModelInfo, TensorSpec, expert_tensor_name
+from tests.support import ROOT
 
-TINY = Path(__file__).parent.parent / "models" / "tiny-mixtral"
+TINY = ROOT / "models" / "tiny-mixtral"
 _NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -48,29 +48,42 @@ def random_mixtral(seed: int = 0, **changes: Any) -> Any:
 
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {
-        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "num_local_experts": 5,
-        "num_experts_per_tok": 3, "max_position_embeddings": 128, "rope_theta": 1000.0, "initializer_range":
-        0.3, "sliding_window": None,
-    }  # fmt: skip
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        "max_position_embeddings": 128,
+        "rope_theta": 1000.0,
+        "initializer_range": 0.3,
+        "sliding_window": None,
+    }
     model: Any = MixtralForCausalLM(MixtralConfig(**(sizes | changes)))
     return model.float().eval()
 
 
 class MemoryCheckpoint:
-    """mc_gguf.checkpoint.Checkpoint over a transformers Mixtral."""
+    """mc_gguf.source.Checkpoint over a transformers Mixtral."""
 
     def __init__(self, model: Any) -> None:
         config = model.config
         head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
         self.hparams: Mapping[str, Any] = {
-            "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
-            "attention.head_count": config.num_attention_heads, "attention.head_count_kv":
-            config.num_key_value_heads, "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-            "attention.key_length": head_dim, "rope.freq_base": config.rope_parameters["rope_theta"],
-            "rope.dimension_count": head_dim, "expert_count": config.num_local_experts, "expert_used_count":
-            config.num_experts_per_tok,
-        }  # fmt: skip
+            "block_count": config.num_hidden_layers,
+            "context_length": config.max_position_embeddings,
+            "attention.head_count": config.num_attention_heads,
+            "attention.head_count_kv": config.num_key_value_heads,
+            "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+            "attention.key_length": head_dim,
+            "rope.freq_base": config.rope_parameters["rope_theta"],
+            "rope.dimension_count": head_dim,
+            "expert_count": config.num_local_experts,
+            "expert_used_count": config.num_experts_per_tok,
+        }
         self.bos_id: int | None = config.bos_token_id
         self.add_bos = True
         self.n_reads = 0
@@ -83,10 +96,17 @@ class MemoryCheckpoint:
             TensorSpec(expert_tensor_name(*key), t.shape[::-1], "BF16") for key, t in self._experts.items()
         ]
         self.info = ModelInfo(
-            architecture="llama", n_layer=config.num_hidden_layers, n_expert=config.num_local_experts,
-            n_expert_used=config.num_experts_per_tok, n_embd=config.hidden_size,
-            n_ff=config.intermediate_size, fingerprint="memory", kv_bytes=0, n_kv=0, tensors=tuple(specs),
-        )  # fmt: skip
+            architecture="llama",
+            n_layer=config.num_hidden_layers,
+            n_expert=config.num_local_experts,
+            n_expert_used=config.num_experts_per_tok,
+            n_embd=config.hidden_size,
+            n_ff=config.intermediate_size,
+            fingerprint="memory",
+            kv_bytes=0,
+            n_kv=0,
+            tensors=tuple(specs),
+        )
 
     def _add(self, name: str, value: NDArray[np.float32], config: Any) -> None:
         if name in _NAMES:

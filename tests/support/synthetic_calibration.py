@@ -9,14 +9,25 @@ from typing import Any
 import numpy as np
 
 from mc_gguf.artifacts import ATTENTION, PROJECTIONS, Calibration, ModelInfo, TensorSpec, expert_tensor_name
-from mc_gguf.ggml_types import CANDIDATES
+from mc_gguf.ggml.types import CANDIDATES
 
 # Relative squared error of each type on unit Gaussian rows, measured.
 RELATIVE_ERROR = {
-    "IQ1_S": 0.251, "IQ1_M": 0.222, "IQ2_XXS": 0.123, "IQ2_XS": 0.096, "IQ2_S": 0.065, "Q2_K": 0.074,
-    "IQ3_XXS": 0.036, "IQ3_S": 0.020, "Q3_K": 0.021, "IQ4_XS": 0.0058, "Q4_K": 0.0051, "Q5_K": 0.0014,
-    "Q6_K": 0.0004, "Q8_0": 0.00003,
-}  # fmt: skip
+    "IQ1_S": 0.251,
+    "IQ1_M": 0.222,
+    "IQ2_XXS": 0.123,
+    "IQ2_XS": 0.096,
+    "IQ2_S": 0.065,
+    "Q2_K": 0.074,
+    "IQ3_XXS": 0.036,
+    "IQ3_S": 0.020,
+    "Q3_K": 0.021,
+    "IQ4_XS": 0.0058,
+    "Q4_K": 0.0051,
+    "Q5_K": 0.0014,
+    "Q6_K": 0.0004,
+    "Q8_0": 0.00003,
+}
 
 
 def model_info(
@@ -55,9 +66,14 @@ def synthetic_routing(n_layer: int, n_rank: int = 2, n_quantile: int = 101) -> d
 
 
 def calibration(
-    n_layer: int = 6, n_expert: int = 8, n_embd: int = 256, n_ff: int = 256,
-    types: Sequence[str] = CANDIDATES, seed: int = 0, type_name: str = "BF16",
-) -> Calibration:  # fmt: skip
+    n_layer: int = 6,
+    n_expert: int = 8,
+    n_embd: int = 256,
+    n_ff: int = 256,
+    types: Sequence[str] = CANDIDATES,
+    seed: int = 0,
+    type_name: str = "BF16",
+) -> Calibration:
     """Errors that fall with a type's rate and differ between layers, experts and projections."""
     rng = np.random.default_rng(seed)
     model = model_info(n_layer, n_expert, n_embd, n_ff, type_name)
@@ -70,17 +86,30 @@ def calibration(
         if model.expert_shape(projection)[1] % 256:
             error[:, :, p] = np.inf
     return Calibration(
-        model=model, layers=tuple(range(n_layer)), types=tuple(types), corpus={"sha256": "0" * 64},
-        frequency=rng.integers(1, 1000, shape).astype(np.float64), routing_weight=rng.uniform(1, 500, shape),
-        sq_error=error, output_sq=output_sq, imatrix_in=np.ones((*shape, n_embd), dtype=np.float32),
-        imatrix_mid=np.ones((*shape, n_ff), dtype=np.float32), **synthetic_routing(n_layer),
-        nominal_error=np.sqrt(output_sq)[..., None] * np.array([0.5, 0.35, 0.2])
+        model=model,
+        layers=tuple(range(n_layer)),
+        types=tuple(types),
+        corpus={"sha256": "0" * 64},
+        frequency=rng.integers(1, 1000, shape).astype(np.float64),
+        routing_weight=rng.uniform(1, 500, shape),
+        sq_error=error,
+        output_sq=output_sq,
+        imatrix_in=np.ones((*shape, n_embd), dtype=np.float32),
+        imatrix_mid=np.ones((*shape, n_ff), dtype=np.float32),
+        **synthetic_routing(n_layer),
+        nominal_error=np.sqrt(output_sq)[..., None]
+        * np.array([0.5, 0.35, 0.2])
         * rng.uniform(0.9, 1.1, (*shape, 3)),
-        relative_error=error * 1e-3, weight_error=error * 1e-4,
-        hessian_trace=np.ones((*shape, 3)), kld_per_error=np.full(n_layer, 0.3),
-        block_score=np.linspace(0.5, 0.1, n_layer), hidden_max=np.full(n_layer, 10.0),
-        hidden_median=np.ones(n_layer), down_max=np.ones(shape), fingerprint="c" * 64,
-    )  # fmt: skip
+        relative_error=error * 1e-3,
+        weight_error=error * 1e-4,
+        hessian_trace=np.ones((*shape, 3)),
+        kld_per_error=np.full(n_layer, 0.3),
+        block_score=np.linspace(0.5, 0.1, n_layer),
+        hidden_max=np.full(n_layer, 10.0),
+        hidden_median=np.ones(n_layer),
+        down_max=np.ones(shape),
+        fingerprint="c" * 64,
+    )
 
 
 def with_attention(source: Calibration, types: Sequence[str], seed: int = 0) -> Calibration:

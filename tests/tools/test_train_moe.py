@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
-from mc_gguf.checkpoint import open_checkpoint
-from mc_gguf.forward import Decoder
-
-
-@pytest.fixture(scope="module")
-def tool(repo_root: Path) -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("train_moe", repo_root / "tools" / "train_moe.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+from mc_gguf.source import open_checkpoint
+from mc_gguf.source.decoder import Decoder
+from tools.experiments import train_moe
 
 
 @pytest.fixture
-def settings(tool: ModuleType) -> Any:
-    return tool.Settings(
-        layers=1, embd=32, heads=2, kv_heads=1, head_dim=16, experts=4, top_k=2, expert_ff=32, steps=12,
-        rows=2, ctx=16, rate=1e-2, balance=0.01, seed=0,
-    )  # fmt: skip
+def settings() -> Any:
+    return train_moe.Settings(
+        layers=1,
+        embd=32,
+        heads=2,
+        kv_heads=1,
+        head_dim=16,
+        experts=4,
+        top_k=2,
+        expert_ff=32,
+        steps=12,
+        rows=2,
+        ctx=16,
+        rate=1e-2,
+        balance=0.01,
+        seed=0,
+    )
 
 
 @pytest.fixture
@@ -55,43 +53,39 @@ class Killed(Exception):
 
 
 def test_a_killed_run_continues_to_the_same_weights(
-    tool: ModuleType, settings: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tool.train(tmp_path / "whole", settings, (text,), 5, compiled=False)
+    train_moe.train(tmp_path / "whole", settings, (text,), 5, compiled=False)
 
     def windows(stream: Any, settings: Any, step: int) -> Any:
         if step == 8:
             raise Killed
         return draw(stream, settings, step)
 
-    draw = tool.windows
-    monkeypatch.setattr(tool, "windows", windows)
+    draw = train_moe.windows
+    monkeypatch.setattr(train_moe, "windows", windows)
     longer = replace(settings, steps=20)  # before the rate falls it is the same run
     with pytest.raises(Killed):
-        tool.train(tmp_path / "killed", longer, (text,), 5, compiled=False)
-    monkeypatch.setattr(tool, "windows", draw)
-    tool.train(tmp_path / "killed", settings, (text,), 5, compiled=False)
+        train_moe.train(tmp_path / "killed", longer, (text,), 5, compiled=False)
+    monkeypatch.setattr(train_moe, "windows", draw)
+    train_moe.train(tmp_path / "killed", settings, (text,), 5, compiled=False)
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     assert not (tmp_path / "killed" / "training.safetensors").exists()
 
 
-def test_a_state_of_other_options_is_not_continued(
-    tool: ModuleType, settings: Any, text: Path, tmp_path: Path
-) -> None:
-    run = tool.Training(tmp_path, settings, "0", compiled=False)
+def test_a_state_of_other_options_is_not_continued(settings: Any, text: Path, tmp_path: Path) -> None:
+    run = train_moe.Training(tmp_path, settings, "0", compiled=False)
     run.advance(torch.ones(2, 16, dtype=torch.int64))
     run.save()
-    with pytest.raises(tool.click.ClickException, match="other options"):
-        tool.Training(tmp_path, replace(settings, seed=1), "0", compiled=False)
+    with pytest.raises(click.ClickException, match="other options"):
+        train_moe.Training(tmp_path, replace(settings, seed=1), "0", compiled=False)
 
 
-def test_the_command_learns_and_its_directory_is_a_source_model(
-    tool: ModuleType, text: Path, tmp_path: Path
-) -> None:
+def test_the_command_learns_and_its_directory_is_a_source_model(text: Path, tmp_path: Path) -> None:
     sizes = ["--layers", 1, "--embd", 64, "--heads", 2, "--kv-heads", 1, "--head-dim", 32, "--experts", 4]
     sizes += ["--top-k", 2, "--expert-ff", 64, "--ctx", 32, "--rows", 4, "--steps", 40, "--rate", 0.02]
     sizes.append("--no-compile")
-    result = CliRunner().invoke(tool.main, [str(tmp_path / "hf"), "--text", str(text), *map(str, sizes)])
+    result = CliRunner().invoke(train_moe.main, [str(tmp_path / "hf"), "--text", str(text), *map(str, sizes)])
     assert result.exit_code == 0, result.output
     decoder = Decoder(open_checkpoint(tmp_path / "hf"))
     assert decoder.checkpoint.info.architecture == "qwen3moe"
@@ -103,14 +97,14 @@ def test_the_command_learns_and_its_directory_is_a_source_model(
     assert loss < 5  # 8.3 before
 
 
-def test_default_texts_leave_the_evaluation_text_out(tool: ModuleType) -> None:
-    names = [path.name for path in tool.default_texts()]
+def test_default_texts_leave_the_evaluation_text_out() -> None:
+    names = [path.name for path in train_moe.default_texts()]
     assert names[0] == "calibration-mix.txt"
     assert all("wikitext" not in name for name in names)
 
 
-def test_imbalance_is_1_for_even_use_and_grows_with_the_load_of_one(tool: ModuleType) -> None:
+def test_imbalance_is_1_for_even_use_and_grows_with_the_load_of_one() -> None:
     even = 5 * torch.eye(4).repeat(3, 1)
-    assert float(tool.imbalance(even, 1)) == pytest.approx(1.0)
+    assert float(train_moe.imbalance(even, 1)) == pytest.approx(1.0)
     most = float(torch.softmax(even[0], dim=0)[0])
-    assert float(tool.imbalance(even[:1].repeat(9, 1), 1)) == pytest.approx(4 * most)
+    assert float(train_moe.imbalance(even[:1].repeat(9, 1), 1)) == pytest.approx(4 * most)

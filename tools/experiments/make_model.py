@@ -1,6 +1,6 @@
 """Make a Mixtral-shaped Hugging Face checkpoint of random BF16 weights, in several shards, in little memory.
 
-    python tools/make_model.py /tmp/mixtral-2 --layers 2
+    python -m tools.experiments.make_model /tmp/mixtral-2 --layers 2
 
 For measuring memory and time, not quality: the weights are Gaussian (standard deviation 0.02, norms 1). One
 tensor at a time is in memory. Default sizes are those of Mixtral-8x7B: 2.9 GB a layer. The tokenizer is the
@@ -19,7 +19,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-TOKENIZER_FROM = Path(__file__).resolve().parent.parent / "models" / "tiny-mixtral"
+TOKENIZER_FROM = Path(__file__).resolve().parents[2] / "models" / "tiny-mixtral"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 _PIECE = 1 << 22
 
@@ -61,14 +61,27 @@ class Sizes:
     def config(self) -> dict[str, object]:
         """config.json."""
         return {
-            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "torch_dtype": "bfloat16",
-            "vocab_size": self.vocab, "hidden_size": self.embd, "intermediate_size": self.ff,
-            "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "num_key_value_heads":
-            self.kv_heads, "head_dim": self.embd // self.heads, "hidden_act": "silu",
-            "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window":
-            None, "tie_word_embeddings": False, "num_experts_per_tok": self.top_k, "num_local_experts":
-            self.experts, "bos_token_id": 1, "eos_token_id": 2,
-        }  # fmt: skip
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "torch_dtype": "bfloat16",
+            "vocab_size": self.vocab,
+            "hidden_size": self.embd,
+            "intermediate_size": self.ff,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.embd // self.heads,
+            "hidden_act": "silu",
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "num_experts_per_tok": self.top_k,
+            "num_local_experts": self.experts,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
 
 
 def bf16(values: NDArray[np.float32]) -> bytes:

@@ -1,6 +1,6 @@
 """What dropping experts costs in quality, for every policy and importance measure, on the bundled model.
 
-    python tools/odp_experiment.py /tmp/odp [--tokens 4096] [--ctx 512] [--threads 1]
+    python -m tools.experiments.odp_experiment /tmp/odp [--tokens 4096] [--ctx 512] [--threads 1]
 
 Converts the bundled model to 16 bits and to about 2 bits an expert weight (calibrated on the bundled text),
 then measures on WikiText-2 test and on C++ (src/llama-vocab.cpp of the pinned llama.cpp: not in the
@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-mixtral"
 WIKITEXT = ROOT / "tests" / "data" / "wikitext-2.test.txt"
 SHARES = (0.05, 0.10, 0.15, 0.20, 0.30)
@@ -155,14 +155,14 @@ def convert(folder: Path) -> dict[str, Path]:
 
 
 def texts() -> dict[str, str]:
-    from mc_gguf import upstream
+    from mc_gguf.runtime import packages
 
-    code = upstream.source_dir() / "src" / "llama-vocab.cpp"
+    code = packages.source_dir() / "src" / "llama-vocab.cpp"
     return {"WikiText-2": WIKITEXT.read_text(encoding="utf-8"), "C++": code.read_text(encoding="utf-8")}
 
 
 def run(folder: Path, n_tokens: int, ctx: int, threads: int) -> list[Point]:
-    from mc_gguf.llama import Llama
+    from mc_gguf.run.llama import Llama
 
     results = folder / "results.json"
     points = [Point(**p) for p in json.loads(results.read_text())] if results.exists() else []
@@ -188,10 +188,15 @@ def run(folder: Path, n_tokens: int, ctx: int, threads: int) -> list[Point]:
                     dropped = 0.0 if setting == "off" else stats.dropped_share
                     points.append(
                         Point(
-                            name, text_name, policy, setting, dropped, float(np.exp(-scores.right.mean())),
+                            name,
+                            text_name,
+                            policy,
+                            setting,
+                            dropped,
+                            float(np.exp(-scores.right.mean())),
                             *divergence(base, scores),
                         )
-                    )  # fmt: skip
+                    )
                     results.write_text(json.dumps([asdict(p) for p in points], indent=1))
         llm.close()
     return points

@@ -1,7 +1,8 @@
 """How close to the 16-bit model every allocation and quantizer comes, at equal file bytes.
 
-    python tools/quality_experiment.py run DIR [--model HF_DIR] [--tokens 2048] [--seeds 3] [--jobs 2]
-    python tools/quality_experiment.py report DIR
+    python -m tools.experiments.quality_experiment run DIR [--model HF_DIR] [--tokens 2048]
+        [--seeds 3] [--jobs 2]
+    python -m tools.experiments.quality_experiment report DIR
 
 Sizes: the files that one stock type makes (IQ1_M 1.75 bits an expert weight, IQ2_XXS 2.06, IQ2_XS 2.31,
 IQ2_S 2.56, IQ3_XXS 3.06, Q3_K and IQ3_S 3.44), and those of llama-quantize's recipes. Every other arm is
@@ -33,16 +34,22 @@ from typing import Any
 
 import click
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-mixtral"
 WIKITEXT = ROOT / "tests" / "data" / "wikitext-2.test.txt"
 MARKDOWN = "vendor/llama.cpp/tools/server/README.md"
 UNIFORM = ("IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q3_K")
 # enum llama_ftype
 RECIPES = {
-    "IQ1_S": 24, "IQ1_M": 31, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ2_S": 28, "Q2_K": 10, "IQ3_XXS": 23,
+    "IQ1_S": 24,
+    "IQ1_M": 31,
+    "IQ2_XXS": 19,
+    "IQ2_XS": 20,
+    "IQ2_S": 28,
+    "Q2_K": 10,
+    "IQ3_XXS": 23,
     "Q3_K_M": 12,
-}  # fmt: skip
+}
 ONLY_UNIFORM = ("Q3_K",)  # as large as IQ3_S, at which the other arms are measured
 MAIN = ("pmq", "pmq-attention", "layer", "mc")
 RECIPE_ARMS = ("pmq", "pmq-attention")
@@ -90,7 +97,7 @@ class Workshop:
 
     def __init__(self, folder: Path, model: Path, threads: int) -> None:
         from mc_gguf.artifacts import Calibration
-        from mc_gguf.checkpoint import open_checkpoint
+        from mc_gguf.source import open_checkpoint
 
         self.folder, self.threads = folder, threads
         self.checkpoint = open_checkpoint(model)
@@ -100,8 +107,8 @@ class Workshop:
 
     def calibration(self, seed: int) -> Any:
         from mc_gguf.artifacts import Calibration
-        from mc_gguf.calibrate import Options, calibrate_to_file
-        from mc_gguf.corpus import load_corpus
+        from mc_gguf.calibrate.calibrator import Options, calibrate_to_file
+        from mc_gguf.source.text import load_corpus
 
         if seed not in self.calibrations:
             path = self.folder / f"seed-{seed}.calib.safetensors"
@@ -113,7 +120,7 @@ class Workshop:
 
     def sixteen_bit(self) -> Path:
         """The reference. It carries the routing metadata, so that what is made from it has them too."""
-        from mc_gguf.allocate import Budget
+        from mc_gguf.plan import Budget
 
         path = self.folder / "16-bit.gguf"
         if not path.exists():
@@ -121,7 +128,7 @@ class Workshop:
         return path
 
     def make(self, arm: Arm) -> Path:
-        from mc_gguf.allocate import Budget
+        from mc_gguf.plan import Budget
 
         path = self.folder / f"{arm.file_name}.gguf"
         if path.exists():
@@ -152,8 +159,8 @@ class Workshop:
     def _bank(self, plan: Any, arm: Arm) -> Any:
         """The plan's matrices, quantized with or without compensation."""
         from mc_gguf.artifacts import PROJECTIONS
-        from mc_gguf.progress import progress
-        from mc_gguf.quantize import compensation
+        from mc_gguf.common.progress import progress
+        from mc_gguf.compensate import experts as compensation
 
         calibration = self.calibration(arm.seed)
         if not arm.compensated:
@@ -170,18 +177,16 @@ class Workshop:
         return self.banks[arm.seed]
 
     def _quantize(self, plan: Any, seed: int, bank: Any, path: Path) -> None:
-        from mc_gguf.quantize import quantize
+        from mc_gguf.quantize.writer import quantize
 
         calibration = self.calibration(seed)
         quantize(self.checkpoint, calibration, plan, path, self.threads, resume=False, bank=bank)
 
     def _recipe(self, arm: Arm, path: Path) -> None:
-        sys.path.insert(0, str(Path(__file__).parent))
-        from bench_quantize import upstream_imatrix
-
         from mc_gguf.artifacts import FixedTypes
-        from mc_gguf.ggml_types import ggml_type
+        from mc_gguf.ggml.types import ggml_type
         from mc_gguf.runtime import use_in_llama_cpp
+        from tools.bench_quantize import upstream_imatrix
 
         llama_cpp = use_in_llama_cpp()
         fixed = FixedTypes()
@@ -211,7 +216,7 @@ def _overrides(llama_cpp: Any, types: dict[str, int]) -> Any:
 
 
 def _bpw(type_name: str) -> float:
-    from mc_gguf.ggml_types import ggml_type
+    from mc_gguf.ggml.types import ggml_type
 
     return ggml_type(type_name).bpw
 
@@ -219,8 +224,8 @@ def _bpw(type_name: str) -> float:
 def _plain_bank(folder: Path, checkpoint: Any, calibration: Any, plan: Any, threads: int) -> Any:
     """The plan's matrices by ggml's quantizers."""
     from mc_gguf.artifacts import PROJECTIONS
-    from mc_gguf.quantize import quantize_rows
-    from mc_gguf.quantize.bank import Bank, bank_key
+    from mc_gguf.compensate.bank import Bank, bank_key
+    from mc_gguf.ggml.quantizers import quantize_rows
 
     info = checkpoint.info
     bank = Bank(folder / "bank", bank_key(info.fingerprint, calibration.fingerprint, "ggml"))
@@ -238,7 +243,7 @@ def _plain_bank(folder: Path, checkpoint: Any, calibration: Any, plan: Any, thre
 
 def text_files(folder: Path) -> dict[str, Path]:
     """WikiText-2 test, and code and prose from the pinned source distribution."""
-    from mc_gguf import upstream
+    from mc_gguf.runtime import packages, upstream
 
     markdown = folder / "server-readme.md"
     if not markdown.exists():
@@ -247,7 +252,7 @@ def text_files(folder: Path) -> dict[str, Path]:
             member = archive.extractfile(f"{name.removesuffix('.tar.gz')}/{MARKDOWN}")
             assert member is not None
             markdown.write_bytes(member.read())
-    code = upstream.source_dir() / "src" / "llama-vocab.cpp"
+    code = packages.source_dir() / "src" / "llama-vocab.cpp"
     return {"WikiText-2": WIKITEXT, "C++": code, "Markdown": markdown}
 
 
@@ -268,7 +273,9 @@ def measure(
     path: Path, sixteen: Path, texts: dict[str, Path], n_ctx: int, n_tokens: int
 ) -> list[dict[str, Any]]:
     """One record a text, by the runtime, on one thread."""
-    from mc_gguf.evaluate import Text, evaluate, references
+    from mc_gguf.evaluate.cache import references
+    from mc_gguf.evaluate.evaluation import evaluate
+    from mc_gguf.evaluate.text import Text
 
     read = [Text.read(p) for p in texts.values()]
     stored = references(sixteen, read, n_ctx, n_tokens, 1)
@@ -291,11 +298,18 @@ def main() -> None: ...
 @click.option("--strategies", help="Only these, separated by commas.  [default: all]")
 @click.option("--jobs", default=1, show_default=True, help="Files that are measured at once, a thread each.")
 def run(
-    folder: Path, model: Path, n_tokens: int, n_ctx: int, seeds: int, sizes: str, compensate: bool,
-    strategies: str | None, jobs: int,
+    folder: Path,
+    model: Path,
+    n_tokens: int,
+    n_ctx: int,
+    seeds: int,
+    sizes: str,
+    compensate: bool,
+    strategies: str | None,
+    jobs: int,
 ) -> None:
     """Make and measure what is not in FOLDER yet."""
-    from mc_gguf.errors import BudgetError
+    from mc_gguf.common.errors import BudgetError
 
     shop = Workshop(folder, model, jobs)
     texts, results = text_files(folder), folder / "results.json"
@@ -304,7 +318,8 @@ def run(
     records = json.loads(results.read_text()) if results.exists() else []
     done = {(r["size"], r["arm"], r["seed"]) for r in records}
     wanted = [
-        a for a in arms(seeds, sizes.split(","), compensate)
+        a
+        for a in arms(seeds, sizes.split(","), compensate)
         if strategies is None or a.strategy in strategies.split(",")
     ]
     todo = [a for a in wanted if (a.size, a.name, a.seed) not in done]
@@ -336,8 +351,7 @@ def _collect(arm: Arm, future: Any, records: list[dict[str, Any]], results: Path
 @click.argument("folder", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
     """table.md and curves.svg of what was measured."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from quality_report import plot, tables
+    from tools.experiments.quality_report import plot, tables
 
     records = json.loads((folder / "results.json").read_text())
     (folder / "table.md").write_text(tables(records))

@@ -1,4 +1,4 @@
-"""Tables and plot of tools/quality_experiment.py: KL divergences of equal bytes side by side."""
+"""Tables and plot of tools/experiments/quality_experiment.py: KL divergences of equal bytes side by side."""
 
 from __future__ import annotations
 
@@ -72,9 +72,16 @@ def plot(records: Sequence[Record], path: Path) -> None:
     from matplotlib import pyplot
 
     shown = (
-        "llama-quantize", "uniform", "uniform + compensation", "layer", "layer + compensation", "mc", "pmq",
-        "pmq + compensation", "pmq-attention + compensation",
-    )  # fmt: skip
+        "llama-quantize",
+        "uniform",
+        "uniform + compensation",
+        "layer",
+        "layer + compensation",
+        "mc",
+        "pmq",
+        "pmq + compensation",
+        "pmq-attention + compensation",
+    )
     texts = list(dict.fromkeys(r["text"] for r in records))
     figure, axes = pyplot.subplots(1, len(texts), figsize=(4 * len(texts), 3.6), sharey=True)
     for axis, text in zip(np.atleast_1d(axes), texts, strict=True):

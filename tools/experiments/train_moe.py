@@ -1,6 +1,6 @@
 """Train a small Qwen3-MoE from scratch on the CPU: a test model of another shape than models/tiny-mixtral.
 
-    python tools/train_moe.py /tmp/tiny-qwen3moe --steps 1000 --text a.txt --text b.txt
+    python -m tools.experiments.train_moe /tmp/tiny-qwen3moe --steps 1000 --text a.txt --text b.txt
 
 Writes a Hugging Face directory: bfloat16 safetensors and the tokenizer of the bundled model. The defaults are
 28.9 M parameters, 58 MB: 4 layers, 32 experts of width 256, the best 4 of them used. Forward and backward
@@ -29,9 +29,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mc_gguf.artifacts import atomic_write
+from mc_gguf.common.files import atomic_write
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER_FROM = ROOT / "models" / "tiny-mixtral"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 BOS, EOS, N_VOCAB = 1, 2, 4096
@@ -65,18 +65,27 @@ class Settings:
 
         kind: Any = transformers.Qwen3MoeConfig
         config = kind(
-            vocab_size=N_VOCAB, hidden_size=self.embd, intermediate_size=self.expert_ff * self.top_k,
-            moe_intermediate_size=self.expert_ff, num_hidden_layers=self.layers, num_attention_heads=
-            self.heads, num_key_value_heads=self.kv_heads, head_dim=self.head_dim, num_experts=self.experts,
-            num_experts_per_tok=self.top_k, norm_topk_prob=True, output_router_logits=True,
-            router_aux_loss_coef=0.0, max_position_embeddings=2 * self.ctx, bos_token_id=BOS,
-            eos_token_id=EOS, use_cache=False,
-        )  # fmt: skip
+            vocab_size=N_VOCAB,
+            hidden_size=self.embd,
+            intermediate_size=self.expert_ff * self.top_k,
+            moe_intermediate_size=self.expert_ff,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            num_experts=self.experts,
+            num_experts_per_tok=self.top_k,
+            norm_topk_prob=True,
+            output_router_logits=True,
+            router_aux_loss_coef=0.0,
+            max_position_embeddings=2 * self.ctx,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            use_cache=False,
+        )
         torch.manual_seed(self.seed)
         new: Any = transformers.Qwen3MoeForCausalLM._from_config
-        return new(
-            config, attn_implementation="sdpa", experts_implementation="grouped_mm"
-        )
+        return new(config, attn_implementation="sdpa", experts_implementation="grouped_mm")
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step."""

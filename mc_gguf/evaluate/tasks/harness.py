@@ -10,10 +10,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from mc_gguf.errors import McError
-from mc_gguf.evaluate.branches import Generation, generate, log_likelihoods
+from mc_gguf.common.errors import McError
+from mc_gguf.common.progress import progress
 from mc_gguf.evaluate.sequences import Sequences
-from mc_gguf.progress import progress
+from mc_gguf.evaluate.tasks.continuations import Generation, generate, log_likelihoods
 
 N_SEQ = 64  # that share what they begin with
 BATCH = 512  # tokens; so many rows of logits at most
@@ -31,9 +31,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is optional: my
         super().__init__()
         self.name = model.name
         self.llm = Sequences(
-            model, n_ctx=n_ctx, n_seq=N_SEQ, n_batch=BATCH, unified=True, as_trained=True,
-            n_threads=n_threads, routing=routing,
-        )  # fmt: skip
+            model,
+            n_ctx=n_ctx,
+            n_seq=N_SEQ,
+            n_batch=BATCH,
+            unified=True,
+            as_trained=True,
+            n_threads=n_threads,
+            routing=routing,
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mc_gguf.errors import McError
+from mc_gguf.common.errors import McError
 from mc_gguf.evaluate.files import file_bytes
 
 DEFAULT_CTX = 4096  # tokens of context for a task, or what the model was trained on if that is less
@@ -75,26 +75,35 @@ def run_tasks(
     """All metrics of all tasks. Data sets come from where the task says; McError when they cannot be had."""
     from lm_eval import simple_evaluate
 
-    from mc_gguf.evaluate.harness import HarnessModel
+    from mc_gguf.evaluate.tasks.harness import HarnessModel
 
     with HarnessModel(model, DEFAULT_CTX, routing=routing, n_threads=n_threads) as lm:
         try:
             found = simple_evaluate(
-                lm, tasks=list(request.names), num_fewshot=request.n_fewshot, limit=request.limit,
-                task_manager=_manager(request), log_samples=False, bootstrap_iters=1000,
-            )  # fmt: skip
+                lm,
+                tasks=list(request.names),
+                num_fewshot=request.n_fewshot,
+                limit=request.limit,
+                task_manager=_manager(request),
+                log_samples=False,
+                bootstrap_iters=1000,
+            )
         except ConnectionError as error:
             raise McError(f"the data of {', '.join(request.names)} cannot be loaded: {error}") from error
     shared: dict[str, Any] = {"model": str(model), "file_bytes": file_bytes(model), "routing": routing}
     return [
         TaskResult(
-            task=name, metric=metric, value=float(value), stderr=_number(values, metric, "_stderr"),
+            task=name,
+            metric=metric,
+            value=float(value),
+            stderr=_number(values, metric, "_stderr"),
             n_fewshot=int(found["n-shot"].get(name, 0) or 0),
-            documents=int(found["n-samples"].get(name, {}).get("effective", 0)), **shared,
+            documents=int(found["n-samples"].get(name, {}).get("effective", 0)),
+            **shared,
         )
         for name, values in found["results"].items()
         for metric, value in _metrics(values)
-    ]  # fmt: skip
+    ]
 
 
 def _metrics(values: dict[str, Any]) -> list[tuple[str, float]]:

@@ -1,0 +1,1 @@
+"""What every room uses: errors, files, resumable work, progress, units, this machine."""

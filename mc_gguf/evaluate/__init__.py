@@ -1,0 +1,1 @@
+"""How close a GGUF is to its 16-bit model: perplexity, KL divergence, tasks."""

@@ -1,0 +1,1 @@
+"""Search for a better plan on the KL divergence of the model's output."""

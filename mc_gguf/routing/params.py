@@ -1,0 +1,41 @@
+"""What the runtime is told about dynamic expert routing, and the sizes of its arrays.
+
+The source is patches/src/include/mc.h; the order of the names is that of its enums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+POLICIES = ("off", "odp", "threshold", "keep_min", "top_p", "random")  # enum mc_routing_policy
+IMPORTANCES = ("attention", "l1", "mean", "variance", "kurtosis", "last")  # enum mc_routing_importance
+
+
+@dataclass(frozen=True)
+class RoutingShape:
+    """Sizes of a model's routing arrays: layers, most experts a token uses, experts in a layer; 0 without."""
+
+    n_layer: int
+    n_rank: int
+    n_expert: int
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingParams:
+    """What mc_set_routing takes. `thresholds` float32 [n_layer, n_rank] (rank 0 is not looked at), `active`
+    bool [n_layer]; None: no thresholds, all layers.
+    """
+
+    policy: str
+    importance: str = "attention"
+    keep_min: int = 1
+    seed: int = 0
+    ratio: float = 0.0
+    top_p: float = 1.0
+    rate: float = 0.0
+    protect: float = 0.02
+    thresholds: NDArray[np.float32] | None = None
+    active: NDArray[np.bool_] | None = None
