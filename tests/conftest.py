@@ -17,7 +17,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARAL
 from mc_gguf import runtime as runtimes
 from mc_gguf.common.errors import RuntimeBuildError
 from mc_gguf.runtime import Runtime, packages
-from tests.support import ROOT
+from tests.support import ROOT, TINY
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def repo_root() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """The bundled model: a Hugging Face directory with a real, small Mixtral."""
-    return ROOT / "models" / "tiny-mixtral"
+    return TINY
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +53,41 @@ def _built(patched: bool) -> Runtime:
 @pytest.fixture(scope="session")
 def tiny_gguf(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model as a plain BF16 GGUF, written by llama.cpp's own converter script."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny-bf16.gguf"
+    return _converted(tiny_model, tmp_path_factory.mktemp("gguf") / "tiny-bf16.gguf", "bf16")
+
+
+@pytest.fixture(scope="session")
+def tiny_f32(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in F32: the weights that torch reads."""
+    return _converted(tiny_model, tmp_path_factory.mktemp("gguf") / "tiny-f32.gguf", "f32")
+
+
+def _converted(model: Path, path: Path, kind: str) -> Path:
     script = packages.source_dir() / "convert_hf_to_gguf.py"
-    command: list[str | Path] = [sys.executable, script, tiny_model, "--outfile", path, "--outtype", "bf16"]
+    command: list[str | Path] = [sys.executable, script, model, "--outfile", path, "--outtype", kind]
     subprocess.run(command, check=True, capture_output=True)
     return path
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache in tmp_path/cache, where the test sees what is stored; the runtime stays where it is."""
+    monkeypatch.setenv("MC_GGUF_RUNTIME", str(runtimes.require().path))
+    monkeypatch.setenv("MC_GGUF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Small matrices gain nothing from a second thread, and idle threads of torch and ggml take the cores
+    from each other: ten times slower.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

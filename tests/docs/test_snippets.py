@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, TINY
 from tests.support.documents import Block, blocks, documents
 from tests.support.mixed_files import first_layers
 
@@ -35,7 +35,7 @@ def workplace(tmp_path: Path) -> Path:
         (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
     (tmp_path / "models").mkdir()
     (tmp_path / "demo").mkdir()
-    first_layers(ROOT / "models" / "tiny-mixtral", N_LAYER, tmp_path / "models" / "tiny-mixtral")
+    first_layers(TINY, N_LAYER, tmp_path / "models" / "tiny-mixtral")
     return tmp_path
 
 

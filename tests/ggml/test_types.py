@@ -1,9 +1,8 @@
-from pathlib import Path
-
 import pytest
 
 from mc_gguf.common.errors import McError
 from mc_gguf.ggml.types import CANDIDATES, SIXTEEN_BIT, TYPES, ggml_type
+from mc_gguf.runtime import packages
 
 # Bits per weight as llama.cpp's documentation states them: a second source for block sizes and bytes.
 RATES = {
@@ -70,16 +69,9 @@ def test_an_unknown_type_is_answered_with_the_known_ones() -> None:
         ggml_type("IQ9_Z")
 
 
+@pytest.mark.native
 def test_the_pinned_gguf_agrees() -> None:
-    """Against the second implementation in the pinned source, when it is here."""
-    from mc_gguf.common.errors import RuntimeBuildError
-    from mc_gguf.runtime import packages
-
-    try:
-        source: Path = packages.source_dir()
-    except RuntimeBuildError:
-        pytest.skip("no pinned source; mc-gguf runtime build fetches it")
-    assert source.is_dir()
+    """The second implementation in the pinned source."""
     gguf = packages.load_gguf()
     for name, t in TYPES.items():
         kind = gguf.GGMLQuantizationType[name]

@@ -26,7 +26,8 @@ from mc_gguf.routing.metadata import of_calibration
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.runtime.packages import load_gguf
 from mc_gguf.source import open_checkpoint
-from tests.support.gguf_models import ONES, TINY, RandomCheckpoint, make_calibration, make_plan, uniform
+from tests.support import TINY
+from tests.support.gguf_models import ONES, RandomCheckpoint, make_calibration, make_plan, uniform
 
 FAST = ("Q2_K", "Q3_K", "Q4_K", "IQ4_XS")
 # Relative squared error on Gaussian rows, measured once per type: a quantizer that lost its scale is far off.
