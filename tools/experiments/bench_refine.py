@@ -1,7 +1,7 @@
 """Refinement against evolutionary search: same start, same text, same blocks, same CPU time of one thread.
 
-    python -m tools.bench_refine run DIR --bpw 2.0625 [--method expansion|evopress] [--start pmq|layer]
-    python -m tools.bench_refine report DIR
+    python -m tools.experiments.bench_refine run DIR --bpw 2.0625 [--method expansion|evopress] [--start pmq|layer]
+    python -m tools.experiments.bench_refine report DIR
 
 Methods: `expansion` is mc-gguf refine (mc_gguf/refine/search.py); `evopress` is the search of EvoPress
 (Sieberling et al. 2024, arXiv 2410.14649): offspring of the incumbent by level switches (a matrix gets the
