@@ -1,11 +1,16 @@
-"""Fixtures that all tests share, and the check that tests leave nothing behind in the repository."""
+"""Fixtures that all tests share, the marker `native`, and the check that tests leave nothing behind.
+
+`pytest --without-runtime` runs the tests that need no built runtime, and lets them see none: a test that uses
+it without the marker fails.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +23,49 @@ from mc_gguf import runtime as runtimes
 from mc_gguf.common.errors import RuntimeBuildError
 from mc_gguf.runtime import Runtime, packages
 from tests.support import ROOT, TINY
+
+NATIVE_FIXTURES = frozenset(("runtime", "unpatched_runtime", "tiny_gguf", "tiny_f32", "own_cache"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--without-runtime", action="store_true", help="Run what needs no built runtime.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--without-runtime"):
+        empty = tempfile.TemporaryDirectory()
+        config.add_cleanup(empty.cleanup)
+        for name in ("MC_GGUF_RUNTIME", "MC_GGUF_SOURCE", "MC_GGUF_BACKEND"):
+            os.environ.pop(name, None)
+        os.environ["MC_GGUF_CACHE"] = empty.name
+
+
+class _NativeModule(pytest.Module):
+    """A module that cannot be imported without a runtime has no tests that need none."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except RuntimeBuildError:
+            return []
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if parent.config.getoption("--without-runtime"):
+        return _NativeModule.from_parent(parent, path=module_path)
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what uses a fixture that needs the runtime."""
+    for item in items:
+        if NATIVE_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.native)
+    if config.getoption("--without-runtime"):
+        native = [item for item in items if item.get_closest_marker("native")]
+        config.hook.pytest_deselected(items=native)
+        items[:] = [item for item in items if not item.get_closest_marker("native")]
 
 
 @pytest.fixture(scope="session")
