@@ -14,6 +14,7 @@ from mc_gguf.ggml.gguf_file import BY_ID, pad, read_header
 from mc_gguf.runtime.packages import load_gguf
 
 
+@pytest.mark.native
 def test_types_are_upstreams() -> None:
     gguf = load_gguf()
     sizes = {int(t): (t.name, *gguf.GGML_QUANT_SIZES[t]) for t in gguf.GGMLQuantizationType}
@@ -46,6 +47,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "m.gguf"
 
 
+@pytest.mark.native
 def test_every_value_type_as_gguf_py(model: Path) -> None:
     header = read_header(model)
     reader = load_gguf().GGUFReader(model)
@@ -143,6 +145,7 @@ def test_missing_file(tmp_path: Path) -> None:
         read_header(tmp_path / "nothing")
 
 
+@pytest.mark.native
 def test_text_need_not_be_utf8(tmp_path: Path) -> None:
     """Token lists of byte-level vocabularies: kept, and written back as they were."""
     from mc_gguf.ggml.gguf_writer import add_values
