@@ -18,6 +18,7 @@ from mc_gguf.container.layout import (
 )
 from mc_gguf.container.reader import MixedGguf, describe, expert_bytes, validate
 from mc_gguf.container.routing import base_metadata, read_routing, write_routing
+from mc_gguf.container.update import load_routing, update_routing
 
 __all__ = [
     "MixedGguf",
@@ -31,8 +32,10 @@ __all__ = [
     "fixed_type",
     "header",
     "layout",
+    "load_routing",
     "read_routing",
     "total_bytes",
+    "update_routing",
     "validate",
     "write_routing",
 ]
