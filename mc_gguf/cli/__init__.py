@@ -14,22 +14,16 @@ import click
 
 from mc_gguf import __version__
 
-COMMANDS: tuple[str, ...] = (
-    "convert",
-    "chat",
-    "inspect",
-    "eval",
-    "routing",
-    "calibrate",
-    "plan",
-    "refine",
-    "quantize",
-    "runtime",
-)
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "Make and run a file": ("convert", "chat", "inspect", "eval", "routing"),
+    "The steps of convert": ("calibrate", "plan", "refine", "quantize"),
+    "Set up": ("runtime",),
+}
+COMMANDS: tuple[str, ...] = tuple(name for names in SECTIONS.values() for name in names)
 
 
 class CommandGroup(click.Group):
-    """Loads commands by name, in the order of COMMANDS."""
+    """Loads commands by name, and lists them by section."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -41,6 +35,12 @@ class CommandGroup(click.Group):
         command: click.Command = module.command
         return command
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in SECTIONS.items():
+            commands = {name: self.get_command(ctx, name) for name in names}
+            with formatter.section(title):
+                formatter.write_dl([(n, c.get_short_help_str(100)) for n, c in commands.items() if c])
+
 
 @click.group(
     cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -49,6 +49,5 @@ class CommandGroup(click.Group):
 def main() -> None:
     """Mixed-expert GGUF files for Mixture-of-Experts models: every expert gets its own quantization type.
 
-    `convert` makes one from a Hugging Face directory or a 16-bit GGUF, and `chat` runs it. `calibrate`,
-    `plan`, `refine` and `quantize` are the steps of `convert`, one by one.
+    `convert` makes one from a Hugging Face directory or a 16-bit GGUF, and `chat` runs it.
     """

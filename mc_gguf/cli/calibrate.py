@@ -23,9 +23,11 @@ from mc_gguf.cli.result import show
 @o.json_option
 @o.seed_option
 def command(source: Path, output: Path, as_json: bool, **options: Any) -> None:
-    """Measure the experts of SOURCE (HF directory or 16-bit GGUF): use, importance, error under every type.
+    """Measure the experts of SOURCE on text.
 
-    The same command continues a killed run. The file is what plan and quantize read.
+    SOURCE is a Hugging Face directory or a 16-bit GGUF. The file says how often each expert is used, how
+    important it is, and what error every type causes; plan and quantize read it. The same command continues a
+    killed run.
     """
     from mc_gguf.calibrate import calibrate
     from mc_gguf.calibrate.summary import summarize

@@ -54,10 +54,11 @@ tasks = section("Tasks")
 @o.quiet_option
 @o.json_option
 def command(models: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Perplexity of each MODEL on each text; with a reference, KL divergence from it, too.
+    """Measure how close each MODEL is to the 16-bit model.
 
-    Definitions and numbers are those of llama.cpp's llama-perplexity. The reference's log-probabilities are
-    computed once and kept in the user's cache. docs/guide/evaluate.md says what the numbers mean.
+    Perplexity on each text; with a reference, KL divergence from it, too. Definitions and numbers are
+    those of llama.cpp's llama-perplexity. The reference's log-probabilities are computed once and kept in
+    the user's cache. docs/guide/evaluate.md says what the numbers mean.
     """
     from mc_gguf.evaluate import evaluate
 

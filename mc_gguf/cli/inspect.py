@@ -15,7 +15,10 @@ from mc_gguf.cli.result import show
 @click.argument("model", type=o.PATH)
 @o.json_option
 def command(model: Path, as_json: bool) -> None:
-    """Show the experts' types per layer, sizes and bits of MODEL, after checking the whole file."""
+    """Show the experts' types in MODEL, sizes and bits.
+
+    The whole file is checked first.
+    """
     from mc_gguf.container import MixedGguf, describe
     from mc_gguf.container.table import render
 

@@ -21,7 +21,7 @@ from mc_gguf.cli.result import show
 @o.json_option
 @o.research_options
 def command(calibration: Path, output: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Decide the type of every expert under a budget, and write it to a plan.
+    """Decide the type of every expert under a budget.
 
     CALIB is a file made by calibrate, or published statistics (JSON; with --bits-per-layer only). Give
     exactly one of --size, --bpw and --bits-per-layer.

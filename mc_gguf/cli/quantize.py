@@ -25,9 +25,10 @@ from mc_gguf.cli.result import file_facts, file_line, show
 @o.quiet_option
 @o.json_option
 def command(source: Path, plan: Path, output: Path, as_json: bool, **options: Any) -> None:
-    """Quantize SOURCE (HF directory or 16-bit GGUF) by PLAN into one GGUF.
+    """Quantize SOURCE by PLAN into one GGUF.
 
-    The same command continues a killed run and gives the same bytes.
+    SOURCE is a Hugging Face directory or a 16-bit GGUF. The same command continues a killed run and gives
+    the same bytes.
     """
     from mc_gguf.quantize import quantize
 

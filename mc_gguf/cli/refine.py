@@ -35,10 +35,11 @@ from mc_gguf.cli.result import show
 @o.json_option
 @o.seed_option
 def command(source: Path, plan: Path, output: Path, as_json: bool, **options: Any) -> None:
-    """Improve PLAN for SOURCE by the KL divergence of the model's output, within the plan's own budget.
+    """Improve PLAN by the KL divergence that it causes in SOURCE.
 
-    The search stops when its time is over, or at Ctrl-C, and writes the best plan found. With compensation
-    it tries the types near the plan's, without it all types. The same command continues a killed search.
+    SOURCE is a Hugging Face directory or a 16-bit GGUF. The budget stays the plan's own. The search stops
+    when its time is over, or at Ctrl-C, and writes the best plan found. With compensation it tries the
+    types near the plan's, without it all types. The same command continues a killed search.
     """
     from mc_gguf.refine import refine
 

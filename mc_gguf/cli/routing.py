@@ -19,9 +19,10 @@ thresholds = section("Thresholds")
 
 @click.group()
 def command() -> None:
-    """Show or set which experts a GGUF drops while it runs: thresholds, layers, protected tokens.
+    """Show or set which experts a GGUF may drop.
 
-    Only metadata is changed, never a weight. Any GGUF of a Mixture-of-Experts model can carry it, mixed or
+    A file carries thresholds, the layers that may drop experts, and the share of protected tokens. Only
+    metadata is changed, never a weight. Any GGUF of a Mixture-of-Experts model can carry it, mixed or
     plain; other programs ignore it.
     """
 

@@ -11,7 +11,7 @@ from mc_gguf.cli.result import show
 
 @click.group()
 def command() -> None:
-    """Build the patched llama.cpp, and show what is built."""
+    """Build the patched llama.cpp, or show what is built."""
 
 
 @command.command(cls=Command)

@@ -91,7 +91,8 @@ def load_corpus(
     ctx = min(ctx, max_ctx or ctx)
     if ctx < 2 or tokens < ctx:
         raise SourceError(
-            f"cannot make rows of {ctx} tokens out of {tokens}: use --ctx of at least 2 and --tokens >= --ctx"
+            f"cannot make rows of {ctx} tokens out of {tokens}: ctx must be at least 2, tokens at least ctx",
+            parameter=("tokens", "ctx"),
         )
     names, texts = _read(files)
     stream = np.concatenate(
@@ -112,7 +113,8 @@ def _read(files: Sequence[Path]) -> tuple[tuple[str, ...], list[bytes]]:
     try:
         return tuple(f.name for f in files), [f.read_bytes() for f in files]
     except OSError as error:
-        raise SourceError(f"cannot read calibration text {error.filename}: {error.strerror}") from error
+        message = f"cannot read {error.filename}: {error.strerror}"
+        raise SourceError(message, parameter="text") from error
 
 
 def _decode(name: str, data: bytes) -> str:
@@ -120,7 +122,7 @@ def _decode(name: str, data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise SourceError(
-            f"calibration text {name} is not UTF-8 (byte {error.start}); convert it first"
+            f"{name} is not UTF-8 (byte {error.start}); convert it first", parameter="text"
         ) from error
 
 
@@ -136,8 +138,8 @@ def _windows(
     fitting = stream.size // width
     if fitting == 0:
         raise SourceError(
-            f"the calibration text has {stream.size} tokens, less than one row of {ctx}; "
-            "add --text or lower --ctx"
+            f"{stream.size} tokens of text are fewer than one row of {ctx}; give more text or a smaller ctx",
+            parameter=("text", "ctx"),
         )
     n_rows = min(n_rows, fitting)
     edges = np.linspace(0, stream.size, n_rows + 1).astype(np.int64)
@@ -149,11 +151,7 @@ def _windows(
 
 def _warn(found: int, asked: int, ctx: int) -> None:
     if found + ctx <= asked:
-        log.warning(
-            "the calibration text gives only %d of the %d tokens asked for; add more with --text",
-            found,
-            asked,
-        )
+        log.warning("the calibration text gives only %d of the %d tokens asked for; give more", found, asked)
     if found < MIN_TOKENS:
         log.warning(
             "%d tokens of calibration text are few: expert statistics are noisy and 1- and 2-bit types "

@@ -103,8 +103,8 @@ def test_what_does_not_belong_together_is_refused(tiny_model: Path, folder: Path
     assert result.exit_code == 1
     assert "was not made from a calibration of this source" in result.stderr
     for option, value, message in (
-        ("--time", "soon", "is not a duration"),
-        ("--memory", "much", "is not a size"),
+        ("--time", "soon", "Error: --time: 'soon' is not a duration"),
+        ("--memory", "much", "Error: --memory: 'much' is not a size"),
         ("--tokens", "256", "too few to compare"),
     ):
         result = run(tiny_model, folder, tmp_path / "r.json", option, value)
