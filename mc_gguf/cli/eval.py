@@ -41,10 +41,7 @@ tasks = section("Tasks")
 )
 @texts("-o", "--output", type=o.PATH, help="Write a report to this file, too: one page of HTML.")
 @tasks(
-    "--tasks",
-    default="",
-    metavar="T,T,...",
-    help="Tasks of lm-evaluation-harness to run (pip install 'mc-gguf[tasks]').",
+    "--tasks", metavar="T,T,...", help="Tasks of lm-evaluation-harness to run (pip install 'mc-gguf[tasks]')."
 )
 @tasks("--tasks-path", type=o.PATH, help="A folder with tasks of your own (YAML).")
 @tasks("--limit", type=click.IntRange(min=1), help="Documents of each task.  [default: all]")

@@ -18,7 +18,7 @@ def evaluate(
     ctx: int = 512,
     tokens: int | None = None,
     routing: str = "off",
-    tasks: Names = (),
+    tasks: Names | None = None,
     tasks_path: PathLike | None = None,
     limit: int | None = None,
     fewshot: int | None = None,
@@ -69,7 +69,7 @@ def evaluate(
     from mc_gguf.evaluate.request import EvaluationRequest
     from mc_gguf.evaluate.tasks.runner import TaskRequest
 
-    names = to_names(tasks)
+    names = to_names(tasks or ())
     request = EvaluationRequest(
         to_paths(models),
         to_paths(text),
