@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from mc_gguf import container
 from mc_gguf.artifacts import Calibration, FixedTypes, ModelInfo, Plan
-from mc_gguf.calibrate.request import CalibrationRequest
+from mc_gguf.calibrate.arguments import CalibrationRequest
 from mc_gguf.common.arguments import Names, PathLike, Paths, to_path, to_paths, to_seconds
 from mc_gguf.common.errors import ArtifactError, McError, NoBudgetError, SizeProposal, about
 from mc_gguf.common.extras import require

@@ -60,7 +60,7 @@ def calibrate(
     """
     require("convert")
     from mc_gguf.calibrate.calibrator import calibrate_to_file
-    from mc_gguf.calibrate.request import CalibrationRequest
+    from mc_gguf.calibrate.arguments import CalibrationRequest
     from mc_gguf.source import open_checkpoint
 
     request = CalibrationRequest(
