@@ -91,9 +91,9 @@ class PlanOptions:
         file_bytes = None
         if calibration.model is not None:
             from mc_gguf.container import file_bytes as of_file
-            from mc_gguf.routing.metadata import of_calibration
+            from mc_gguf.routing.metadata import routing_metadata_from
 
-            file_bytes = partial(of_file, calibration.model, routing=of_calibration(calibration))
+            file_bytes = partial(of_file, calibration.model, routing=routing_metadata_from(calibration))
         request = (self.budget, self.strategy, self.objective)
         decided = self.attention_default and decides_attention(calibration, *request)
         return plan(

@@ -28,7 +28,7 @@ from mc_gguf.compensate.bank import Bank
 from mc_gguf.container import OutputTensor
 from mc_gguf.ggml.quantizers import init, quantize_rows
 from mc_gguf.ggml.types import ggml_type
-from mc_gguf.routing.metadata import of_calibration
+from mc_gguf.routing.metadata import routing_metadata_from
 from mc_gguf.source import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def quantize(
     if calibration is not None and calibration.fingerprint == NO_CALIBRATION:
         calibration = None
     check_inputs(checkpoint, calibration, plan)
-    routing = None if calibration is None else of_calibration(calibration)
+    routing = None if calibration is None else routing_metadata_from(calibration)
     tensors = container.layout(checkpoint.info, plan.experts, plan.fixed, routing)
     _check_imatrix(calibration, plan, tensors)
     made_from = calibration.fingerprint if calibration else plan.calibration_fingerprint
