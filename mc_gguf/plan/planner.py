@@ -221,7 +221,8 @@ def _candidates(calibration: Calibration, types: Sequence[str] | None) -> tuple[
 
 def _decision(task: Task, choice: Choice) -> _Decision:
     problem, columns = task.problem, choice.columns
-    predicted_kld, rows = problem.predicted_kld(columns), ()
+    predicted_kld = problem.predicted_kld(columns)
+    rows: tuple[tuple[str, ...], ...] = ()
     if task.attention is not None and choice.attention is not None:
         assert predicted_kld is not None  # it is the objective
         predicted_kld += task.attention.predicted_kld(choice.attention)

@@ -226,7 +226,8 @@ def test_a_calibration_stands_in_for_the_file() -> None:
     ):
         with pytest.raises(ArtifactError, match=message):
             resolve(routing, file, shape, measured)
-    unmeasured = Calibration.blank(make_calibration().model)
+    assert measured.model is not None
+    unmeasured = Calibration.blank(measured.model)
     with pytest.raises(ArtifactError, match=r"a\.calib measured nothing about routing"):
         resolve(routing, None, PLAIN_SHAPE, unmeasured)
     with pytest.raises(McError, match=r"resolve\(\) needs the calibration that a\.calib holds"):
