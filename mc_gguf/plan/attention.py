@@ -64,13 +64,15 @@ def build_attention(calibration: Calibration, types: Sequence[str]) -> Attention
     model = calibration.model
     if model is None or not calibration.attention_error.size:
         raise ArtifactError(
-            "this calibration has no errors of attention matrices; calibrate again, or leave attention fixed"
+            "this calibration has no errors of attention matrices; calibrate again, or leave attention fixed",
+            parameter="attention",
         )
     known = calibration.attention_types
     wanted = [ggml_type(name).name for name in types] or list(known)
     if missing := [name for name in wanted if name not in known]:
         raise McError(
-            f"no errors of attention were measured for {', '.join(missing)}, only for {', '.join(known)}"
+            f"no errors of attention were measured for {', '.join(missing)}, only for {', '.join(known)}",
+            parameter="attention",
         )
     names = tuple(dict.fromkeys(wanted))
     price = calibration.kld_per_error[:, None, None]
@@ -80,7 +82,8 @@ def build_attention(calibration: Calibration, types: Sequence[str]) -> Attention
     size = np.array([[[_file_size(spec, name) for name in names] for spec in row] for row in matrices])
     if not (size > 0).any(axis=-1).all():
         raise McError(
-            f"one attention matrix can have none of the types {', '.join(names)}; leave attention fixed"
+            f"one attention matrix can have none of the types {', '.join(names)}; leave attention fixed",
+            parameter="attention",
         )
     return Attention(names, np.where(size > 0, kld, np.inf), size.astype(np.int64))
 

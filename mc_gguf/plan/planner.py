@@ -9,7 +9,8 @@ model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -34,18 +35,25 @@ from mc_gguf.plan.strategies import STRATEGIES, Choice, Strategy, Task
 
 @dataclass(frozen=True, eq=False)
 class _Decision:
-    """The types that were decided, with the figures of the plan that follow from them."""
+    """The types that were decided, with the figures that follow from them, named as in Plan.
+
+    `attention` is FixedTypes.attention where the strategy decided it, else empty.
+    """
 
     types: tuple[str, ...]
     experts: dict[str, tuple[tuple[str, ...], ...]]
-    bpw: float
-    n_byte: int | None
+    expert_bpw: float
+    expert_bytes: int | None
     predicted_error: float | None
-    gap: float | None
+    optimality_gap: float | None
     bits: tuple[tuple[int, ...], ...] | None = None
     predicted_kld: float | None = None
     layer_ratio: float | None = None
     attention: tuple[tuple[str, ...], ...] = ()
+
+    def figures(self) -> dict[str, Any]:
+        """The fields that a Plan has, too."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "attention"}
 
 
 def plan(
@@ -62,21 +70,17 @@ def plan(
     """Decide the type of every expert's projection under `budget`.
 
     Args:
-        calibration: what was measured; published statistics for strategy mc with nominal bits only. budget:
-        one limit, in bits per weight, bytes of the file, or nominal bits per layer. strategy: a name in
-        STRATEGIES. types: candidates (default: all that the calibration measured). Strategy mc has its own.
-        fixed: types of the tensors that the plan does not decide. seed: random seed of strategy random.
-        file_bytes: gives the exact size of the file for the experts' types and the types of the other
-        tensors.
-            A size budget needs it; with other budgets the plan merely reports what it returns.
+        calibration: what was measured; published statistics serve strategy mc with nominal bits only.
+        budget: one limit: bits per weight, bytes of the file, or nominal bits per layer.
+        strategy: a name in STRATEGIES.
+        types: candidates (default: all that the calibration measured). Strategy mc has its own.
+        fixed: types of the tensors that the plan does not decide.
+        seed: random seed of strategy random.
+        file_bytes: gives the exact size of a file. A size budget needs it; with others it is only reported.
         objective: a name in OBJECTIVES (default: the best one that the calibration has data for). Strategy mc
             and the published baselines have their own.
         attention: types to choose from for every attention matrix, within the same bytes. Empty: all that
-        were
-            measured. None: attention has the types that `fixed` says.
-
-    Returns:
-        The plan, with its predicted error and, where it was measured, KL divergence in nats per token.
+            were measured. None: attention has the types that `fixed` says.
 
     Raises:
         BudgetError: the budget cannot be met; the message gives the feasible range.
@@ -91,41 +95,58 @@ def plan(
     elif calibration.model is None and chosen.takes_nominal_bits and budget.bits_per_layer is not None:
         decided = _from_published_statistics(calibration, budget.bits_per_layer)
     else:
-        if attention is not None:
-            _check_attention(budget, chosen, objective)
-        candidates = chosen.types or _candidates(calibration, types)
-        task = Task(
-            calibration,
-            budget,
-            build_problem(calibration, candidates, OBJECTIVES[objective]),
-            fixed,
-            file_bytes,
-            build_attention(calibration, attention) if attention is not None else None,
-            seed,
-        )
-        decided = _decision(task, chosen.decide(task))
+        decided = _solve(calibration, budget, chosen, types, fixed, seed, file_bytes, objective, attention)
+    return _assemble(calibration, budget, strategy, objective, fixed, seed, file_bytes, decided)
+
+
+def _assemble(
+    calibration: Calibration,
+    budget: Budget,
+    strategy: str,
+    objective: str,
+    fixed: FixedTypes,
+    seed: int,
+    file_bytes: FileBytes | None,
+    decided: _Decision,
+) -> Plan:
+    """The Plan that says what was decided, and from what."""
+    model = calibration.model
     if decided.attention:
         fixed = replace(fixed, attention=decided.attention)
     return Plan(
         strategy=strategy,
         budget=budget.to_json(),
         layers=calibration.layers,
-        experts=decided.experts,
         fixed=fixed,
-        types=decided.types,
-        model_fingerprint=calibration.model.fingerprint if calibration.model else "",
+        model_fingerprint=model.fingerprint if model else "",
         calibration_fingerprint=calibration.fingerprint,
-        expert_bpw=decided.bpw,
-        expert_bytes=decided.n_byte,
-        file_bytes=file_bytes(decided.experts, fixed) if file_bytes and calibration.model else None,
-        predicted_error=decided.predicted_error,
-        optimality_gap=decided.gap,
+        file_bytes=file_bytes(decided.experts, fixed) if file_bytes and model else None,
         seed=seed,
-        bits=decided.bits,
         objective=objective,
-        predicted_kld=decided.predicted_kld,
-        layer_ratio=decided.layer_ratio,
+        **decided.figures(),
     )
+
+
+def _solve(
+    calibration: Calibration,
+    budget: Budget,
+    strategy: Strategy,
+    types: Sequence[str] | None,
+    fixed: FixedTypes,
+    seed: int,
+    file_bytes: FileBytes | None,
+    objective: str,
+    attention: Sequence[str] | None,
+) -> _Decision:
+    """What `strategy` decides for a calibration of a model."""
+    if attention is not None:
+        _check_attention(budget, strategy, objective)
+    check_has_model(calibration)
+    candidates = strategy.types or candidate_types(calibration, types)
+    problem = build_problem(calibration, candidates, OBJECTIVES[objective])
+    matrices = build_attention(calibration, attention) if attention is not None else None
+    task = Task(calibration, budget, problem, fixed, file_bytes, matrices, seed)
+    return _decision(task, strategy.decide(task))
 
 
 def decides_attention(calibration: Calibration, budget: Budget, strategy: str, objective: str | None) -> bool:
@@ -175,17 +196,23 @@ def _check_request(
     """The strategy of this name, if what was asked for goes together."""
     chosen = STRATEGIES.get(strategy)
     if chosen is None:
-        raise McError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
+        raise McError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}", parameter="strategy")
     if objective is not None and objective not in OBJECTIVES:
-        raise McError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
+        raise McError(
+            f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}", parameter="objective"
+        )
     if objective is not None and chosen.objective is not None:
-        raise McError(f"strategy {strategy} has its own objective; do not give one")
+        raise McError(f"strategy {strategy} has its own objective; do not give one", parameter="objective")
     if types is not None and chosen.types:
-        raise McError(f"strategy {strategy} has its own types ({', '.join(chosen.types)}); do not give any")
+        raise McError(
+            f"strategy {strategy} has its own types ({', '.join(chosen.types)}); do not give any",
+            parameter="types",
+        )
     if budget.bits_per_layer is not None and not chosen.takes_nominal_bits:
         raise BudgetError(
             "bits_per_layer counts nominal bits, which only strategy "
-            f"{_names(lambda s: s.takes_nominal_bits)} has; give strategy {strategy} a budget in bpw or bytes"
+            f"{_names(lambda s: s.takes_nominal_bits)} has; give {strategy} a budget in bpw or bytes",
+            parameter="bits_per_layer",
         )
     for name in (fixed.attn, fixed.attn_kv, fixed.token_embd, fixed.output):
         ggml_type(name)
@@ -195,12 +222,16 @@ def _check_request(
 def _check_attention(budget: Budget, strategy: Strategy, objective: str) -> None:
     """Refuse a request whose program attention cannot be part of."""
     if budget.size_bytes is None:
-        raise BudgetError("attention can only be decided within a budget for the size of the whole file")
+        raise BudgetError(
+            "attention can only be decided within a budget for the size of the whole file",
+            parameter="attention",
+        )
     if not strategy.takes_attention or objective != "kld":
         raise McError(
             f"attention can only be decided by strategy {_names(lambda s: s.takes_attention)} with objective "
             f"kld, of a calibration that measured it, not by {strategy.name} with {objective}; "
-            "leave attention fixed"
+            "leave attention fixed",
+            parameter="attention",
         )
 
 
@@ -212,11 +243,6 @@ def _objective_of(strategy: Strategy, wanted: str | None, calibration: Calibrati
     if strategy.objective is not None:
         return strategy.objective
     return wanted or next((o for o, array in DEFAULT_OBJECTIVES if getattr(calibration, array).size), "block")
-
-
-def _candidates(calibration: Calibration, types: Sequence[str] | None) -> tuple[str, ...]:
-    check_has_model(calibration)
-    return candidate_types(calibration, types)
 
 
 def _decision(task: Task, choice: Choice) -> _Decision:

@@ -36,8 +36,8 @@ class Budget:
     def __post_init__(self) -> None:
         given = self.to_json()
         if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise BudgetError(f"a budget is exactly one of bpw, size_bytes and bits_per_layer, not {found}")
+            found = " and ".join(name.removesuffix("_bytes") for name in given) or "none"
+            raise BudgetError(f"a budget is exactly one of bpw, size and bits_per_layer, not {found}")
         ((name, value),) = given.items()
         if not (np.isfinite(value) and value > 0):
             raise BudgetError(f"{name} must be a positive number, not {value}")
@@ -122,16 +122,19 @@ def candidate_types(calibration: Calibration, types: Sequence[str] | None) -> tu
     wanted = [ggml_type(name) for name in (types if types is not None else calibration.types)]
     if missing := [t.name for t in wanted if t.name not in calibration.types]:
         raise McError(
-            f"no errors of {', '.join(missing)} in this calibration, which "
-            f"measured {', '.join(calibration.types)}: choose among these, or calibrate again with more types"
+            f"no errors of {', '.join(missing)} in this calibration, which measured "
+            f"{', '.join(calibration.types)}: choose among these, or calibrate again with more types",
+            parameter="types",
         )
     if not wanted:
         raise McError(
-            f"there are no types to choose from; name some of {', '.join(calibration.types or CANDIDATES)}"
+            f"there are no types to choose from; name some of {', '.join(calibration.types or CANDIDATES)}",
+            parameter="types",
         )
     if len(set(wanted)) > MAX_GROUPS:
         raise McError(
-            f"{len(set(wanted))} types are too many: a layer can hold at most {MAX_GROUPS} in one file"
+            f"{len(set(wanted))} types are too many: a layer can hold at most {MAX_GROUPS} in one file",
+            parameter="types",
         )
     return tuple(t.name for t in sorted(set(wanted), key=lambda t: (t.bpw, t.id)))
 

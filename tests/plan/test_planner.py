@@ -243,7 +243,7 @@ def test_an_infeasible_size_says_the_range_and_its_ends_are_feasible(strategy: s
     ],
 )
 def test_exactly_one_budget(limits: dict[str, int]) -> None:
-    with pytest.raises(BudgetError, match="exactly one of bpw, size_bytes and bits_per_layer"):
+    with pytest.raises(BudgetError, match="exactly one of bpw, size and bits_per_layer"):
         Budget(**limits)
 
 
