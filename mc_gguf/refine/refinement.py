@@ -269,7 +269,10 @@ class _Refinement:
     def _publish(self, found: Ints, figures: dict[str, float], seconds: float) -> Refined:
         """The plan with the columns `found`, written; `seconds` is how long this search counts as."""
         problem, plan, state = self.scope.problem, self.request.plan, self.state
-        asked = {"request": request_digest(self.request.identity()), "seconds": seconds}
+        asked: dict[str, float | str] = {
+            "request": request_digest(self.request.identity()),
+            "seconds": seconds,
+        }
         refined = replace(
             plan,
             strategy=plan.strategy if plan.strategy.endswith("+refine") else f"{plan.strategy}+refine",

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from mc_gguf.cli import main
 from mc_gguf.common.errors import McError
 from mc_gguf.run import chat as chats
-from mc_gguf.run.chat import HELP, Conversation, Sampling, say, talk
+from mc_gguf.run.chat import HELP, say, talk
+from mc_gguf.run.conversation import Conversation, Sampling
 from mc_gguf.run.llama import Llama
 
 pytestmark = pytest.mark.native
