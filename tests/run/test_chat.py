@@ -113,7 +113,7 @@ def test_the_interactive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     ("trouble", "shown"),
     [
         (KeyboardInterrupt(), "<\n(stopped)\n"),
-        (ValueError("full"), "<\nError: full: shorten the prompt, /reset, or give a larger --ctx\n"),
+        (ValueError("full"), "<\nError: full: shorten the prompt, /reset, or give a larger context\n"),
     ],
 )
 def test_trouble_ends_the_answer_but_not_the_conversation(
