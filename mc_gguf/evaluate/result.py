@@ -139,9 +139,17 @@ def table(results: Sequence[Result]) -> str:
     """The results as aligned text, one line each."""
     chosen = columns(results)
     rows = [[heading for heading, _, _ in chosen], *([cell(r) for _, _, cell in chosen] for r in results)]
+    return align_columns(rows, [left for _, left, _ in chosen])
+
+
+def align_columns(rows: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
+    """Rows of cells as text; the columns that are not `left` are aligned on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = [
-        [c.ljust(w) if left else c.rjust(w) for c, w, (_, left, _) in zip(row, widths, chosen, strict=True)]
+        [
+            cell.ljust(n) if is_left else cell.rjust(n)
+            for cell, n, is_left in zip(row, widths, left, strict=True)
+        ]
         for row in rows
     ]
     return "\n".join("  ".join(row).rstrip() for row in aligned)

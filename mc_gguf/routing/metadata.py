@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mc_gguf.artifacts import Calibration
 from mc_gguf.common.errors import McError
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.routing.thresholds import quantiles_for_drop, thresholds_at, tolerant_layers
+from mc_gguf.routing.thresholds import check_layers, quantiles_for_drop, thresholds_at, tolerant_layers
 
 DEFAULT_TARGET_DROP = 0.15
 DEFAULT_PROTECT = 0.02
@@ -104,11 +104,4 @@ def _active(profile: RoutingProfile, layers: str | Sequence[int]) -> tuple[int, 
         if layers not in ("auto", "all"):
             raise McError(f"layers must be auto, all or numbers, not {layers!r}")
         return tolerant_layers(profile) if layers == "auto" else profile.layers
-    if not layers:
-        raise McError("no layer is active, so nothing can be dropped; name some layers")
-    if unknown := sorted(set(layers) - set(profile.layers)):
-        raise McError(
-            f"layer {unknown[0]} has no experts; layers with experts are "
-            f"{profile.layers[0]} to {profile.layers[-1]}"
-        )
-    return tuple(sorted(set(layers)))
+    return check_layers(profile, layers)

@@ -61,7 +61,8 @@ def quantiles_for_drop(profile: RoutingProfile, drop: float, layers: Sequence[in
     sum is the wanted one, rounded up to a step; a dynamic program over the layers finds the least damage.
     Raises McError when `drop` is more than these layers can drop.
     """
-    allowed = _places(profile, layers)
+    named = profile.layers if layers is None else check_layers(profile, layers)
+    allowed = [profile.layers.index(n) for n in named]
     share = (
         (profile.n_rank - 1) / profile.n_rank / len(profile.layers)
     )  # of all activations, per quantile of 1
@@ -101,18 +102,16 @@ def _least(cost: Floats, n_step: int) -> NDArray[np.int64]:
     return steps
 
 
-def _places(profile: RoutingProfile, layers: Sequence[int] | None) -> list[int]:
-    """Positions in profile.layers of the layers with these numbers."""
-    if layers is None:
-        return list(range(len(profile.layers)))
+def check_layers(profile: RoutingProfile, layers: Sequence[int]) -> tuple[int, ...]:
+    """These layers, ascending, each once. Raises McError when there are none, or when one has no experts."""
+    if not layers:
+        raise McError("no layer is active, so nothing can be dropped; name some layers")
     if unknown := sorted(set(layers) - set(profile.layers)):
         raise McError(
             f"layer {unknown[0]} has no experts; layers with experts are "
             f"{profile.layers[0]} to {profile.layers[-1]}"
         )
-    if not layers:
-        raise McError("no layer is active, so nothing can be dropped; name some layers")
-    return [profile.layers.index(n) for n in sorted(set(layers))]
+    return tuple(sorted(set(layers)))
 
 
 def _checked(profile: RoutingProfile, quantiles: Floats) -> Floats:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mc_gguf.common.errors import McError
 from mc_gguf.evaluate.files import file_bytes
+from mc_gguf.evaluate.result import align_columns
 
 DEFAULT_CTX = 4096  # tokens of context for a task, or what the model was trained on if that is less
 
@@ -124,8 +125,7 @@ def task_table(results: Sequence[TaskResult]) -> str:
     """The results as aligned text, one line each."""
     rows = [("model", "task", "metric", "value", "documents")]
     rows += [(r.model, r.task, r.metric, value_text(r), f"{r.documents:,}") for r in results]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+    return align_columns(rows, [True] * len(rows[0]))
 
 
 def value_text(result: TaskResult) -> str:
