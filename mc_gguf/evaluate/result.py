@@ -16,11 +16,11 @@ from mc_gguf.evaluate.scorer import Scores
 
 @dataclass(frozen=True)
 class Result:
-    """One model on one text. KL divergence and log-ratio are in nats per token, probabilities and shares
-    0..1.
+    """One model on one text.
 
-    `tokens` is how many tokens were scored; names that end in _se are standard errors of means. The fields
-    from base_perplexity to top1_agreement_se compare with the reference and are None without one:
+    KL divergence and log-ratio are in nats per token, probabilities and shares from 0 to 1. `tokens` is how
+    many tokens were scored; names that end in _se are standard errors of means. The fields from
+    base_perplexity to top1_agreement_se compare with the reference and are None without one:
 
     ln_ppl_ratio    ln(perplexity / base_perplexity), with the standard error of the paired difference
     p_diff          change of the probability of the correct token; negative: less probable than before

@@ -1,10 +1,12 @@
 """Rounds of expanding the divergence around the incumbent, solving, measuring, and accepting the best or not.
 
-    1. the divergence is expanded on some rows, and joined with what earlier rounds have taught (expansion.py,
-       memory.py)
+    1. the divergence is expanded on some rows, and the expansion joined with those of earlier rounds
+       (expansion.py, memory.py)
     2. its minima within the budget, for several pairs of coupling and damping, are the candidates
-    (program.py) 3. the real divergence of all candidates is measured on a few rows, that of the best on all
-    rows (passes.py) 4. the best becomes the incumbent when it is better by a paired test over rows
+       (program.py)
+    3. the real divergence of all candidates is measured on a few rows, that of the best on all rows
+       (passes.py)
+    4. the best becomes the incumbent when it is better by a paired test over rows
 
 Successive halving as in EvoPress (arXiv 2410.14649): many candidates on few tokens, few on more.
 """
@@ -78,13 +80,15 @@ class Search:
     allowed: NDArray[np.bool_] | None = None
     clock: Callable[[], float] = time.monotonic
     on_round: Callable[[], None] = lambda: None
-    here: Floats = field(init=False)
+    here: Floats = field(init=False)  # divergence of the incumbent, by row
+    memory: Memory = field(init=False)
+    _seconds_before: float = field(init=False)  # used by earlier runs of this search
 
     def run(self, bar: Progress) -> None:
         """Go from round to round until the time is used up; the state is saved after each."""
         shape = self.scope.problem.error.shape
         self.memory = Memory.load(self._memory_path(), (shape[0] * shape[1] * shape[2], shape[3]))
-        self._before = self.state.seconds
+        self._seconds_before = self.state.seconds
         self.here = self.evaluator.settle(self.assignment(self.state.columns))
         self.state.expansion_rows = self.state.expansion_rows or self._expansion_rows()
         bar.update(min(self._used(), self.seconds), note=self.note())
@@ -115,7 +119,7 @@ class Search:
 
     def _used(self) -> float:
         """Seconds, including those of earlier runs of this search."""
-        return self._before + self.clock() - self.began
+        return self._seconds_before + self.clock() - self.began
 
     def _expansion_rows(self) -> int:
         each = EXPANSION_PASSES * self.evaluator.seconds_per_row

@@ -199,7 +199,7 @@ _ALL = (
     Option("layers", Layers(), "layers that may drop experts; auto: those that tolerate it"),
     Option("protect", Share(), "share of a prompt's tokens that keep all of their experts"),
     Option("importance", Word(IMPORTANCES), "how the tokens to protect are chosen"),
-    Option("keep_min", Integer(1, 2**31 - 1), "how many experts every token keeps"),
+    Option("keep_min", Integer(1, 2**31 - 1), "the least number of experts that a token keeps"),
     Option("ratio", Ratio(), "an expert is dropped when w_r < ratio * w_0"),
     Option("top_p", Share(), "share of the selected experts' weight that is kept"),
     Option("rate", Share(), "probability that an expert is dropped"),

@@ -34,7 +34,7 @@ class Routing:
     importance   how those tokens are chosen: attention, l1, mean, variance, kurtosis or last
     layers       layers in which experts may be dropped: numbers, "all" or "auto" (those that tolerate it);
                  None: what the file says, else all
-    keep_min     how many experts every token keeps under policy keep_min
+    keep_min     the least number of experts that a token keeps under policy keep_min
     ratio        policy keep_min drops an expert when w_r < ratio * w_0
     top_p        share of the selected experts' weight that policy top_p keeps
     rate         probability that policy random drops an expert

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.native
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Matrices are too small for two, and results shall not depend on the machine."""
+    """The matrices are too small for two threads, and results must not depend on the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -44,7 +44,7 @@ def start_plan(bpw: float = 5.2, strategy: str = "random") -> Plan:
 
 
 class Ticks:
-    """A clock that goes one second a round; and what it shall do then."""
+    """A clock that advances by one second per round, and what to do then."""
 
     def __init__(self, at_end: Callable[[], None] = lambda: None) -> None:
         self.now, self.at_end = 0.0, at_end

@@ -136,7 +136,7 @@ def test_gguf_py_reads_the_same(ours: Path) -> None:
 
 
 def test_layers_without_experts_and_more_ranks(tmp_path: Path) -> None:
-    """Layers 0 and 2 of 4 have experts, a token uses three; the last index of an array runs fastest."""
+    """Layers 0 and 2 of 4 have experts, a token uses three; the last index of an array varies fastest."""
     some = profile((0, 2), 4, 3)
     kv = routing_kv(choose_thresholds(default_metadata(some), quantile=0.5))
     q = some.ratio_quantiles
@@ -250,7 +250,7 @@ BROKEN: dict[str, tuple[Callable[[KV], None], str]] = {
     "calibration no hash": (_set("calibration", Value(STRING, "x")), r"calibration: 'x' is not a SHA-256"),
     "model no hash": (_set("model", Value(STRING, FIVES[1:])), r"model: '5+' is not a SHA-256"),
     "no experts": (_set("llama.expert_count", None, ""), r"llama\.expert_count: is missing"),
-    "one expert a token": (
+    "one expert per token": (
         _set("llama.expert_used_count", Value(UINT32, 1), ""),
         r"llama\.expert_used_count: every token uses one expert",
     ),

@@ -13,5 +13,5 @@ def predicted_drop(profile: RoutingProfile, quantiles: Floats) -> float:
 
 
 def predicted_damage(profile: RoutingProfile, quantiles: Floats) -> float:
-    """Nats a token, all layers."""
+    """Nats per token, all layers."""
     return float(predict_damages(profile, quantiles).sum())
