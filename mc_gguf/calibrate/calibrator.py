@@ -6,9 +6,9 @@ type (losses.py), push the branches through it (sensitivity.py), free it. Memory
 token at n_embd 4096, twice), one branch, one expert in float32 and its activations: the same for any number
 of layers. Disk: see calibrate_state.py and sensitivity.py.
 
-After each layer the results so far and the hidden states go to a directory beside the output; a killed run
-continues from there and gives the same arrays bit for bit. The directory belongs to one model, text and set
-of options.
+After each layer the results so far and the hidden states go to a working directory beside the output; a
+killed run continues from there and gives the same arrays bit for bit. The directory belongs to one model,
+text and set of options.
 
 Experts that no token reached keep a zero importance matrix (quantize takes ones) and count as if one token
 had reached them: by the rule of succession no more can be said. Its error is the mean over the tokens nearest
@@ -19,7 +19,6 @@ them.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,11 +42,12 @@ from mc_gguf.calibrate.losses import (
     nominal_errors,
 )
 from mc_gguf.calibrate.sensitivity import SENSITIVITY_TOKENS, Branches, branch_rows
-from mc_gguf.calibrate.state import N_QUANTILES, LayerStats, State
+from mc_gguf.calibrate.state import N_QUANTILES, STATE_VERSION, LayerStats, State, state_bytes
 from mc_gguf.calibrate.super_experts import super_experts
 from mc_gguf.common.errors import McError, SourceError
 from mc_gguf.common.machine import return_large_blocks, usable_cores
 from mc_gguf.common.progress import Progress, progress
+from mc_gguf.common.workdir import Workdir
 from mc_gguf.ggml.quantizers import init
 from mc_gguf.ggml.types import CANDIDATES, FALLBACKS, TYPES, ggml_type
 from mc_gguf.source.decoder import CHUNK, Decoder, Expert, Routing
@@ -86,32 +86,26 @@ def calibrate_to_file(
     quiet: bool = False,
 ) -> Calibration:
     """calibrate() into `output`, continuing what a killed run left beside it (unless `resume` is False)."""
-    if not resume:
-        forget_partial(output)
-    calibration = calibrate(checkpoint, text, options, partial_directory(output), quiet).save(output)
-    forget_partial(output)
+    types = measured_types(checkpoint.info, options.types)
+    identity = _identity(checkpoint.info, text, types, options) | {"state": STATE_VERSION}
+    with Workdir(output, identity, resume) as work:
+        work.check_space(state_bytes(checkpoint.info, text.rows, options.sensitivity_tokens))
+        result = work.path("result.safetensors")
+        calibration = calibrate(checkpoint, text, options, work.directory, quiet).save(result)
+        work.publish(result)
     return calibration
-
-
-def partial_directory(output: Path) -> Path:
-    """Where a calibration that goes to `output` keeps its state until it is complete."""
-    return output.parent / f".{output.name}.partial"
-
-
-def forget_partial(output: Path) -> None:
-    """Removes the state that a killed calibration to `output` may have left."""
-    shutil.rmtree(partial_directory(output), ignore_errors=True)
 
 
 def calibrate(
     checkpoint: Checkpoint,
     text: Corpus,
     options: Options = Options(),
-    partial: Path | None = None,
+    directory: Path | None = None,
     quiet: bool = False,
 ) -> Calibration:
-    """Statistics of every expert of `checkpoint` on `text`. `partial`, a directory for nothing else, is
-    where the state after each layer is kept.
+    """Statistics of every expert of `checkpoint` on `text`. The state after each layer is kept in
+    `directory`, which belongs to these arguments alone (a Workdir's); without one the run cannot be
+    continued.
 
     Raises SourceError for a model that is not supported or gives values that are not finite, McError for
     types that do not fit the model.
@@ -121,11 +115,7 @@ def calibrate(
     if info.expert_layers != tuple(range(info.n_layer)):
         raise SourceError("calibration supports models with experts in every layer only")
     return_large_blocks()
-    with (
-        State.resume(partial, _identity(info, text, types, options)) as state,
-        _threads(options.threads) as threads,
-        torch.inference_mode(),
-    ):
+    with State.resume(directory) as state, _threads(options.threads) as threads, torch.inference_mode():
         init(types)
         hidden, branches = _hidden_states(decoder, text, options, state)
         todo = range(len(state.layers), info.n_layer)
