@@ -21,18 +21,19 @@ from mc_gguf.common.arguments import Names, PathLike, Paths, to_path, to_paths, 
 from mc_gguf.common.errors import ArtifactError, McError, NoBudgetError, SizeProposal, about
 from mc_gguf.common.extras import require
 from mc_gguf.common.machine import memory_bytes
+from mc_gguf.common.workdir import forget_work
 from mc_gguf.container import MixedGguf
-from mc_gguf.plan import fixed_types, stand_in
+from mc_gguf.plan import stand_in
 from mc_gguf.plan.problem import Experts, FileBytes
 from mc_gguf.plan.proposals import propose_sizes
 from mc_gguf.plan.request import PlanRequest
-from mc_gguf.routing.metadata import of_calibration
-from mc_gguf.source import Checkpoint, keep_source, open_checkpoint
+from mc_gguf.routing.metadata import routing_metadata_from
+from mc_gguf.source import Checkpoint, open_checkpoint, refuse_to_overwrite
 from mc_gguf.source.text import Corpus
 
 if TYPE_CHECKING:
     from mc_gguf.calibrate.calibrator import Options as CalibrationOptions
-    from mc_gguf.refine.refinement import Options as RefinementOptions
+    from mc_gguf.refine.options import RefinementOptions
 
 log = logging.getLogger(__name__)
 
@@ -166,19 +167,18 @@ def make_plan(calibration: PathLike | Calibration, output: PathLike | None, requ
     """
     require("convert", "scipy")
     known = calibration if isinstance(calibration, Calibration) else Calibration.load(Path(calibration))
-    plan = request.plan(known, file_bytes_for(known, request))
+    plan = request.plan(known, file_bytes_for(known))
     return plan if output is None else plan.save(Path(output))
 
 
-def file_bytes_for(calibration: Calibration, request: PlanRequest) -> FileBytes | None:
+def file_bytes_for(calibration: Calibration) -> FileBytes | None:
     """The function that gives the exact size of a file; None for published statistics: they know no model."""
     model = calibration.model
     if model is None:
         return None
-    routing = of_calibration(calibration)
-    usual = fixed_types(model, request.budget, request.fixed)
+    routing = routing_metadata_from(calibration)
 
-    def file_bytes(experts: Experts, fixed: FixedTypes = usual) -> int:
+    def file_bytes(experts: Experts, fixed: FixedTypes) -> int:
         return container.file_bytes(model, experts, fixed, routing)
 
     return file_bytes
@@ -201,7 +201,7 @@ class ConversionRequest(PlanRequest, CalibrationRequest):
         """
         if self.refine is None:
             return None
-        from mc_gguf.refine.refinement import MIN_ROWS, Options
+        from mc_gguf.refine.options import MIN_ROWS, RefinementOptions
 
         if self.budget.is_sixteen_bit:
             raise McError("16-bit experts leave nothing to refine; give a smaller bpw", parameter="refine")
@@ -211,10 +211,10 @@ class ConversionRequest(PlanRequest, CalibrationRequest):
                 f"a search needs {MIN_ROWS} rows of text: at least {needed} tokens", parameter="refine"
             )
         text = to_paths(self.text)
-        return Options(
+        return RefinementOptions(
             to_seconds(self.refine, "refine"),
             text,
-            min(self.tokens, max(Options.tokens, MIN_ROWS * self.ctx)),
+            min(self.tokens, max(RefinementOptions.tokens, MIN_ROWS * self.ctx)),
             self.ctx,
             self.seed + 1,
             self.threads or 0,
@@ -237,7 +237,8 @@ class Conversion:
         The plan lies beside the output, in a file of its own when it was refined.
         """
         require("convert")
-        keep_source(self.source, self.output)
+        given = (*to_paths(self.request.text), *to_paths(self.request.calibration))
+        refuse_to_overwrite(self.output, self.source, *given)
         search = self._check()
         plan = make_plan(self.calibration, self.plan_path, self.request)
         return self._refine(plan, search) if search else plan
@@ -246,7 +247,7 @@ class Conversion:
         """Quantize by `plan`, which plan() returned."""
         from mc_gguf.quantize.to_file import quantize_to_file
 
-        request = self.request
+        request, refined = self.request, plan.refinement is not None
         return quantize_to_file(
             self.checkpoint,
             self.calibration,
@@ -255,16 +256,13 @@ class Conversion:
             compensate=request.compensate,
             text=to_paths(request.text),
             threads=request.threads,
-            resume=request.resume,
-            keep_bank=plan.refinement is not None,  # the search made it, in this run or the one before
+            resume=request.resume or refined,  # the search has just left its matrices there
             quiet=request.quiet,
         )
 
     def discard(self) -> None:
-        """Removes what plan() keeps for write()."""
-        from mc_gguf.compensate.experts import forget_bank
-
-        forget_bank(self.output)
+        """Remove what plan() keeps for write()."""
+        forget_work(self.output)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -275,7 +273,7 @@ class Conversion:
         """The given one, the one beside the output if it is what would be measured, or a new one; for a
         16-bit file none is needed.
         """
-        from mc_gguf.calibrate.calibrator import calibrate_to_file, forget_partial
+        from mc_gguf.calibrate.calibrator import calibrate_to_file
 
         request = self.request
         if request.budget.is_sixteen_bit:
@@ -287,7 +285,7 @@ class Conversion:
         found = self._found_calibration() if request.resume else None
         path = self.calibration_path
         if found and self._is_current(found, text, options):
-            forget_partial(path)  # of a run that was killed between its last two steps
+            forget_work(path)  # of a calibration with other options
             return found
         return calibrate_to_file(self.checkpoint, text, path, options, request.resume, request.quiet)
 
@@ -315,14 +313,14 @@ class Conversion:
             with about("types"):
                 types = measured_types(model, request.expert_types)
             trial = stand_in(model, types)
-            request.plan(trial, file_bytes_for(trial, request))
+            request.plan(trial, file_bytes_for(trial))
         return search
 
     def _propose(self, model: ModelInfo) -> tuple[SizeProposal, ...]:
         from mc_gguf.calibrate.calibrator import measured_types
 
         trial = stand_in(model, measured_types(model, None))
-        file_bytes = file_bytes_for(trial, replace(self.request, bpw=1.0))
+        file_bytes = file_bytes_for(trial)
         assert file_bytes is not None  # the model is known
         return propose_sizes(trial, file_bytes, memory_bytes())
 
@@ -349,14 +347,14 @@ class Conversion:
         """The refined plan, written beside the output, or the one that is there. The compensated matrices
         that the search measures are kept for write().
         """
-        from mc_gguf.compensate.experts import bank_folder, forget_bank
+        from mc_gguf.compensate.experts import BANK
+        from mc_gguf.quantize.writer import model_workdir
         from mc_gguf.refine.refinement import refine_to_file, refined_before
 
         source, calibration, path = self.checkpoint, self.calibration, self.refined_plan_path
         resume, quiet = self.request.resume, self.request.quiet
         if resume and (found := refined_before(source, calibration, plan, path, options)):
             return found
-        if not resume:
-            forget_bank(self.output)
-        options = replace(options, bank=bank_folder(self.output))
-        return refine_to_file(source, calibration, plan, path, options, resume, quiet).plan
+        with model_workdir(source.info, calibration, self.output, resume) as work:
+            options = replace(options, bank=work.path(BANK))
+            return refine_to_file(source, calibration, plan, path, options, resume, quiet).plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mc_gguf.common.arguments import Names, PathLike, Paths
+from mc_gguf.common.arguments import Names, PathLike, Paths, to_paths
 from mc_gguf.common.extras import require
 
 if TYPE_CHECKING:
@@ -59,10 +59,11 @@ def calibrate(
         (6, 8)
     """
     require("convert")
-    from mc_gguf.calibrate.calibrator import calibrate_to_file
     from mc_gguf.calibrate.arguments import CalibrationRequest
-    from mc_gguf.source import open_checkpoint
+    from mc_gguf.calibrate.calibrator import calibrate_to_file
+    from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
+    refuse_to_overwrite(Path(output), Path(source), *to_paths(text))
     request = CalibrationRequest(
         text=text, tokens=tokens, ctx=ctx, rows=rows, types=types, seed=seed, threads=threads
     )

@@ -17,8 +17,10 @@ def to_path(value: PathLike | None) -> Path | None:
     return None if value is None else Path(value)
 
 
-def to_paths(value: Paths) -> tuple[Path, ...]:
-    """One path or several, as paths."""
+def to_paths(value: Paths | None) -> tuple[Path, ...]:
+    """No path, one path or several, as paths."""
+    if value is None:
+        return ()
     return (Path(value),) if isinstance(value, str | Path) else tuple(map(Path, value))
 
 

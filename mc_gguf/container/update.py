@@ -12,7 +12,7 @@ from mc_gguf.common.progress import progress
 from mc_gguf.common.units import parse_layers, parse_share
 from mc_gguf.container.reader import MixedGguf
 from mc_gguf.container.routing import base_metadata, read_routing, write_routing
-from mc_gguf.routing.metadata import RoutingMetadata, choose
+from mc_gguf.routing.metadata import RoutingMetadata, choose_thresholds
 
 
 def load_routing(model: PathLike) -> RoutingMetadata:
@@ -73,7 +73,7 @@ def update_routing(
     header = MixedGguf.open(Path(model)).header
     with about("calibration"):
         known = Calibration.load(Path(calibration)) if calibration is not None else None
-    metadata = choose(
+    metadata = choose_thresholds(
         base_metadata(header, known),
         _share(quantile, "quantile"),
         _share(target_drop, "target_drop"),

@@ -61,11 +61,12 @@ def quantize(
     """
     require("convert")
     from mc_gguf.artifacts import Plan
+    from mc_gguf.artifacts.matching import find_calibration
     from mc_gguf.quantize.to_file import quantize_to_file
-    from mc_gguf.quantize.writer import find_calibration
-    from mc_gguf.source import keep_source, open_checkpoint
+    from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
-    keep_source(Path(source), Path(output))
+    texts = to_paths(calibration_text)
+    refuse_to_overwrite(Path(output), Path(source), Path(plan), *texts, *to_paths(calibration))
     the_plan = Plan.load(Path(plan))
     with about("calibration"):
         statistics = find_calibration(the_plan, Path(plan).parent, to_path(calibration))
@@ -75,7 +76,7 @@ def quantize(
         the_plan,
         Path(output),
         compensate=compensate,
-        text=to_paths(calibration_text),
+        text=texts,
         bank=to_path(bank),
         threads=threads,
         resume=resume,

@@ -1,4 +1,4 @@
-"""The whole step: matrices compensated into a bank, the file written, the bank removed."""
+"""The whole step: matrices compensated into a bank, then the file written."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from mc_gguf.artifacts import Calibration, Plan
 from mc_gguf.common.machine import usable_cores
 from mc_gguf.common.progress import progress
-from mc_gguf.compensate.experts import compensated_bank, forget_bank
+from mc_gguf.compensate.experts import compensated_bank
 from mc_gguf.container import MixedGguf
-from mc_gguf.quantize.writer import quantize
+from mc_gguf.quantize.writer import model_workdir, quantize_in
 from mc_gguf.source import Checkpoint
 
 
@@ -24,21 +24,16 @@ def quantize_to_file(
     bank: Path | None = None,
     threads: int | None = None,
     resume: bool = True,
-    keep_bank: bool = False,
     quiet: bool = False,
 ) -> MixedGguf:
     """The output, written and validated.
 
     `compensate`: round with error compensation on the calibration's own text (`text`; the bundled one if
-    empty), taking the matrices that `bank` has. `keep_bank`: a search has just filled the bank beside the
-    output; use it also when `resume` is False.
+    empty), taking the matrices that `bank` has. `resume` False removes what the working directory holds.
     """
     n_thread, compensated = threads or usable_cores(), None
-    if not resume and not keep_bank:
-        forget_bank(output)
-    if compensate:
-        compensated = compensated_bank(checkpoint, calibration, plan, output, text, n_thread, quiet, bank)
-    with progress("quantize", unit="M weights", quiet=quiet) as bar:
-        model = quantize(checkpoint, calibration, plan, output, n_thread, bar, resume, compensated)
-    forget_bank(output)
-    return model
+    with model_workdir(checkpoint.info, calibration, output, resume) as work:
+        if compensate:
+            compensated = compensated_bank(checkpoint, calibration, plan, work, text, n_thread, quiet, bank)
+        with progress("quantize", unit="M weights", quiet=quiet) as bar:
+            return quantize_in(work, checkpoint, calibration, plan, n_thread, bar, compensated)

@@ -18,7 +18,7 @@ from mc_gguf.common.errors import about
 from mc_gguf.common.extras import require
 
 if TYPE_CHECKING:
-    from mc_gguf.refine.refinement import Refined
+    from mc_gguf.refine.options import Refined
 
 
 def refine(
@@ -85,14 +85,18 @@ def refine(
     """
     require("convert")
     from mc_gguf.artifacts import Plan
-    from mc_gguf.quantize.writer import find_calibration
-    from mc_gguf.refine.refinement import Options, refine_to_file
-    from mc_gguf.source import open_checkpoint
+    from mc_gguf.artifacts.matching import find_calibration
+    from mc_gguf.refine.options import RefinementOptions
+    from mc_gguf.refine.refinement import refine_to_file
+    from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
+    texts, calibrated = to_paths(text), to_paths(calibration_text)
+    inputs = (Path(plan), *texts, *calibrated, *to_paths(calibration))
+    refuse_to_overwrite(Path(output), Path(source), *inputs)
     start = Plan.load(Path(plan))
-    options = Options(
+    options = RefinementOptions(
         seconds=to_seconds(time, "time"),
-        text=to_paths(text),
+        text=texts,
         tokens=tokens,
         ctx=ctx,
         seed=seed + 1,  # not the calibration's rows
@@ -100,7 +104,7 @@ def refine(
         memory_bytes=None if memory is None else to_bytes(memory, "memory"),
         bank=to_path(bank),
         compensate=compensate,
-        calibration_text=to_paths(calibration_text),
+        calibration_text=calibrated,
     )
     with about("calibration"):
         statistics = find_calibration(start, Path(plan).parent, to_path(calibration))

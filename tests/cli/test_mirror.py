@@ -10,8 +10,8 @@ import click
 import pytest
 
 from mc_gguf.calibrate import calibrate
-from mc_gguf.calibrate.losses import MAX_ROWS
 from mc_gguf.calibrate.arguments import CalibrationRequest
+from mc_gguf.calibrate.losses import MAX_ROWS
 from mc_gguf.cli import COMMANDS, main
 from mc_gguf.container import update_routing
 from mc_gguf.evaluate import evaluate
@@ -19,7 +19,7 @@ from mc_gguf.pipeline import Conversion, ConversionRequest, convert
 from mc_gguf.plan.request import PlanRequest
 from mc_gguf.quantize import quantize
 from mc_gguf.refine import refine
-from mc_gguf.refine.refinement import Options as RefinementOptions
+from mc_gguf.refine.options import RefinementOptions
 from mc_gguf.source import text
 
 # Commands with what only the terminal knows, and what only Python does.

@@ -14,7 +14,7 @@ from mc_gguf.common.machine import memory_bytes
 
 def test_text_and_values_mean_the_same() -> None:
     assert to_paths("a b.txt") == to_paths(Path("a b.txt")) == to_paths(["a b.txt"]) == (Path("a b.txt"),)
-    assert to_paths(()) == ()
+    assert to_paths(()) == to_paths(None) == ()
     assert to_types("q2_k, Q3_K,") == to_types(("Q2_K", "q3_k")) == ("Q2_K", "Q3_K")
     assert to_names("arc_easy, mmlu") == ("arc_easy", "mmlu")
     assert to_bytes("1.5KiB", "size") == to_bytes(1536, "size") == 1536

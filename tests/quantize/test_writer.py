@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mc_gguf.common.partial_file import PartialFile
 
 from mc_gguf import container
 from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, FixedTypes, Plan, expert_tensor_name
 from mc_gguf.common.errors import ArtifactError, McError, SourceError
-from mc_gguf.common.partial_file import PartialFile
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.ggml.types import CANDIDATES, TYPES
 from mc_gguf.quantize.writer import find_calibration, quantize
