@@ -19,8 +19,8 @@ def command(model: Path, as_json: bool) -> None:
 
     The whole file is checked first.
     """
-    from mc_gguf.container import MixedGguf, describe
-    from mc_gguf.container.table import render
+    from mc_gguf.container import MixedGguf, describe_model
+    from mc_gguf.container.table import render_description
 
-    description = describe(MixedGguf.open(model))
-    show(description, "" if as_json else render(description), as_json)
+    description = describe_model(MixedGguf.open(model))
+    show(description, "" if as_json else render_description(description), as_json)

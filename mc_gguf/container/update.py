@@ -11,7 +11,8 @@ from mc_gguf.common.errors import ArtifactError, McError, about
 from mc_gguf.common.progress import progress
 from mc_gguf.common.units import parse_layers, parse_share
 from mc_gguf.container.reader import MixedGguf
-from mc_gguf.container.routing import base_metadata, read_routing, write_routing
+from mc_gguf.container.rewrite import write_routing
+from mc_gguf.container.routing import base_metadata, read_routing
 from mc_gguf.routing.metadata import RoutingMetadata, choose_thresholds
 
 

@@ -15,7 +15,7 @@ from mc_gguf.common.errors import FormatError, SourceError
 from mc_gguf.ggml.gguf_file import GgufHeader, TensorEntry, read_header
 from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.ggml.shards import shard_paths
-from mc_gguf.source.base import bos_of, copied, hparams_of, make_info, sample_offsets
+from mc_gguf.source.base import bos_of, hparams_of, make_info, sample_offsets, select_metadata
 
 if TYPE_CHECKING:
     from mc_gguf.runtime.vocabulary import Vocabulary
@@ -44,7 +44,7 @@ class GgufCheckpoint:
             raise SourceError(
                 f"{path}: {quantized.name} is {quantized.type}; give the 16-bit or 32-bit model"
             )
-        self._kv = copied(kv)
+        self._kv = select_metadata(kv)
         self.hparams: Mapping[str, Any] = hparams_of(kv, architecture)
         self.bos_id, self.add_bos = bos_of(kv)
         self.info = make_info(path, kv, architecture, specs, self._samples())

@@ -24,7 +24,7 @@ from mc_gguf.common.errors import SourceError
 from mc_gguf.ggml.gguf_file import FLOAT32, Value
 from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.runtime.packages import load_conversion, load_gguf
-from mc_gguf.source.base import bos_of, copied, hparams_of, make_info, sample_offsets
+from mc_gguf.source.base import bos_of, hparams_of, make_info, sample_offsets, select_metadata
 
 # What upstream's converter raises on checkpoints it cannot take.
 _CONVERTER_ERRORS = (
@@ -63,7 +63,7 @@ class HfCheckpoint:
         specs = [
             TensorSpec(n, tuple(int(d) for d in reversed(i.shape)), i.dtype.name) for n, i in infos.items()
         ]
-        self._kv = copied(kv)
+        self._kv = select_metadata(kv)
         self.hparams: Mapping[str, Any] = hparams_of(kv, architecture)
         self.bos_id, self.add_bos = bos_of(kv)
         self.info = make_info(path, kv, architecture, specs, _samples(stored))
