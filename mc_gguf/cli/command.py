@@ -90,7 +90,7 @@ class Command(click.Command):
         for name in parameters:
             for parameter in self.params:
                 if parameter.name == name and isinstance(parameter, click.Option):
-                    yield max(parameter.opts, key=len)
+                    yield "/".join([max(parameter.opts, key=len), *parameter.secondary_opts])
 
 
 def _fail(code: int, *lines: str) -> None:

@@ -63,7 +63,7 @@ TYPES: dict[str, GgmlType] = {
     )
 }
 
-# What the planner chooses from unless --types says otherwise, in order of size.
+# What the planner chooses from unless the user names types, in order of size.
 CANDIDATES: tuple[str, ...] = (
     "IQ1_S",
     "IQ1_M",

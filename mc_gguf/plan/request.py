@@ -51,13 +51,15 @@ class PlanRequest:
 
     @property
     def has_budget(self) -> bool:
-        return (self.size, self.bpw, self.bits_per_layer) != (None, None, None)
+        return any(limit is not None for limit in (self.size, self.bpw, self.bits_per_layer))
 
     @property
     def budget(self) -> Budget:
         """Raises BudgetError unless there is exactly one."""
         size_bytes = to_bytes(self.size, "size") if self.size is not None else None
-        with about("size", "bpw", "bits_per_layer"):
+        names = ("size", "bpw", "bits_per_layer")
+        given = [name for name in names if getattr(self, name) is not None]
+        with about(*(given or names)):
             return Budget(self.bpw, size_bytes, self.bits_per_layer)
 
     @property

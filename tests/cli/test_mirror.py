@@ -53,7 +53,8 @@ def test_options_are_parameters(
     assert set(options) - of_terminal == set(parameters) - of_python
     required = [o for o in options.values() if o.required]
     typed = [word for o in required for word in ([o.opts[0], "x"] if isinstance(o, click.Option) else ["x"])]
-    given = find(path).make_context(path, typed).params
+    root = click.Context(main, **main.context_settings)
+    given = find(path).make_context(path, typed, parent=root).params
     for name in set(options) - of_terminal - {parameter.name for parameter in required}:
         assert given[name] == parameters[name].default, name
 
