@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -38,13 +38,16 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_help_answers_in_a_third_of_a_second() -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "mc_gguf", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - start
+def test_help_takes_less_than_a_third_of_a_second() -> None:
+    """CPU time, so that what else the machine does counts little; the best of several."""
 
-    assert min(seconds() for _ in range(7)) < 0.3  # the best of several: the machine may be busy
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "mc_gguf", "--help"], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(7)) < 0.3
 
 
 def test_help_lists_every_command_in_order() -> None:

@@ -164,9 +164,8 @@ def test_attention_in_the_budget(tmp_path: Path) -> None:
     assert Plan.load(output).fixed.attention == (("Q6_K",) * 4,) * 6
     run(path, "-o", output, "--size", "5.5MiB", "--attention", "fixed")
     assert Plan.load(output).fixed == FixedTypes()
-    fails(
-        "Error: --attention: .*size of the whole file", path, "-o", output, "--bpw", 2, "--attention", "auto"
-    )
+    wanted = (path, "-o", output, "--attention", "auto")
+    fails("Error: --attention: .*size of the whole file", *wanted, "--bpw", 2)
     both = ("--size", "5.5MiB", "--attn-type", "Q8_0")
     fails("Error: --attention: .*give one or the other", *wanted, *both)
     fails("Error: --attention: give fixed, auto", path, "-o", output, "--size", "5.5MiB", "--attention", ",")
