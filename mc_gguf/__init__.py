@@ -5,8 +5,8 @@
     from mc_gguf import Routing        # which experts a token may do without while the model runs
 
 Importing the package is instant: each name loads its module on first use, and only the modules that need
-torch, llama_cpp or numpy import them. The steps of convert() are functions of their own, each in the package
-of its name: mc_gguf.calibrate, mc_gguf.plan, mc_gguf.refine, mc_gguf.quantize; and mc_gguf.evaluate.
+torch, llama_cpp or numpy import them. The steps of convert() are functions of their own: calibrate, refine
+and quantize, each in the package of its name, and make_plan. evaluate, in its package, measures the result.
 """
 
 from __future__ import annotations
@@ -15,13 +15,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Calibration", "Llama", "MixedGguf", "Plan", "PlanRequest", "Routing", "__version__", "convert"]
+__all__ = [
+    "Calibration",
+    "Llama",
+    "MixedGguf",
+    "Plan",
+    "PlanRequest",
+    "Routing",
+    "__version__",
+    "convert",
+    "make_plan",
+]
 
 if TYPE_CHECKING:
     from mc_gguf.artifacts import Calibration, Plan
     from mc_gguf.container import MixedGguf
-    from mc_gguf.pipeline import convert
-    from mc_gguf.plan.request import PlanRequest
+    from mc_gguf.pipeline import convert, make_plan
+    from mc_gguf.plan import PlanRequest
     from mc_gguf.routing import Routing
     from mc_gguf.run.llama import Llama
 
@@ -30,9 +40,10 @@ _MODULES = {
     "Llama": "mc_gguf.run.llama",
     "MixedGguf": "mc_gguf.container",
     "Plan": "mc_gguf.artifacts",
-    "PlanRequest": "mc_gguf.plan.request",
+    "PlanRequest": "mc_gguf.plan",
     "Routing": "mc_gguf.routing",
     "convert": "mc_gguf.pipeline",
+    "make_plan": "mc_gguf.pipeline",
 }
 
 

@@ -141,13 +141,31 @@ def convert(
     return work.write(work.plan())
 
 
-def make_plan(calibration: PathLike | Calibration, output: PathLike | None, request: PlanRequest) -> Plan:
+def make_plan(
+    calibration: PathLike,
+    output: PathLike | None = None,
+    *,
+    size: str | int | None = None,
+    bpw: float | None = None,
+    bits_per_layer: int | None = None,
+    strategy: str | None = None,
+    objective: str | None = None,
+    types: Names | None = None,
+    attention: Names | None = None,
+    attn_type: str | None = None,
+    attn_kv_type: str | None = None,
+    embd_type: str | None = None,
+    output_type: str | None = None,
+    seed: int = 0,
+) -> Plan:
     """Decide the type of every expert under a budget.
 
     Args:
         calibration: a file made by calibrate(), or published statistics (JSON; with `bits_per_layer` only).
         output: the plan to write (JSON); None writes nothing.
-        request: the budget, and what may be chosen.
+        size, bpw, bits_per_layer: give exactly one budget, as for convert().
+        strategy, objective, types, seed: how types are chosen for experts, and from which; see PlanRequest.
+        attention, attn_type, attn_kv_type, embd_type, output_type: types of other tensors; see PlanRequest.
 
     Returns:
         The plan; with its fingerprint if it was written.
@@ -155,18 +173,33 @@ def make_plan(calibration: PathLike | Calibration, output: PathLike | None, requ
     Raises:
         MissingExtraError: scipy of mc-gguf[convert] is not installed.
         BudgetError: there is no budget, there are several, or the budget cannot be met.
-        ArtifactError: the calibration cannot be read, or lacks what the request needs.
-        McError: a name is unknown, or names contradict each other.
+        ArtifactError: the calibration cannot be read, or lacks what the strategy needs.
+        McError: a name is unknown, or arguments contradict each other; `parameters` names them.
 
     Example:
-        >>> from mc_gguf import PlanRequest
-        >>> from mc_gguf.pipeline import make_plan
-        >>> plan = make_plan("m.calib.safetensors", "m.plan.json", PlanRequest(bpw=2.8))
+        >>> from mc_gguf import make_plan
+        >>> plan = make_plan("m.calib.safetensors", "m.plan.json", bpw=2.8)
         >>> plan.expert_bpw <= 2.8
         True
+        >>> plan.type_of(layer=0, expert=3, projection="down") in ("Q2_K", "Q3_K")
+        True
     """
+    request = PlanRequest(
+        size=size,
+        bpw=bpw,
+        bits_per_layer=bits_per_layer,
+        strategy=strategy,
+        objective=objective,
+        types=types,
+        attention=attention,
+        attn_type=attn_type,
+        attn_kv_type=attn_kv_type,
+        embd_type=embd_type,
+        output_type=output_type,
+        seed=seed,
+    )
     require("convert", "scipy")
-    known = calibration if isinstance(calibration, Calibration) else Calibration.load(Path(calibration))
+    known = Calibration.load(Path(calibration))
     plan = request.plan(known, file_bytes_for(known))
     return plan if output is None else plan.save(Path(output))
 
@@ -240,7 +273,8 @@ class Conversion:
         given = (*to_paths(self.request.text), *to_paths(self.request.calibration))
         refuse_to_overwrite(self.output, self.source, *given)
         search = self._check()
-        plan = make_plan(self.calibration, self.plan_path, self.request)
+        decided = self.request.plan(self.calibration, file_bytes_for(self.calibration))
+        plan = decided.save(self.plan_path)
         return self._refine(plan, search) if search else plan
 
     def write(self, plan: Plan) -> MixedGguf:

@@ -10,12 +10,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from mc_gguf.common.arguments import Names, PathLike, Paths, to_names, to_path, to_paths
 
 if TYPE_CHECKING:
+    from mc_gguf.evaluate.cache import references
     from mc_gguf.evaluate.request import Evaluation
+    from mc_gguf.evaluate.result import Result
+    from mc_gguf.evaluate.scorer import Scorer
+    from mc_gguf.evaluate.text import Text
+
+__all__ = ["Evaluation", "Result", "Scorer", "Text", "evaluate", "references"]
+
+_MODULES = {  # loaded when they are used: they load llama_cpp
+    "Evaluation": "mc_gguf.evaluate.request",
+    "Result": "mc_gguf.evaluate.result",
+    "Scorer": "mc_gguf.evaluate.scorer",
+    "Text": "mc_gguf.evaluate.text",
+    "references": "mc_gguf.evaluate.cache",
+}
 
 
 def evaluate(
@@ -93,3 +108,9 @@ def evaluate(
         quiet,
     )
     return request.run()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'mc_gguf.evaluate' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

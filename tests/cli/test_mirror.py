@@ -15,7 +15,7 @@ from mc_gguf.calibrate.losses import MAX_ROWS
 from mc_gguf.cli import COMMANDS, main
 from mc_gguf.container import update_routing
 from mc_gguf.evaluate import evaluate
-from mc_gguf.pipeline import Conversion, ConversionRequest, convert
+from mc_gguf.pipeline import Conversion, ConversionRequest, convert, make_plan
 from mc_gguf.plan.request import PlanRequest
 from mc_gguf.quantize import quantize
 from mc_gguf.refine import refine
@@ -26,7 +26,7 @@ from mc_gguf.source import text
 MIRRORS: list[tuple[str, Callable[..., Any], set[str], set[str]]] = [
     ("convert", convert, {"dry_run", "as_json"}, set()),
     ("calibrate", calibrate, {"as_json"}, set()),
-    ("plan", PlanRequest, {"calibration", "output", "dry_run", "as_json"}, set()),
+    ("plan", make_plan, {"dry_run", "as_json"}, set()),
     ("refine", refine, {"as_json"}, set()),
     ("quantize", quantize, {"as_json"}, set()),
     ("eval", evaluate, {"as_json"}, {"command", "hashes"}),

@@ -147,7 +147,7 @@ class Workshop:
         return path
 
     def _plan(self, budget: Any, strategy: str, seed: int, calibration: Any, types: Any = None) -> Any:
-        from mc_gguf.pipeline import make_plan
+        from mc_gguf.pipeline import file_bytes_for
         from mc_gguf.plan.request import PlanRequest
 
         base = strategy.removesuffix("-attention")
@@ -156,7 +156,8 @@ class Workshop:
             bpw=budget.bpw, size=budget.size_bytes, strategy=base, types=types, seed=seed, attention=attention
         )
         name = "-".join([strategy, str(seed), *(f"{v:g}" for v in budget.to_json().values()), *(types or ())])
-        return make_plan(calibration, self.folder / f"{name}.plan.json", request)
+        plan = request.plan(calibration, file_bytes_for(calibration))
+        return plan.save(self.folder / f"{name}.plan.json")
 
     def _bank(self, plan: Any, arm: Arm) -> Any:
         """The plan's matrices, quantized with or without compensation."""
