@@ -1,1 +1,1 @@
-"""A plan carried out: weights and plan into one GGUF."""
+"""Carry a plan out: weights and plan into one GGUF."""
