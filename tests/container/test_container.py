@@ -415,6 +415,11 @@ def test_a_plain_file_opens_but_is_not_ours(good: Path, tmp_path: Path) -> None:
         container.validate(tmp_path / "plain.gguf")
 
 
+def test_whose_keys_they_are() -> None:
+    assert container.has_own_keys(["general.name", "mc_gguf.routing.version"])
+    assert not container.has_own_keys(["general.name", "mc_gguf", "llama.mc_gguf.version"])
+
+
 def test_golden_bytes(tmp_path: Path) -> None:
     """The example of docs/format.md, to the byte: a change here is a change of the format."""
     checkpoint = RandomCheckpoint(1, 2, n_embd=32, n_ff=32)
