@@ -65,8 +65,8 @@ def quantize(
     resume: bool = True,
     bank: Bank | None = None,
 ) -> container.MixedGguf:
-    """Write `output` (docs/format.md) and return it, opened and validated. Matrices that `bank` has are taken
-    from there instead of being quantized.
+    """Write `output` (docs/reference/format.md) and return it, opened and validated. Matrices that `bank` has
+    are taken from there instead of being quantized.
 
     `calibration` gives the importance matrices and the routing metadata; without one (published statistics)
     only types that need no importance matrix are possible, and the file carries no routing. With `resume`, a

@@ -421,7 +421,7 @@ def test_whose_keys_they_are() -> None:
 
 
 def test_golden_bytes(tmp_path: Path) -> None:
-    """The example of docs/format.md, to the byte: a change here is a change of the format."""
+    """The example of docs/reference/format.md, to the byte: a change here is a change of the format."""
     checkpoint = RandomCheckpoint(1, 2, n_embd=32, n_ff=32)
     experts = {p: [["Q8_0", "Q4_0"]] for p in PROJECTIONS}
     tensors = container.layout(checkpoint.info, experts, FixedTypes())

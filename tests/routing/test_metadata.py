@@ -160,7 +160,7 @@ def test_sizes_are_exact(checkpoint: RandomCheckpoint, tmp_path: Path) -> None:
 
 
 def test_golden_bytes() -> None:
-    """The example of docs/format.md, to the byte: a change here is a change of the format."""
+    """The example of docs/reference/format.md, to the byte: a change here is a change of the format."""
     layers = np.array([[[0, 0.25, 1]]])
     small = RoutingProfile((0,), 1, layers, np.array([0.5]), np.array([[0, 1.0, 4]]))
     kv = routing_kv(choose(default_metadata(small), quantile=0.5, protect=0.5))
