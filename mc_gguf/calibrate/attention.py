@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf.artifacts import ATTENTION, Floats, ModelInfo
-from mc_gguf.calibrate.losses import fits, quantization_error
+from mc_gguf.calibrate.losses import quantization_error
 from mc_gguf.calibrate.sensitivity import branch_rows
-from mc_gguf.ggml.types import ATTENTION_CANDIDATES
+from mc_gguf.ggml.types import ATTENTION_CANDIDATES, TYPES
 from mc_gguf.source.decoder import Decoder
 
 
 def attention_types(info: ModelInfo) -> tuple[str, ...]:
     """Those of ATTENTION_CANDIDATES that the rows of some attention matrix can have, by size."""
     widths = {t.shape[0] for t in info.tensors if t.name in _names(info)}
-    return tuple(name for name in ATTENTION_CANDIDATES if any(fits(name, width) for width in widths))
+    return tuple(name for name in ATTENTION_CANDIDATES if any(TYPES[name].fits(width) for width in widths))
 
 
 def _names(info: ModelInfo) -> set[str]:
@@ -106,7 +106,7 @@ def attention_errors(
     for p, (part, matrix) in enumerate(matrices.items()):
         importance = mid if part == "output" else into
         for t, name in enumerate(types):
-            if fits(name, matrix.shape[1]):
+            if TYPES[name].fits(matrix.shape[1]):
                 changed = matrix + quantization_error(matrix, name, importance, threads)
                 added = decoder.attention_added(layer, {**matrices, part: changed})(hidden)
                 error = (added - exact).square().sum(-1, dtype=torch.float64)

@@ -39,7 +39,6 @@ from mc_gguf.calibrate.losses import (
     Sample,
     draw,
     expert_errors,
-    fits,
     nominal_errors,
 )
 from mc_gguf.calibrate.sensitivity import SENSITIVITY_TOKENS, Branches, branch_rows
@@ -160,11 +159,11 @@ def measured_types(info: ModelInfo, wanted: Sequence[str] | None) -> tuple[str, 
     """
     widths = {p: info.expert_shape(p)[1] for p in PROJECTIONS}
     names = [ggml_type(name).name for name in wanted] if wanted else list(CANDIDATES)
-    if not wanted and any(not fits(n, w) for n in CANDIDATES for w in widths.values()):
+    if not wanted and any(not TYPES[n].fits(w) for n in CANDIDATES for w in widths.values()):
         names += FALLBACKS
-    usable = {n for n in names if any(fits(n, w) for w in widths.values())}
+    usable = {n for n in names if any(TYPES[n].fits(w) for w in widths.values())}
     for projection, width in widths.items():
-        if not any(fits(n, width) for n in usable):
+        if not any(TYPES[n].fits(width) for n in usable):
             raise McError(
                 f"none of the types {', '.join(names)} fits rows of {width} weights ({projection}); "
                 "try --types F16"

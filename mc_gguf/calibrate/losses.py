@@ -115,17 +115,12 @@ def expert_errors(
             weights = change.matrix[rows.index].contiguous()
             trace[p] = change.trace() / change.matrix.numel()
             for t, name in enumerate(types):
-                if fits(name, weights.shape[1]):
+                if TYPES[name].fits(weights.shape[1]):
                     delta = quantization_error(weights, name, imatrix, threads)
                     errors = (*change.squared_errors(rows, delta), _weighted_sum_sq(delta, rows.weight))
                     for values, error in zip(found, errors, strict=True):
                         values[p, t] = error
     return ExpertErrors(block, relative, weight, trace)
-
-
-def fits(type_name: str, n_per_row: int) -> bool:
-    """Whether rows of `n_per_row` weights are whole blocks of the type."""
-    return n_per_row % TYPES[type_name].block_size == 0
 
 
 def quantization_error(weights: Tensor, type_name: str, imatrix: NDArray[np.float32], threads: int) -> Tensor:

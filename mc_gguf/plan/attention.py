@@ -92,7 +92,7 @@ def build_attention(calibration: Calibration, types: Sequence[str]) -> Attention
 def made_up(model: ModelInfo, types: Sequence[str]) -> tuple[tuple[str, ...], Floats]:
     """attention_types and attention_error of a stand-in for every calibration of `model`."""
     shapes = [t.shape for t in model.tensors if t.name in {f"blk.0.attn_{part}.weight" for part in ATTENTION}]
-    names = tuple(n for n in types if any(shape[0] % ggml_type(n).block_size == 0 for shape in shapes))
+    names = tuple(n for n in types if any(ggml_type(n).fits(shape[0]) for shape in shapes))
     if len(shapes) < len(ATTENTION) or model.expert_layers != tuple(range(model.n_layer)):
         return names, np.zeros(0)
     return names, np.ones((len(model.expert_layers), len(ATTENTION), len(names)))
@@ -101,7 +101,7 @@ def made_up(model: ModelInfo, types: Sequence[str]) -> tuple[tuple[str, ...], Fl
 def _file_size(spec: TensorSpec, name: str) -> int:
     """Bytes of the tensor in this type with its padding; 0 where it cannot have it."""
     cols, rows = spec.shape
-    if cols % ggml_type(name).block_size:
+    if not ggml_type(name).fits(cols):
         return 0
     n_byte: int = rows * ggml_type(name).row_bytes(cols)
     return -(-n_byte // _ALIGNMENT) * _ALIGNMENT

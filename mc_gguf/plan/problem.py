@@ -196,7 +196,7 @@ def _checked_model(calibration: Calibration) -> ModelInfo:
 
 
 def _fits(model: ModelInfo, projection: str, name: str) -> bool:
-    return model.expert_shape(projection)[1] % ggml_type(name).block_size == 0
+    return ggml_type(name).fits(model.expert_shape(projection)[1])
 
 
 def _matrix_bytes(model: ModelInfo, projection: str, name: str) -> int:
