@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf.artifacts import ATTENTION, Floats, ModelInfo
-from mc_gguf.calibrate.losses import quantization_error
+from mc_gguf.calibrate.expert_errors import quantization_error
 from mc_gguf.calibrate.sensitivity import branch_rows
 from mc_gguf.ggml.types import ATTENTION_CANDIDATES, TYPES
 from mc_gguf.source.decoder import Decoder
@@ -60,12 +60,18 @@ def _float32(total: Tensor | float, tokens: int) -> NDArray[np.float32]:
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionStats:
-    """The attention's share of a LayerStats."""
+class AttentionMeasurement:
+    """What was measured of one layer's attention.
 
-    attention_error: Floats
-    attention_in: NDArray[np.float32]
-    attention_mid: NDArray[np.float32]
+    Attributes:
+        errors: [4, A] of each matrix (ATTENTION) under each type, as `attention_errors` returns them.
+        into: [n_embd] mean squared input of q, k and v.
+        mid: [attention_width] mean squared input of the output matrix.
+    """
+
+    errors: Floats
+    into: NDArray[np.float32]
+    mid: NDArray[np.float32]
 
 
 def run_attention(
@@ -75,7 +81,7 @@ def run_attention(
     tokens: int,
     check: Callable[[Tensor], None],
     threads: int = 1,
-) -> AttentionStats:
+) -> AttentionMeasurement:
     """Advance `hidden` [n_rows, ctx, n_embd] by the attention block, in place, `check` it, and measure, the
     errors on up to `tokens` tokens.
     """
@@ -84,7 +90,8 @@ def run_attention(
     check(hidden)
     into, mid = squares.means()
     types = attention_types(decoder.checkpoint.info)
-    return AttentionStats(attention_errors(decoder, layer, few, into, mid, types, threads), into, mid)
+    errors = attention_errors(decoder, layer, few, into, mid, types, threads)
+    return AttentionMeasurement(errors, into, mid)
 
 
 def attention_errors(

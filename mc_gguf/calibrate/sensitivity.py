@@ -37,7 +37,7 @@ from torch import Tensor
 from mc_gguf.artifacts import Floats
 from mc_gguf.calibrate.rounding import rounded_output
 from mc_gguf.common.files import atomic_write
-from mc_gguf.source.decoder import CHUNK, Decoder, Expert, Routing
+from mc_gguf.source.decoder import CHUNK, Decoder, Expert, RouterOutput
 
 SENSITIVITY_TOKENS = 2048
 Rows = TypeVar("Rows", NDArray[np.int32], Tensor)  # token ids, or their hidden states
@@ -79,7 +79,7 @@ class Branches:
         self._added = torch.empty_like(self._hidden)
         self._rounded = torch.empty_like(self._hidden)
         self._error = 0.0
-        self._routing: list[Routing]
+        self._routing: list[RouterOutput]
         self._norm: Tensor
         self._unrouted: Callable[[Tensor], Tensor]
         self._outputs: Tensor

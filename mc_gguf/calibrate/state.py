@@ -19,7 +19,6 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 
@@ -28,68 +27,19 @@ import torch
 from torch import Tensor
 
 from mc_gguf import __version__
-from mc_gguf.artifacts import PROJECTIONS, Floats, ModelInfo
-from mc_gguf.calibrate.attention import AttentionStats
 from mc_gguf.calibrate.sensitivity import WORKING, branches_directory
+from mc_gguf.calibrate.statistics import LayerStatistics, stack_layers, unstack_layers
 from mc_gguf.common.files import atomic_write
 
-N_QUANTILES = 1001  # odd: the median is one of them
 STATE_VERSION = 5
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class LayerStats:
-    """One layer's share of a Calibration, float64; the names and last dimensions are those of Calibration."""
-
-    frequency: Floats
-    routing_weight: Floats
-    sq_error: Floats
-    relative_error: Floats
-    weight_error: Floats
-    hessian_trace: Floats
-    output_sq: Floats
-    imatrix_in: Floats
-    imatrix_mid: Floats
-    ratio_quantiles: Floats
-    routing_curve: Floats
-    rounding_error: Floats
-    block_score: Floats
-    hidden_max: Floats
-    hidden_median: Floats
-    down_max: Floats
-    attention_error: Floats
-    attention_in: Floats
-    attention_mid: Floats
-
-    @classmethod
-    def empty(cls, info: ModelInfo, n_types: int, attention: AttentionStats) -> LayerStats:
-        e, p = info.n_expert, len(PROJECTIONS)
-        one = ("rounding_error", "block_score", "hidden_max", "hidden_median")
-        shapes: dict[str, tuple[int, ...]] = {
-            "frequency": (e,),
-            "routing_weight": (e,),
-            "output_sq": (e,),
-            "down_max": (e,),
-            "imatrix_in": (e, info.n_embd),
-            "imatrix_mid": (e, info.n_ff),
-            "ratio_quantiles": (info.n_expert_used - 1, N_QUANTILES),
-            "routing_curve": (N_QUANTILES,),
-            "hessian_trace": (e, p),
-            **dict.fromkeys(one, ()),
-            **dict.fromkeys(("sq_error", "relative_error", "weight_error"), (e, p, n_types)),
-        }
-        zeros = {name: np.zeros(shape) for name, shape in shapes.items()}
-        measured = {f.name: np.asarray(getattr(attention, f.name), np.float64) for f in fields(attention)}
-        return cls(**zeros, **measured)
-
-
-_NAMES = tuple(f.name for f in fields(LayerStats))
 _STATS = "stats.safetensors"
 
 
-class State:
+class CalibrationState:
     """Statistics of the layers done and, after a resume, the hidden states that the next one needs; the
     branches are in `directory`.
 
@@ -99,11 +49,11 @@ class State:
     def __init__(self, directory: Path | None, fingerprint: str) -> None:
         self.temporary, self.fingerprint = directory is None, fingerprint
         self.directory = directory or Path(tempfile.mkdtemp(prefix="mc-gguf-"))
-        self.layers: list[LayerStats] = []
+        self.layers: list[LayerStatistics] = []
         self.hidden: Tensor | None = None
 
     @classmethod
-    def resume(cls, directory: Path | None, identity: Mapping[str, object]) -> State:
+    def resume(cls, directory: Path | None, identity: Mapping[str, object]) -> CalibrationState:
         """The state in `directory` if it is of the run that `identity` describes, else an empty one."""
         document = json.dumps({"state": STATE_VERSION, "tool": __version__, **identity}, sort_keys=True)
         state = cls(directory, hashlib.sha256(document.encode()).hexdigest())
@@ -113,7 +63,7 @@ class State:
         state._tidy()
         return state
 
-    def __enter__(self) -> State:
+    def __enter__(self) -> CalibrationState:
         return self
 
     def __exit__(
@@ -130,7 +80,7 @@ class State:
             with safe_open(self.directory / _STATS, framework="numpy") as file:
                 if (file.metadata() or {}).get("fingerprint") != self.fingerprint:
                     raise ValueError("of another model, text or set of options")
-                arrays = {name: file.get_tensor(name) for name in _NAMES}
+                arrays = {line.name: file.get_tensor(line.name) for line in LayerStatistics.lines()}
             done = len(arrays["frequency"])
             for branch in range(2 * done + 1):
                 np.load(branches_directory(self.directory, done) / f"{branch}.npy", allow_pickle=False)
@@ -140,10 +90,10 @@ class State:
         except (OSError, ValueError, SafetensorError) as error:
             log.warning("not continuing from %s (%s); starting anew", self.directory, error)
             return
-        self.layers = [LayerStats(**{name: arrays[name][i] for name in _NAMES}) for i in range(done)]
+        self.layers = unstack_layers(arrays)
         log.info("continuing after %d layers", done)
 
-    def add(self, stats: LayerStats, hidden: Tensor) -> None:
+    def add(self, stats: LayerStatistics, hidden: Tensor) -> None:
         """One more layer is done; `hidden` is what comes out of it. The branches are in the directory."""
         layers = [*self.layers, stats]
         if not self.temporary:
@@ -151,14 +101,13 @@ class State:
         self.layers = layers
         self._tidy()
 
-    def _save(self, layers: Sequence[LayerStats], hidden: Tensor) -> None:
+    def _save(self, layers: Sequence[LayerStatistics], hidden: Tensor) -> None:
         from safetensors.numpy import save
 
         with atomic_write(self.directory / f"hidden-{len(layers)}.npy") as file:
             np.save(file, hidden.numpy(), allow_pickle=False)
-        arrays = {name: np.stack([getattr(layer, name) for layer in layers]) for name in _NAMES}
         with atomic_write(self.directory / _STATS) as file:
-            file.write(save(arrays, metadata={"fingerprint": self.fingerprint}))
+            file.write(save(stack_layers(layers), metadata={"fingerprint": self.fingerprint}))
 
     def _tidy(self) -> None:
         """Removes what is not of the layers done, as of the one before or of one that a kill ended."""

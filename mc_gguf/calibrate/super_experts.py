@@ -19,12 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import Calibration
+from mc_gguf.artifacts import NOMINAL_BITS, Calibration
 
 QUANTILE, SHARE_OF_LARGEST = 0.995, 0.1
 MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
 ERROR_RATIO = 10.0
-_NOMINAL_2_BITS = 1  # place in nominal_error
 
 Mask = NDArray[np.bool_]
 
@@ -52,12 +51,11 @@ def super_experts(calibration: Calibration) -> tuple[SuperExpert, ...]:
     """All of them, by layer. None where the calibration has neither errors nor activations."""
     ratio = _error_ratio(calibration)
     massive = _massive(calibration)
-    down = calibration.down_max
     return tuple(
         SuperExpert(
             calibration.layers[i],
             int(e),
-            float(down[i, e]) if down.size else None,
+            float(calibration.down_max[i, e]) if calibration.has("down_max") else None,
             float(ratio[i, e]),
             bool(massive[i, e]),
         )
@@ -66,19 +64,18 @@ def super_experts(calibration: Calibration) -> tuple[SuperExpert, ...]:
 
 
 def _error_ratio(calibration: Calibration) -> NDArray[np.float64]:
-    error = calibration.nominal_error
-    if error.ndim != 3:
+    if not calibration.has("nominal_error"):
         return np.zeros(calibration.frequency.shape)
-    error = error[..., _NOMINAL_2_BITS]
+    error = calibration.nominal_error[..., NOMINAL_BITS.index(2)]
     median = np.median(error, axis=1, keepdims=True)
     # One at rest among experts at rest is not special.
     return np.asarray(np.divide(error, median, out=np.zeros_like(error), where=median > 0))
 
 
 def _massive(calibration: Calibration) -> Mask:
-    down, largest = calibration.down_max, calibration.hidden_max
-    if not down.size:
+    if not calibration.has("down_max", "hidden_max", "hidden_median"):
         return np.zeros(calibration.frequency.shape, dtype=bool)
+    down, largest = calibration.down_max, calibration.hidden_max
     layers = (largest > MASSIVE) & (largest > MASSIVE_RATIO * calibration.hidden_median)
     outlier = (down >= np.quantile(down, QUANTILE)) & (down > SHARE_OF_LARGEST * down.max())
     return np.asarray(outlier & layers[:, None])

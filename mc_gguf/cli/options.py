@@ -79,7 +79,7 @@ class PlanOptions:
 
     def check(self, model: ModelInfo) -> None:
         """Refuses what no calibration of `model` could make feasible: a plan on made-up errors is tried."""
-        from mc_gguf.calibrate.calibrator import measured_types
+        from mc_gguf.calibrate.request import measured_types
         from mc_gguf.plan import stand_in
 
         self.plan(stand_in(model, measured_types(model, self.types)))
@@ -91,10 +91,10 @@ class PlanOptions:
         file_bytes = None
         if calibration.model is not None:
             from mc_gguf.container import file_bytes as of_file
-            from mc_gguf.routing.metadata import of_calibration
+            from mc_gguf.routing.metadata import routing_metadata_from
 
             fixed = fixed_types(calibration.model, self.budget, self.fixed)
-            routing = of_calibration(calibration)
+            routing = routing_metadata_from(calibration)
             file_bytes = partial(of_file, calibration.model, fixed=fixed, routing=routing)
         request = (self.budget, self.strategy, self.objective)
         decided = self.attention_default and decides_attention(calibration, *request)

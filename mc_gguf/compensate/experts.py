@@ -30,14 +30,14 @@ from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.files import atomic_write
 from mc_gguf.common.progress import Progress, progress
 from mc_gguf.compensate.bank import Bank, bank_key
-from mc_gguf.compensate.hessian import Collector, Inputs, Tokens, held_out_tokens, run_expert
-from mc_gguf.compensate.matrix import DEFAULT, Options, quantize_compensated, supports
+from mc_gguf.compensate.hessian import Collector, HessianTokens, Inputs, held_out_tokens, run_expert
+from mc_gguf.compensate.matrix import DEFAULT, CompensationOptions, quantize_compensated, supports
 from mc_gguf.compensate.products import exact_products, fast_products
 from mc_gguf.ggml.quantizers import dequantize_rows, init, quantize_rows
 from mc_gguf.quantize.writer import check_inputs
 from mc_gguf.runtime.upstream import patchset_digest
 from mc_gguf.source import Checkpoint
-from mc_gguf.source.decoder import Decoder, Expert, Routing
+from mc_gguf.source.decoder import Decoder, Expert, RouterOutput
 from mc_gguf.source.text import Corpus, load_corpus
 
 _REVISION = 2
@@ -76,7 +76,7 @@ def wanted_by(plan: Plan) -> Wanted:
     }
 
 
-def open_bank(folder: Path, calibration: Calibration, options: Options = DEFAULT) -> Bank:
+def open_bank(folder: Path, calibration: Calibration, options: CompensationOptions = DEFAULT) -> Bank:
     """The bank of compensated blocks of this calibration, model and set of options, under `folder`."""
     assert calibration.model is not None
     # The kernel is in the patch set; _REVISION counts changes of what is around it.
@@ -113,7 +113,7 @@ def compensate(
     bank: Bank,
     threads: int,
     bar: Progress | None = None,
-    options: Options = DEFAULT,
+    options: CompensationOptions = DEFAULT,
 ) -> Outcome:
     """Fill `bank` with the wanted matrices: the same bytes for any number of `threads`, however often it was
     interrupted.
@@ -190,7 +190,7 @@ class _Pass:
     missing: Wanted
     bank: Bank
     threads: int
-    options: Options
+    options: CompensationOptions
     outcome: Outcome
 
     def run(self, rows: NDArray[np.int32], bar: Progress | None) -> None:
@@ -222,14 +222,14 @@ class _Pass:
         kinds: frozenset[tuple[str, str]],
         flat: Tensor,
         norm: Tensor,
-        routing: Routing,
+        routing: RouterOutput,
         held_out: Tensor,
         added: Tensor,
     ) -> None:
         expert, collector = self.decoder.expert(layer, number), None
-        tokens = Tokens.of(routing, number, held_out)
+        tokens = HessianTokens.routed(routing, number, held_out)
         if kinds:
-            tokens = tokens.enough(routing, number, max(expert.gate.shape), held_out)
+            tokens = HessianTokens.enough(self.decoder, routing, number, max(expert.gate.shape), held_out)
             projections = {p for p, _ in kinds}
             collector = Collector(expert, bool(projections & {"gate", "up"}), "down" in projections)
         run_expert(self.decoder, expert, flat, norm, tokens, added, collector)
@@ -244,8 +244,7 @@ class _Pass:
     ) -> NDArray[np.uint8]:
         """The better blocks on held-out inputs; where there are none, the compensated ones."""
         weights: NDArray[np.float32] = getattr(expert, projection).numpy()
-        table = self.calibration.imatrix_mid if projection == "down" else self.calibration.imatrix_in
-        importance = table[self.calibration.layers.index(layer), number]
+        importance = self.calibration.imatrix(layer, projection, number)
         plain = quantize_rows(weights, name, importance, self.threads)
         options = self.options.for_tokens(inputs.n_tokens, weights.shape[1])
         best = quantize_compensated(weights, name, inputs.hessian, importance, options, self.threads, plain)

@@ -39,13 +39,13 @@ from mc_gguf.ggml.compensation_library import BLOCK, Metric, scale_rows, support
 from mc_gguf.ggml.quantizers import quantize_rows
 from mc_gguf.ggml.types import ggml_type
 
-__all__ = ["DEFAULT", "Options", "quantize_compensated", "supports"]
+__all__ = ["DEFAULT", "CompensationOptions", "quantize_compensated", "supports"]
 
 MAX_GAIN = 1.5  # a row that lost more is noise
 
 
 @dataclass(frozen=True)
-class Options:
+class CompensationOptions:
     """`damping` times the mean of the Hessian's diagonal is added to it. `passes` of coordinate descent
     inside a block of columns, `sweeps` over the blocks of wider matrices.
     """
@@ -55,7 +55,7 @@ class Options:
     sweeps: int = 1
     unbiased: bool = True
 
-    def for_tokens(self, n_tokens: int, n_cols: int) -> Options:
+    def for_tokens(self, n_tokens: int, n_cols: int) -> CompensationOptions:
         """More damping where the Hessian was estimated from few tokens: its error goes with columns / tokens.
 
         Measured on the bundled model, Q2_K: from 15,000 tokens an expert on, 0.01 to 0.3 are alike; with 900
@@ -64,7 +64,7 @@ class Options:
         return replace(self, damping=self.damping + n_cols / max(1, n_tokens))
 
 
-DEFAULT = Options()
+DEFAULT = CompensationOptions()
 
 
 def quantize_compensated(
@@ -72,7 +72,7 @@ def quantize_compensated(
     type_name: str,
     hessian: Tensor | NDArray[np.float32],
     imatrix: NDArray[np.float32] | None,
-    options: Options = DEFAULT,
+    options: CompensationOptions = DEFAULT,
     threads: int = 1,
     start: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:

@@ -182,7 +182,7 @@ def file_bytes(
     info: ModelInfo, experts: ExpertTypes, fixed: FixedTypes, routing: RoutingMetadata | None = None
 ) -> int:
     """Exact size of the file that quantize writes for these types and a calibration that gives `routing`
-    (mc_gguf.routing.of_calibration). Raises McError like `layout`.
+    (mc_gguf.routing.metadata.routing_metadata_from). Raises McError like `layout`.
     """
     return total_bytes(layout(info, experts, fixed, routing))
 

@@ -70,7 +70,7 @@ def check_request(budget: Budget, strategy: str, objective: str) -> None:
 def build_attention(calibration: Calibration, types: Sequence[str]) -> Attention:
     """Errors and bytes of `types` (empty: all measured). Raises McError for types that were not measured."""
     model = calibration.model
-    if model is None or not calibration.attention_error.size:
+    if model is None or not calibration.has("attention_error"):
         raise ArtifactError(
             "this calibration has no errors of attention matrices; calibrate again or give --attention fixed"
         )
@@ -89,12 +89,14 @@ def build_attention(calibration: Calibration, types: Sequence[str]) -> Attention
     return Attention(names, np.where(size > 0, kld, np.inf), size.astype(np.int64))
 
 
-def made_up(model: ModelInfo, types: Sequence[str]) -> tuple[tuple[str, ...], Floats]:
-    """attention_types and attention_error of a stand-in for every calibration of `model`."""
+def made_up(model: ModelInfo, types: Sequence[str]) -> tuple[tuple[str, ...], Floats | None]:
+    """attention_types and attention_error of a stand-in for every calibration of `model`; None where a
+    calibration would measure no such errors.
+    """
     shapes = [t.shape for t in model.tensors if t.name in {f"blk.0.attn_{part}.weight" for part in ATTENTION}]
     names = tuple(n for n in types if any(ggml_type(n).fits(shape[0]) for shape in shapes))
     if len(shapes) < len(ATTENTION) or model.expert_layers != tuple(range(model.n_layer)):
-        return names, np.zeros(0)
+        return names, None
     return names, np.ones((len(model.expert_layers), len(ATTENTION), len(names)))
 
 

@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan
+from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan
 from mc_gguf.common.errors import BudgetError, McError
 from mc_gguf.common.units import format_size
 from mc_gguf.ggml.types import ATTENTION_CANDIDATES, CANDIDATES, ggml_type
@@ -129,7 +129,7 @@ def decides_attention(calibration: Calibration, budget: Budget, strategy: str, o
         budget.size_bytes is not None
         and strategy in joint.STRATEGIES
         and _objective_of(strategy, objective, calibration) == "kld"
-        and calibration.attention_error.size > 0
+        and calibration.has("attention_error")
     )
 
 
@@ -137,25 +137,26 @@ def stand_in(model: ModelInfo, types: Sequence[str] | None) -> Calibration:
     """A calibration of `model` with equal errors everywhere: what plan() refuses with it, it refuses with
     every calibration of these types."""
     wanted = [ggml_type(name).name for name in types or CANDIDATES]
-    names = tuple(dict.fromkeys((*wanted, *published.NOMINAL_TYPES)))
+    names = tuple(dict.fromkeys((*wanted, *NOMINAL_TYPES)))
     each = np.ones((len(model.expert_layers), model.n_expert))
     by_type = np.ones((*each.shape, len(PROJECTIONS), len(names)))
     attention_types, attention_error = joint.made_up(model, ATTENTION_CANDIDATES)
+    statistics = {
+        "frequency": each,
+        "routing_weight": each,
+        "output_sq": each,
+        "nominal_error": np.ones((*each.shape, 3)),
+        "kld_per_error": np.ones(len(each)),
+        "block_score": np.ones(len(each)),
+        "hessian_trace": np.ones((*each.shape, len(PROJECTIONS))),
+        "sq_error": by_type,
+        "relative_error": by_type,
+        "weight_error": by_type,
+    }
+    if attention_error is not None:
+        statistics["attention_error"] = attention_error
     return replace(
-        Calibration.blank(model),
-        types=names,
-        frequency=each,
-        routing_weight=each,
-        output_sq=each,
-        nominal_error=np.ones((*each.shape, 3)),
-        kld_per_error=np.ones(len(each)),
-        block_score=np.ones(len(each)),
-        hessian_trace=np.ones((*each.shape, len(PROJECTIONS))),
-        sq_error=by_type,
-        relative_error=by_type,
-        weight_error=by_type,
-        attention_types=attention_types,
-        attention_error=attention_error,
+        Calibration.blank(model), types=names, statistics=statistics, attention_types=attention_types
     )
 
 
@@ -169,7 +170,7 @@ def _check_request(
     if objective is not None and (strategy == "mc" or strategy in BASELINES):
         raise McError(f"strategy {strategy} has its own objective; leave --objective away")
     if strategy == "mc" and types is not None:
-        own = ", ".join(published.NOMINAL_TYPES)
+        own = ", ".join(NOMINAL_TYPES)
         raise McError(f"strategy mc has its own types ({own}); leave --types away")
     if budget.bits_per_layer is not None and strategy != "mc":
         raise BudgetError(
@@ -185,7 +186,7 @@ def _objective_of(strategy: str, wanted: str | None, calibration: Calibration) -
         return "published"
     if strategy in BASELINES:
         return strategy
-    return wanted or next((o for o, array in DEFAULT_OBJECTIVES if getattr(calibration, array).size), "block")
+    return wanted or next((o for o, array in DEFAULT_OBJECTIVES if calibration.has(array)), "block")
 
 
 def _decide(problem: Problem, limit: Limit, strategy: str, seed: int) -> _Decision:
@@ -253,7 +254,7 @@ def _mc(calibration: Calibration, budget: Budget, file_bytes: FileBytes | None) 
     if calibration.model is None and budget.bits_per_layer is not None:
         return _published_decision(published.solve_layers(cost, budget.bits_per_layer))
     check_has_model(calibration)
-    problem = build_problem(calibration, published.NOMINAL_TYPES)
+    problem = build_problem(calibration, NOMINAL_TYPES)
     if budget.bits_per_layer is not None:
         bits = published.solve_layers(cost, budget.bits_per_layer)
         return _decision(problem, _nominal_columns(problem, bits), 0.0, bits)
@@ -279,12 +280,12 @@ def _nominal_columns(problem: Problem, bits: Ints) -> Ints:
 
 def _published_decision(bits: Ints) -> _Decision:
     """From published statistics: no model, so types and rates by name only."""
-    names = np.array(published.NOMINAL_TYPES, dtype=object)[bits - 1].tolist()
+    names = np.array(NOMINAL_TYPES, dtype=object)[bits - 1].tolist()
     rows = tuple(tuple(row) for row in names)
-    rates = np.array([ggml_type(name).bpw for name in published.NOMINAL_TYPES])
+    rates = np.array([ggml_type(name).bpw for name in NOMINAL_TYPES])
     bpw = float(rates[bits - 1].mean())
     experts = dict.fromkeys(PROJECTIONS, rows)
-    return _Decision(published.NOMINAL_TYPES, experts, bpw, None, None, 0.0, _rows(bits))
+    return _Decision(NOMINAL_TYPES, experts, bpw, None, None, 0.0, _rows(bits))
 
 
 def _sixteen_bit(calibration: Calibration) -> _Decision:

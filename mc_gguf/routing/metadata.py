@@ -49,14 +49,14 @@ def default_metadata(profile: RoutingProfile, calibration: str = "", model: str 
     return choose(empty)
 
 
-def of_calibration(calibration: Calibration) -> RoutingMetadata | None:
-    """default_metadata of what a calibration knows.
+def routing_metadata_from(calibration: Calibration) -> RoutingMetadata | None:
+    """The default metadata for what a calibration knows.
 
-    None when it measured nothing of routing (published statistics, none at all), or when every token uses one
-    expert.
+    None when the calibration measured no routing (published statistics, or none at all), or when every token
+    uses only one expert.
     """
     model = calibration.model
-    if model is None or model.n_expert_used < 2 or not calibration.routing_curve.size:
+    if model is None or model.n_expert_used < 2 or not calibration.has("routing_curve"):
         return None
     return default_metadata(RoutingProfile.of(calibration), calibration.fingerprint, model.fingerprint)
 

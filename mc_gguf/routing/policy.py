@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from mc_gguf.artifacts import Calibration
 from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.common.units import parse_layers, parse_share
-from mc_gguf.routing.metadata import DEFAULT_PROTECT, RoutingMetadata, of_calibration
+from mc_gguf.routing.metadata import DEFAULT_PROTECT, RoutingMetadata, routing_metadata_from
 from mc_gguf.routing.params import IMPORTANCES, RoutingParams, RoutingShape
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.routing.thresholds import at_quantiles, for_target_drop, tolerant_layers
@@ -183,7 +183,7 @@ def resolve(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingSh
 def _of_calibration(path: Path, file: RoutingMetadata | None, shape: RoutingShape) -> RoutingMetadata:
     """What quantize would have written from this calibration. It must be of this model."""
     calibration = Calibration.load(path)
-    metadata, model = of_calibration(calibration), calibration.model
+    metadata, model = routing_metadata_from(calibration), calibration.model
     if metadata is None or model is None:
         raise ArtifactError(
             f"{path} measured nothing of routing (published statistics, or one expert a token); "

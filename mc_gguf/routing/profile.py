@@ -71,7 +71,7 @@ class RoutingProfile:
 
         Raises ArtifactError when that is nothing (published statistics).
         """
-        if calibration.model is None or not calibration.routing_curve.size:
+        if calibration.model is None or not calibration.has("routing_curve"):
             raise ArtifactError(
                 "this calibration has no routing statistics; make one with: mc-gguf calibrate SOURCE -o FILE"
             )

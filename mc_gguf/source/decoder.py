@@ -132,17 +132,43 @@ def _rope_scale(hparams: Mapping[str, Any]) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class Routing:
-    """Router output of N tokens, K experts each, best first.
+class RoutedTokens:
+    """Tokens of one expert.
 
-    experts [N, K] int64; probs [N, K]: softmax over all experts; weights [N, K]: what multiplies the expert's
-    output. all_probs [N, E].
+    Attributes:
+        index: [n] int64, numbers of the tokens.
+        probs: [n] the router's probability of the expert (softmax over all experts).
+        weights: [n] what multiplies the expert's output.
+    """
+
+    index: Tensor
+    probs: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@dataclass(frozen=True, eq=False)
+class RouterOutput:
+    """What the router makes of N tokens: K of E experts for each, best first.
+
+    Attributes:
+        experts: [N, K] int64, the chosen experts.
+        probs: [N, K] their probabilities (softmax over all experts).
+        weights: [N, K] what multiplies their outputs.
+        all_probs: [N, E] the probabilities of all experts.
     """
 
     experts: Tensor
     probs: Tensor
     weights: Tensor
     all_probs: Tensor
+
+    def tokens_of(self, expert: int) -> RoutedTokens:
+        """The tokens that are routed to `expert`."""
+        index, ranks = torch.nonzero(self.experts == expert, as_tuple=True)
+        return RoutedTokens(index, self.probs[index, ranks], self.weights[index, ranks])
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,19 +254,19 @@ class Decoder:
         """One matrix of the attention block, `part` of ATTENTION: [outputs, inputs]."""
         return self._tensor(f"blk.{layer}.attn_{part}.weight")
 
-    def route(self, layer: int, hidden: Tensor) -> Routing:
+    def route(self, layer: int, hidden: Tensor) -> RouterOutput:
         """Router of `layer` for `hidden` [N, n_embd] as it is after attention (not normalised yet)."""
         return self.router(layer)(hidden)
 
-    def router(self, layer: int) -> Callable[[Tensor], Routing]:
+    def router(self, layer: int) -> Callable[[Tensor], RouterOutput]:
         """route() of `layer` with its weights, read now; differentiable (the choice is constant)."""
         norm, matrix = self.ffn_norm(layer), self._tensor(f"blk.{layer}.ffn_gate_inp.weight")
 
-        def route(hidden: Tensor) -> Routing:
+        def route(hidden: Tensor) -> RouterOutput:
             logits = torch.cat([self.norm(part, norm) @ matrix.T for part in torch.split(hidden, CHUNK)])
             all_probs = torch.softmax(logits, dim=-1)
             probs, experts = torch.topk(all_probs, self.shape.n_used, dim=-1)
-            return Routing(experts, probs, self.weights(probs), all_probs)
+            return RouterOutput(experts, probs, self.weights(probs), all_probs)
 
         return route
 
@@ -249,6 +275,22 @@ class Decoder:
         if self.shape.architecture.renormalise:
             probs = probs / probs.sum(-1, keepdim=True).clamp_(min=MIN_WEIGHT_SUM)
         return probs * self.shape.weight_scale
+
+    def nearest_tokens(
+        self, output: RouterOutput, expert: int, count: int, excluded: Tensor | None = None
+    ) -> RoutedTokens:
+        """Up to `count` tokens that are not routed to `expert` but come nearest to it, by its probability.
+
+        Their weights are what the runtime would compute if the expert took the place of the last one that the
+        token uses. `excluded` [N] bool marks tokens that are left out.
+        """
+        probs = output.all_probs[:, expert].clone()
+        probs[output.tokens_of(expert).index] = -1
+        if excluded is not None:
+            probs[excluded] = -1
+        probs, index = torch.topk(probs, min(count, int((probs >= 0).sum())))
+        chosen = torch.cat([output.probs[index, :-1], probs[:, None]], dim=1)
+        return RoutedTokens(index, probs, self.weights(chosen)[:, -1])
 
     def ffn_norm(self, layer: int) -> Tensor:
         return self._tensor(f"blk.{layer}.ffn_norm.weight")
@@ -282,13 +324,13 @@ class Decoder:
     def feed_forward(self, layer: int, hidden: Tensor) -> None:
         """Add the MoE block of `layer` to `hidden`, in place, without collecting anything."""
         flat = hidden.flatten(0, 1)
-        routing, norm, added = self.route(layer, flat), self.ffn_norm(layer), self.unrouted(layer)(flat)
+        output, norm, added = self.route(layer, flat), self.ffn_norm(layer), self.unrouted(layer)(flat)
         for number in range(self.shape.n_expert):
-            tokens, slots = torch.nonzero(routing.experts == number, as_tuple=True)
-            expert = self.expert(layer, number)
-            for part in torch.split(torch.arange(len(tokens)), CHUNK):
-                y = expert.hidden(self.norm(flat[tokens[part]], norm)) @ expert.down.T
-                added.index_add_(0, tokens[part], y * routing.weights[tokens[part], slots[part], None])
+            tokens, expert = output.tokens_of(number), self.expert(layer, number)
+            parts = zip(torch.split(tokens.index, CHUNK), torch.split(tokens.weights, CHUNK), strict=True)
+            for index, weights in parts:
+                y = expert.hidden(self.norm(flat[index], norm)) @ expert.down.T
+                added.index_add_(0, index, y * weights[:, None])
         flat += added
 
     @torch.inference_mode()

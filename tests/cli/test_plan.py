@@ -16,7 +16,7 @@ from mc_gguf.common.errors import ArtifactError, BudgetError, McError
 from mc_gguf.container import file_bytes
 from mc_gguf.plan import STRATEGIES, Budget, fixed_types
 from mc_gguf.plan import plan as make_plan
-from mc_gguf.routing.metadata import of_calibration
+from mc_gguf.routing.metadata import routing_metadata_from
 from tests.support import ROOT
 from tests.support.synthetic_calibration import calibration
 
@@ -44,7 +44,7 @@ def test_a_plan_is_written_after_its_summary(source: Path, tmp_path: Path) -> No
     assert plan.experts == make_plan(loaded, Budget(bpw=2.5)).experts
     assert plan.calibration_fingerprint == loaded.fingerprint
     assert loaded.model is not None
-    routing = of_calibration(loaded)
+    routing = routing_metadata_from(loaded)
     assert routing is not None
     assert plan.file_bytes == file_bytes(loaded.model, plan.experts, plan.fixed, routing)
 
@@ -118,7 +118,7 @@ def test_sixteen_bits_measures_the_plain_file(source: Path, tmp_path: Path) -> N
     plan, loaded = Plan.load(output), Calibration.load(source)
     assert loaded.model is not None
     assert plan.fixed == fixed_types(loaded.model, Budget(bpw=16), FixedTypes())
-    routing = of_calibration(loaded)
+    routing = routing_metadata_from(loaded)
     assert plan.file_bytes == file_bytes(loaded.model, plan.experts, plan.fixed, routing)
 
 

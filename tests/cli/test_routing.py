@@ -16,7 +16,7 @@ from mc_gguf.artifacts import PROJECTIONS
 from mc_gguf.cli import main
 from mc_gguf.container import read_routing
 from mc_gguf.quantize.writer import quantize
-from mc_gguf.routing.metadata import choose, of_calibration
+from mc_gguf.routing.metadata import choose, routing_metadata_from
 from mc_gguf.source import open_checkpoint
 from tests.support.gguf_models import (
     RandomCheckpoint,
@@ -54,7 +54,7 @@ def calibration(tmp_path: Path) -> Path:
 @pytest.fixture
 def ours(tmp_path: Path) -> Path:
     checkpoint = RandomCheckpoint(4, 3)
-    routing = of_calibration(make_calibration(checkpoint.info, tmp_path / "own.safetensors"))
+    routing = routing_metadata_from(make_calibration(checkpoint.info, tmp_path / "own.safetensors"))
     assert routing is not None
     write_random(tmp_path / "ours.gguf", checkpoint, TYPES, choose(routing, quantile=0.5, layers="all"))
     return tmp_path / "ours.gguf"

@@ -26,7 +26,7 @@ from mc_gguf.common.progress import progress
 from mc_gguf.container.routing import routing_bytes, routing_kv
 from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, FLOAT64, STRING, UINT32, Value, encode_kv, read_header
 from mc_gguf.routing import RoutingMetadata, default_metadata
-from mc_gguf.routing.metadata import choose, of_calibration
+from mc_gguf.routing.metadata import choose, routing_metadata_from
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.routing.report import describe, summary
 from mc_gguf.routing.thresholds import at_quantiles, for_target_drop
@@ -420,7 +420,7 @@ def test_a_file_s_own_profile_gives_what_its_calibration_gives(
     checkpoint: RandomCheckpoint, tmp_path: Path
 ) -> None:
     calibration = make_calibration(checkpoint.info, tmp_path / "c.safetensors")
-    routing = of_calibration(calibration)
+    routing = routing_metadata_from(calibration)
     assert routing is not None
     write_random(tmp_path / "m.gguf", checkpoint, MIXED, routing)
     header = read_header(tmp_path / "m.gguf")
@@ -437,7 +437,7 @@ def calibrations(checkpoint: RandomCheckpoint, folder: Path) -> dict[str, Calibr
         "wider": make_calibration(RandomCheckpoint(N_LAYER, 3, n_embd=64).info, folder / "w.safetensors"),
         "deeper": make_calibration(RandomCheckpoint(N_LAYER + 1, 3).info, folder / "d.safetensors"),
         "more experts": make_calibration(RandomCheckpoint(N_LAYER, 4).info, folder / "e.safetensors"),
-        "without routing": replace(mine, routing_curve=np.zeros(0)),
+        "without routing": mine.with_statistics(routing_curve=None),
     }
 
 
@@ -445,7 +445,7 @@ def test_calibrations_of_other_models_are_refused(
     ours: Path, plain: Path, checkpoint: RandomCheckpoint, tmp_path: Path
 ) -> None:
     """A file of ours knows its model; of a plain one the sizes must agree."""
-    routing = of_calibration(make_calibration(checkpoint.info, tmp_path / "mine.safetensors"))
+    routing = routing_metadata_from(make_calibration(checkpoint.info, tmp_path / "mine.safetensors"))
     write_random(ours, checkpoint, MIXED, routing)
     given_ = calibrations(checkpoint, tmp_path)
     own, foreign = read_header(ours), read_header(plain)
@@ -470,11 +470,12 @@ def test_no_routing_where_none_was_measured_or_none_is_possible(
     checkpoint: RandomCheckpoint, tmp_path: Path
 ) -> None:
     mine = make_calibration(checkpoint.info, tmp_path / "c.safetensors")
-    assert of_calibration(mine) is not None
-    assert of_calibration(replace(mine, model=None)) is None
-    assert of_calibration(Calibration.blank(checkpoint.info)) is None
+    assert routing_metadata_from(mine) is not None
+    assert routing_metadata_from(replace(mine, model=None)) is None
+    assert routing_metadata_from(Calibration.blank(checkpoint.info)) is None
     single = replace(checkpoint.info, n_expert_used=1)
-    assert of_calibration(replace(mine, model=single, ratio_quantiles=np.zeros((N_LAYER, 0, 11)))) is None
+    without_ranks = {**mine.statistics, "ratio_quantiles": np.zeros((N_LAYER, 0, 101))}
+    assert routing_metadata_from(replace(mine, model=single, statistics=without_ranks)) is None
 
 
 def test_choose(tmp_path: Path) -> None:

@@ -104,10 +104,10 @@ def expert_errors(
     trace = np.zeros(len(PROJECTIONS))
     with torch.inference_mode():
         scale = torch.ones_like(sample.g) if sample.scale is None else sample.scale
-        tokens = _Tokens(
+        tokens = _ExpertInputs(
             sample.x, sample.g[:, None], sample.x @ expert.gate.T, sample.x @ expert.up.T, scale[:, None]
         )
-        kinds: tuple[Callable[[Expert, _Tokens], _Change], ...] = (_Gate, _Up, _Down)
+        kinds: tuple[Callable[[Expert, _ExpertInputs], _Change], ...] = (_Gate, _Up, _Down)
         for p, kind in enumerate(kinds):
             change = kind(expert, tokens)
             imatrix = imatrix_mid if kind is _Down else imatrix_in
@@ -161,7 +161,7 @@ def _inclusion(share: Floats, count: int) -> Floats:
 
 
 @dataclass(frozen=True, eq=False)
-class _Tokens:
+class _ExpertInputs:
     """x [T, n_embd], g [T, 1], z = x gate', u = x up' [T, n_ff]; scale [T, 1] of relative errors."""
 
     x: Tensor
@@ -200,7 +200,7 @@ class _Change(ABC):
 class _Inner(_Change):
     """Gate and up: rows are hidden units, errors go through W_down."""
 
-    def __init__(self, expert: Expert, tokens: _Tokens) -> None:
+    def __init__(self, expert: Expert, tokens: _ExpertInputs) -> None:
         self.tokens, self.down = tokens, expert.down
         self.column_sq = self.down.square().sum(0)
 
@@ -249,7 +249,7 @@ class _Inner(_Change):
 
 
 class _Gate(_Inner):
-    def __init__(self, expert: Expert, tokens: _Tokens) -> None:
+    def __init__(self, expert: Expert, tokens: _ExpertInputs) -> None:
         super().__init__(expert, tokens)
         self.matrix = expert.gate
         s = torch.sigmoid(tokens.z)
@@ -270,7 +270,7 @@ class _Gate(_Inner):
 
 
 class _Up(_Inner):
-    def __init__(self, expert: Expert, tokens: _Tokens) -> None:
+    def __init__(self, expert: Expert, tokens: _ExpertInputs) -> None:
         super().__init__(expert, tokens)
         self.matrix = expert.up
         self.slope = F.silu(tokens.z).mul_(tokens.g)
@@ -291,7 +291,7 @@ class _Up(_Inner):
 class _Down(_Change):
     """Rows are outputs: errors add up over rows."""
 
-    def __init__(self, expert: Expert, tokens: _Tokens) -> None:
+    def __init__(self, expert: Expert, tokens: _ExpertInputs) -> None:
         self.matrix = expert.down
         self.hidden = F.silu(tokens.z).mul_(tokens.u).mul_(tokens.g)
         self.scale_sq = tokens.scale[:, 0].square()
