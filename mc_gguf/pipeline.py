@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from mc_gguf.artifacts import Calibration, Plan
 from mc_gguf.calibrate.attention import attention_types
-from mc_gguf.calibrate.calibrator import calibrate_to_file, forget_partial
+from mc_gguf.calibrate.calibrator import calibrate_to_file
 from mc_gguf.calibrate.request import CalibrationOptions, is_calibration_of
 from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.machine import usable_cores
 from mc_gguf.common.progress import progress
+from mc_gguf.common.workdir import forget_work
 from mc_gguf.container import MixedGguf
-from mc_gguf.quantize.writer import quantize
+from mc_gguf.quantize.writer import model_workdir, quantize_in
 from mc_gguf.source import Checkpoint
 from mc_gguf.source.text import Corpus
 
@@ -61,7 +62,7 @@ class Conversion:
             else:
                 current = found.attention_types == attention_types(self.checkpoint.info)  # not an older one
                 if current and is_calibration_of(found, self.checkpoint.info, text, options):
-                    forget_partial(self.calibration_path)  # killed between the last two steps
+                    forget_work(self.calibration_path)  # of a calibration with other options
                     return found
         return calibrate_to_file(
             self.checkpoint, text, self.calibration_path, options, self.resume, self.quiet
@@ -79,16 +80,15 @@ class Conversion:
         """The refined plan, written beside the output, or the one that is there. The compensated matrices
         that the search measures are kept for quantize().
         """
-        from mc_gguf.compensate.experts import bank_folder, forget_bank
+        from mc_gguf.compensate.experts import BANK
         from mc_gguf.refine.refinement import refine_to_file, refined_before
 
         source, path = self.checkpoint, self.refined_plan_path
         if self.resume and (found := refined_before(source, calibration, plan, path, options)):
             return found
-        if not self.resume:
-            forget_bank(self.output)
-        options = replace(options, bank=bank_folder(self.output))
-        return refine_to_file(source, calibration, plan, path, options, self.resume, self.quiet).plan
+        with model_workdir(source.info, calibration, self.output, self.resume) as work:
+            options = replace(options, bank=work.path(BANK))
+            return refine_to_file(source, calibration, plan, path, options, self.resume, self.quiet).plan
 
     def quantize(
         self,
@@ -104,21 +104,17 @@ class Conversion:
         text (`text`, the bundled one if empty), taking what `bank_folder` has. `keep_bank`: what lies beside
         the output is refine()'s, made in this run.
         """
-        from mc_gguf.compensate.experts import compensated_bank, forget_bank
+        from mc_gguf.compensate.experts import compensated_bank
 
         n_thread, bank = threads or usable_cores(), None
-        if not self.resume and not keep_bank:
-            forget_bank(self.output)
-        if compensate:
-            bank = compensated_bank(
-                self.checkpoint, calibration, plan, self.output, text, n_thread, self.quiet, bank_folder
-            )
-        with progress("quantize", unit="M weights", quiet=self.quiet) as bar:
-            model = quantize(
-                self.checkpoint, calibration, plan, self.output, n_thread, bar, self.resume, bank
-            )
-        forget_bank(self.output)
-        return model
+        resume = self.resume or keep_bank
+        with model_workdir(self.checkpoint.info, calibration, self.output, resume) as work:
+            if compensate:
+                bank = compensated_bank(
+                    self.checkpoint, calibration, plan, work, text, n_thread, self.quiet, bank_folder
+                )
+            with progress("quantize", unit="M weights", quiet=self.quiet) as bar:
+                return quantize_in(work, self.checkpoint, calibration, plan, n_thread, bar, bank)
 
 
 def refinement_text(plan: Plan) -> str:

@@ -4,15 +4,15 @@ Each layer is measured by layer.py while the hidden states of the whole text pas
 hidden states (16 KB per token at n_embd 4096, twice), one branch, one expert in float32 and its activations:
 the same for any number of layers. For disk space see state.py and sensitivity.py.
 
-After each layer the results so far and the hidden states go to a directory beside the output; a killed run
-continues from there and gives the same arrays bit for bit. The directory belongs to one model, text and set
-of options. At the end `calibrate` warns about super experts and about experts that few tokens reached.
+After each layer the results so far and the hidden states go to a working directory beside the output; a
+killed run continues from there and gives the same arrays bit for bit. The directory belongs to one model,
+text and set of options. At the end `calibrate` warns about super experts and about experts that few tokens
+reached.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,14 +26,15 @@ from mc_gguf.artifacts import Calibration, Floats, ModelInfo
 from mc_gguf.calibrate.attention import attention_types
 from mc_gguf.calibrate.expert_errors import nominal_errors
 from mc_gguf.calibrate.layer import LayerMeasurement
-from mc_gguf.calibrate.request import DEFAULT_OPTIONS, CalibrationOptions, identity, measured_types
+from mc_gguf.calibrate.request import DEFAULT_OPTIONS, CalibrationOptions, measured_types, request_identity
 from mc_gguf.calibrate.sensitivity import Branches, branch_rows
-from mc_gguf.calibrate.state import CalibrationState
+from mc_gguf.calibrate.state import STATE_VERSION, CalibrationState, state_bytes
 from mc_gguf.calibrate.statistics import LayerStatistics, merge_layers, stack_layers
 from mc_gguf.calibrate.super_experts import super_experts
 from mc_gguf.common.errors import SourceError
 from mc_gguf.common.machine import return_large_blocks, usable_cores
 from mc_gguf.common.progress import progress
+from mc_gguf.common.workdir import Workdir
 from mc_gguf.ggml.quantizers import init
 from mc_gguf.source.decoder import Decoder
 from mc_gguf.source.text import Corpus
@@ -57,32 +58,26 @@ def calibrate_to_file(
     """calibrate() into the file `output`, continuing what a killed run left beside it unless `resume`
     is False.
     """
-    if not resume:
-        forget_partial(output)
-    calibration = calibrate(checkpoint, text, options, partial_directory(output), quiet).save(output)
-    forget_partial(output)
+    types = measured_types(checkpoint.info, options.types)
+    identity = request_identity(checkpoint.info, text, types, options) | {"state": STATE_VERSION}
+    with Workdir(output, identity, resume) as work:
+        work.check_space(state_bytes(checkpoint.info, text.rows, options.sensitivity_tokens))
+        result = work.path("result.safetensors")
+        calibration = calibrate(checkpoint, text, options, work.directory, quiet).save(result)
+        work.publish(result)
     return calibration
-
-
-def partial_directory(output: Path) -> Path:
-    """Where a calibration that goes to `output` keeps its state until it is complete."""
-    return output.parent / f".{output.name}.partial"
-
-
-def forget_partial(output: Path) -> None:
-    """Remove the state that a killed calibration to `output` may have left."""
-    shutil.rmtree(partial_directory(output), ignore_errors=True)
 
 
 def calibrate(
     checkpoint: Checkpoint,
     text: Corpus,
     options: CalibrationOptions = DEFAULT_OPTIONS,
-    partial: Path | None = None,
+    directory: Path | None = None,
     quiet: bool = False,
 ) -> Calibration:
-    """Statistics of every expert of `checkpoint` on `text`. The state after each layer is kept in `partial`,
-    a directory for nothing else.
+    """Statistics of every expert of `checkpoint` on `text`. The state after each layer is kept in
+    `directory`, which belongs to these arguments alone (a Workdir's); without one the run cannot be
+    continued.
 
     Raises SourceError for a model that is not supported or gives values that are not finite, and McError for
     types that do not fit the model.
@@ -93,7 +88,7 @@ def calibrate(
         raise SourceError("calibration supports models with experts in every layer only")
     return_large_blocks()
     with (
-        CalibrationState.resume(partial, identity(info, text, types, options)) as state,
+        CalibrationState.resume(directory) as state,
         _threads(options.threads) as threads,
         torch.inference_mode(),
     ):
@@ -107,7 +102,7 @@ def calibrate(
             del hidden
             bar.advance(0, "sensitivity of the layers")
             divergences = branches.divergences()
-    corpus = text.to_json() | {"measured": identity(info, text, types, options)}
+    corpus = text.to_json() | {"measured": request_identity(info, text, types, options)}
     calibration = _assemble(info, corpus, types, state.layers, divergences)
     _warn(calibration)
     return calibration

@@ -33,8 +33,9 @@ def command(
     A killed run is continued by the same command. The file is what plan and quantize read.
     """
     from mc_gguf.calibrate.super_experts import super_experts
-    from mc_gguf.source import open_checkpoint
+    from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
+    refuse_to_overwrite(output, source, *calibration.text)
     names = tuple(t.strip() for t in types.split(",") if t.strip()) if types is not None else None
     result = calibration.calibrate(open_checkpoint(source), output, names, seed, resume, quiet)
     found = super_experts(result)

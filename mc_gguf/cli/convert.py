@@ -62,12 +62,13 @@ def command(
     from mc_gguf.artifacts import Calibration
     from mc_gguf.common.errors import McError
     from mc_gguf.common.units import format_size, parse_duration
-    from mc_gguf.compensate.experts import forget_bank
+    from mc_gguf.common.workdir import forget_work
     from mc_gguf.pipeline import Conversion, refinement_text
     from mc_gguf.plan.summary import summarize
-    from mc_gguf.source import keep_source, open_checkpoint
+    from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
-    keep_source(source, output)
+    inputs = [*calibration.text, *([calibration_file] if calibration_file else [])]
+    refuse_to_overwrite(output, source, *inputs)
     seconds = parse_duration(refine_time) if refine_time else 0.0
     if seconds and options.budget.is_sixteen_bit:
         raise McError("--refine: 16-bit experts leave nothing to refine; give a smaller --bpw")
@@ -92,4 +93,4 @@ def command(
             f"{output}: {format_size(model.header.file_bytes)}, {model.expert_bpw:.4f} bits per expert weight"
         )
     elif search:
-        forget_bank(output)
+        forget_work(output)

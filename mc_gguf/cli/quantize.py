@@ -51,12 +51,12 @@ def command(
     A killed run is continued by the same command and gives the same bytes.
     """
     from mc_gguf.artifacts import Plan
+    from mc_gguf.artifacts.matching import find_calibration
     from mc_gguf.common.units import format_size
     from mc_gguf.pipeline import Conversion
-    from mc_gguf.quantize.writer import find_calibration
-    from mc_gguf.source import keep_source, open_checkpoint
+    from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
-    keep_source(source, output)
+    refuse_to_overwrite(output, source, plan, *text, *([calibration] if calibration else []))
     the_plan = Plan.load(plan)
     statistics = find_calibration(the_plan, plan.parent, calibration)
     work = Conversion(open_checkpoint(source), output, resume)

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
-import tempfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_gguf.common.files import atomic_write
 from mc_gguf.ggml.types import ggml_type
 
 _MAGIC = b"MCBANK1\n"
@@ -72,16 +71,9 @@ class Bank:
         path, data = self._path(layer, projection, expert, type_name), blocks.tobytes()
         identity, (rows, row_bytes) = self._identity(layer, projection, expert, type_name), blocks.shape
         crc = _crc(identity, rows, row_bytes, data)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(_HEADER.pack(_MAGIC, identity, crc, rows, row_bytes))
-                file.write(data)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with atomic_write(path, sync=False) as file:
+            file.write(_HEADER.pack(_MAGIC, identity, crc, rows, row_bytes))
+            file.write(data)
 
     def _path(self, layer: int, projection: str, expert: int, type_name: str) -> Path:
         kind = ggml_type(type_name).name

@@ -3,8 +3,8 @@
 The token rows that the calibration was made from go through the model once more, in 16 bits. Every expert
 gives the Hessians of its own routed inputs (hessian.py), every matrix is quantized with and without
 compensation, and the one with less squared error on held-out tokens goes into the bank. What
-the bank has already is not made again; the hidden states after each layer are kept beside it, so that a
-killed run goes on where it was.
+the bank has already is not made again; the hidden states after each layer are kept in a folder, so that a
+killed run continues where it was.
 
 Memory: the hidden states (16 KB a token at n_embd 4096), one expert in float32, and the Hessian of down
 with its factor and copies of both (822 MB each at n_ff 14336: about 4 GB).
@@ -26,21 +26,24 @@ from torch import Tensor
 
 from mc_gguf import __version__
 from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, Plan
+from mc_gguf.artifacts.matching import check_inputs
 from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.files import atomic_write
 from mc_gguf.common.progress import Progress, progress
+from mc_gguf.common.workdir import Workdir, keep_only
 from mc_gguf.compensate.bank import Bank, bank_key
 from mc_gguf.compensate.hessian import Collector, HessianTokens, Inputs, held_out_tokens, run_expert
 from mc_gguf.compensate.matrix import DEFAULT, CompensationOptions, quantize_compensated, supports
 from mc_gguf.compensate.products import exact_products, fast_products
 from mc_gguf.ggml.quantizers import dequantize_rows, init, quantize_rows
-from mc_gguf.quantize.writer import check_inputs
 from mc_gguf.runtime.upstream import patchset_digest
 from mc_gguf.source import Checkpoint
 from mc_gguf.source.decoder import Decoder, Expert, RouterOutput
 from mc_gguf.source.text import Corpus, load_corpus
 
 _REVISION = 2
+# In a working directory: the bank, and the hidden states of a pass that fills it.
+BANK, STATES = "bank", "states"
 
 log = logging.getLogger(__name__)
 
@@ -114,9 +117,13 @@ def compensate(
     threads: int,
     bar: Progress | None = None,
     options: CompensationOptions = DEFAULT,
+    states: Path | None = None,
 ) -> Outcome:
     """Fill `bank` with the wanted matrices: the same bytes for any number of `threads`, however often it was
     interrupted.
+
+    The hidden states after each layer are kept in the folder `states`, which belongs to one model and
+    calibration; without one, a pass that was interrupted starts at the first layer again.
     """
     outcome = Outcome()
     missing = {key: left for key, kinds in wanted.items() if (left := _missing(bank, key, kinds))}
@@ -127,36 +134,31 @@ def compensate(
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode(), fast_products(checkpoint.info.n_embd):
-            run = _Pass(Decoder(checkpoint), calibration, missing, bank, threads, options, outcome)
+            run = _Pass(Decoder(checkpoint), calibration, missing, bank, threads, options, outcome, states)
             run.run(corpus.rows, bar)
     finally:
         torch.set_num_threads(before)
     return outcome
 
 
-def bank_folder(output: Path) -> Path:
-    """Where the compensated blocks of an output are kept until it is complete."""
-    return output.parent / f".{output.name}.bank"
-
-
 def compensated_bank(
     checkpoint: Checkpoint,
     calibration: Calibration | None,
     plan: Plan,
-    output: Path,
+    work: Workdir,
     files: tuple[Path, ...] = (),
     threads: int = 1,
     quiet: bool = False,
     folder: Path | None = None,
 ) -> Bank | None:
-    """A bank with the compensated blocks that `plan` needs, in `folder` or beside `output`. `files`: the
-    calibration's text, unless it was the bundled one.
+    """A bank with the compensated blocks that `plan` needs, in `folder` or in `work`, the output's working
+    directory. `files`: the calibration's text, unless it was the bundled one.
 
     None where nothing can be compensated: a plan of 16 bits, or statistics without a text.
     """
     if calibration is None or calibration.fingerprint == NO_CALIBRATION:
         return None
-    check_inputs(checkpoint, calibration, plan)
+    check_inputs(checkpoint.info, calibration, plan)
     wanted = wanted_by(plan)
     if not any(wanted.values()):
         return None
@@ -164,17 +166,12 @@ def compensated_bank(
         log.warning("the calibration does not say what its text was; quantizing without error compensation")
         return None
     corpus = calibration_text(checkpoint, calibration, files)
-    bank = open_bank(folder or bank_folder(output), calibration)
+    bank, states = open_bank(folder or work.path(BANK), calibration), work.path(STATES)
     with progress("compensate", unit="matrices", quiet=quiet) as bar:
-        outcome = compensate(checkpoint, calibration, wanted, corpus, bank, threads, bar)
+        outcome = compensate(checkpoint, calibration, wanted, corpus, bank, threads, bar, states=states)
         if outcome.ratios:
             bar.say(outcome.text())
     return bank
-
-
-def forget_bank(output: Path) -> None:
-    """Removes what compensated_bank() kept for `output`."""
-    shutil.rmtree(bank_folder(output), ignore_errors=True)
 
 
 def _missing(
@@ -192,6 +189,7 @@ class _Pass:
     threads: int
     options: CompensationOptions
     outcome: Outcome
+    states: Path | None
 
     def run(self, rows: NDArray[np.int32], bar: Progress | None) -> None:
         """Layer after layer, as far as something is missing."""
@@ -213,7 +211,8 @@ class _Pass:
                     bar.update(bar.done + len(kinds), total, note=f"layer {layer}")
             flat += added
             self._save(layer + 1, hidden)
-        self._save(None, hidden)
+        if self.states:
+            shutil.rmtree(self.states)
 
     def _expert(
         self,
@@ -257,25 +256,26 @@ class _Pass:
         self.outcome.compensated += 1
         return best
 
-    def _path(self, layer: int) -> Path:
-        return self.bank.folder / f"hidden-{layer}.npy"
-
     def _resume(self, first: int, rows: NDArray[np.int32]) -> tuple[int, Tensor]:
         """(layers done, hidden states after them): the last kept ones that layer `first` can start from."""
-        for layer in range(first, 0, -1):
-            with suppress(OSError, ValueError):
-                # Copied into torch's own memory: alignment can change the last bit of a product.
-                return layer, torch.from_numpy(np.load(self._path(layer), allow_pickle=False)).clone()
+        if self.states is not None:
+            for layer in range(first, 0, -1):
+                with suppress(OSError, ValueError):
+                    # Copied into torch's own memory: alignment can change the last bit of a product.
+                    return layer, torch.from_numpy(np.load(self._path(layer), allow_pickle=False)).clone()
         return 0, self.decoder.embed(rows)
 
-    def _save(self, layer: int | None, hidden: Tensor) -> None:
+    def _save(self, layer: int, hidden: Tensor) -> None:
         """Keep the states before `layer`, and none of others."""
-        if layer is not None:
-            with atomic_write(self._path(layer)) as file:
-                np.save(file, hidden.numpy(), allow_pickle=False)
-        for path in self.bank.folder.glob("hidden-*.npy"):
-            if layer is None or path != self._path(layer):
-                path.unlink(missing_ok=True)
+        if self.states is None:
+            return
+        with atomic_write(self._path(layer)) as file:
+            np.save(file, hidden.numpy(), allow_pickle=False)
+        keep_only(self.states, [self._path(layer).name])
+
+    def _path(self, layer: int) -> Path:
+        assert self.states is not None
+        return self.states / f"hidden-{layer}.npy"
 
 
 def output_error(

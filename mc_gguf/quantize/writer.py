@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf import __version__, container
-from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, Plan
+from mc_gguf import container
+from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, ModelInfo, Plan
+from mc_gguf.artifacts.matching import check_inputs
 from mc_gguf.common.errors import ArtifactError, McError, SourceError
-from mc_gguf.common.files import sha256_of
-from mc_gguf.common.partial_file import PartialFile
 from mc_gguf.common.progress import Progress
+from mc_gguf.common.workdir import Workdir
 from mc_gguf.compensate.bank import Bank
 from mc_gguf.container import OutputTensor
 from mc_gguf.ggml.quantizers import init, quantize_rows
 from mc_gguf.ggml.types import ggml_type
+from mc_gguf.quantize.pieces import Pieces
 from mc_gguf.routing.metadata import routing_metadata_from
 from mc_gguf.source import Checkpoint
 
@@ -42,6 +43,16 @@ class _Piece:
     offset: int
     n_bytes: int
     expert: int | None = None
+
+
+def model_workdir(
+    model: ModelInfo, calibration: Calibration | None, output: Path, resume: bool = True
+) -> Workdir:
+    """The working directory of a GGUF, which outlives a change of the plan: its `bank` of compensated
+    matrices serves every plan from the same calibration.
+    """
+    made_from = calibration.fingerprint if calibration else NO_CALIBRATION
+    return Workdir(output, {"model": model.fingerprint, "calibration": made_from}, resume)
 
 
 def quantize(
@@ -60,83 +71,54 @@ def quantize(
     `calibration` gives the importance matrices and the routing metadata; without one (published statistics)
     only types that need no importance matrix are possible, and the file carries no routing. A run that was
     killed is continued when `resume` and everything is as before. Raises ArtifactError when source, plan and
-    calibration do not belong together, McError when a type does not fit or the disk is full.
+    calibration do not belong together, McError when a type does not fit, the disk is full, or another process
+    is writing the same output.
     """
+    with model_workdir(checkpoint.info, calibration, output, resume) as work:
+        return quantize_in(work, checkpoint, calibration, plan, threads, progress, bank)
+
+
+def quantize_in(
+    work: Workdir,
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    plan: Plan,
+    threads: int,
+    progress: Progress | None = None,
+    bank: Bank | None = None,
+) -> container.MixedGguf:
+    """quantize() in a working directory that is open already (see model_workdir); it is gone afterwards."""
     if calibration is not None and calibration.fingerprint == NO_CALIBRATION:
         calibration = None
-    check_inputs(checkpoint, calibration, plan)
+    check_inputs(checkpoint.info, calibration, plan)
     routing = None if calibration is None else routing_metadata_from(calibration)
     tensors = container.layout(checkpoint.info, plan.experts, plan.fixed, routing)
     _check_imatrix(calibration, plan, tensors)
     made_from = calibration.fingerprint if calibration else plan.calibration_fingerprint
     header = container.header(checkpoint, tensors, plan.fingerprint, made_from, routing)
     pieces = list(_pieces(tensors))
-    quantizer = f"{__version__} {bank.key}" if bank else __version__
-    key = hashlib.sha256(header + f"{checkpoint.info.fingerprint} {quantizer}".encode()).hexdigest()
-    places = [(piece.offset, piece.n_bytes) for piece in pieces]
+    n_bytes = container.total_bytes(tensors)
+    identity = {
+        "plan": plan.fingerprint,
+        "header": hashlib.sha256(header).hexdigest(),
+        "compensation": bank.key if bank else None,
+    }
+    folder = work.part("pieces", identity)
+    work.check_space(n_bytes)
     total = sum(_weights(piece) for piece in pieces) / 1e6
-    with PartialFile(output, key, container.total_bytes(tensors), places) as partial:
-        done = sum(_weights(piece) for piece in pieces[: partial.start(header, resume)]) / 1e6
+    with Pieces(folder, header, n_bytes, [(piece.offset, piece.n_bytes) for piece in pieces]) as file:
+        done = sum(_weights(piece) for piece in pieces[: file.done]) / 1e6
         init({t.type.name for t in tensors if t.map is None})
-        todo = pieces[partial.done :]
+        todo = pieces[file.done :]
         for piece, loaded in zip(todo, _loaded(checkpoint, todo, bank), strict=True):
-            partial.write(_make(loaded, calibration, plan, piece, threads).tobytes())
+            file.write(_make(loaded, calibration, plan, piece, threads).tobytes())
             done += _weights(piece) / 1e6
             if progress:
                 progress.update(round(done, 1), round(total, 1), note=piece.tensor.name)
-        partial.verify()
-        container.validate(partial.path)
-        partial.publish()
-    return container.validate(output)
-
-
-def find_calibration(plan: Plan, folder: Path, given: Path | None = None) -> Calibration | None:
-    """The calibration that `plan` needs: the given file, else the one in `folder` with the plan's
-    fingerprint.
-
-    None when the plan needs none (16 bits) or comes from published statistics, which have no importance
-    matrices. Raises ArtifactError.
-    """
-    if given is not None:
-        return Calibration.load(given)
-    if plan.calibration_fingerprint == NO_CALIBRATION:
-        return None
-    for path in sorted(folder.glob("*.safetensors")):
-        if sha256_of(path) == plan.calibration_fingerprint:
-            return Calibration.load(path)
-    if not plan.model_fingerprint:
-        return None
-    raise ArtifactError(
-        f"no *.safetensors in {folder} is the plan's calibration ({plan.calibration_fingerprint[:12]}...); "
-        "give it with --calibration FILE"
-    )
-
-
-def check_inputs(checkpoint: Checkpoint, calibration: Calibration | None, plan: Plan) -> None:
-    """Source, plan and calibration must belong together. Raises ArtifactError."""
-    info = checkpoint.info
-    published = not plan.model_fingerprint
-    if not published and plan.model_fingerprint != info.fingerprint:
-        raise ArtifactError("the plan was made for another model than this source; run: mc-gguf plan")
-    if plan.layers != info.expert_layers:
-        raise ArtifactError(
-            f"the plan covers {len(plan.layers)} layers, the model has experts in {len(info.expert_layers)}; "
-            "run: mc-gguf plan"
-        )
-    if not plan.fingerprint:
-        raise ArtifactError("the plan has no fingerprint: save it before quantizing")
-    if calibration is None:
-        return
-    if calibration.model is None:
-        raise ArtifactError("published statistics have no importance matrices; run: mc-gguf calibrate")
-    if calibration.model.fingerprint != info.fingerprint:
-        raise ArtifactError(
-            "the calibration was made with another model than this source; run: mc-gguf calibrate"
-        )
-    if not published and calibration.fingerprint != plan.calibration_fingerprint:
-        raise ArtifactError(
-            "the plan was made from another calibration file; give that one or run: mc-gguf plan"
-        )
+        file.verify()
+    container.validate(file.path)
+    work.publish(file.path)
+    return container.validate(work.output)
 
 
 def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[OutputTensor, ...]) -> None:

@@ -63,12 +63,14 @@ def compensated_blocks(
     start: Ints,
     files: tuple[Path, ...],
     folder: Path,
+    states: Path,
     threads: int,
     seconds: float,
     quiet: bool,
 ) -> Blocks | None:
-    """Those near the plan's types, made now; None when that takes more than MAX_SHARE of `seconds`. `files`
-    hold the calibration's text (none: the bundled one).
+    """Those near the plan's types, made now into a bank in `folder`, with hidden states kept in `states`;
+    None when that takes more than MAX_SHARE of `seconds`. `files` hold the calibration's text (none: the
+    bundled one).
     """
     allowed = wanted_types(problem.size, start, NEAR)
     text = calibration_text(checkpoint, calibration, files, "--calibration-text")
@@ -76,7 +78,7 @@ def compensated_blocks(
     bar = _Limited(limit, quiet)
     try:
         wanted = _wanted(calibration, problem, allowed)
-        outcome = compensate(checkpoint, calibration, wanted, text, bank, threads, bar)
+        outcome = compensate(checkpoint, calibration, wanted, text, bank, threads, bar, states=states)
     except _TooSlow as error:
         log.warning(
             "error compensation of the types near the plan's would take %s, more than half of the time: the "

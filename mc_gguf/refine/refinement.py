@@ -23,13 +23,15 @@ from mc_gguf.artifacts import Calibration, Floats, Plan
 from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.common.machine import usable_cores
 from mc_gguf.common.progress import Progress, progress
+from mc_gguf.common.workdir import Workdir
+from mc_gguf.compensate.experts import BANK, STATES
 from mc_gguf.plan.problem import Ints
 from mc_gguf.refine.blocks import NEAR, Blocks, can_compensate, compensated_blocks, ggml_blocks
 from mc_gguf.refine.budget import Scope, scope_of
 from mc_gguf.refine.matrices import Matrices
 from mc_gguf.refine.passes import Evaluator, Layers
 from mc_gguf.refine.search import Search
-from mc_gguf.refine.state import State, forget_partial, identity, partial_directory
+from mc_gguf.refine.state import State, identity, request_digest
 from mc_gguf.source.decoder import Decoder
 from mc_gguf.source.text import Corpus, load_corpus
 
@@ -40,6 +42,7 @@ __all__ = ["Options", "Refined", "refine_to_file", "refined_before"]
 
 HELD_OUT = 4  # every fourth row
 MIN_ROWS = 8
+SEARCH = "search"  # in the working directory
 _MEMORY_BYTES = 4 << 30
 
 log = logging.getLogger(__name__)
@@ -124,20 +127,20 @@ def refine_to_file(
     Raises ArtifactError when source, plan and calibration do not belong together, SourceError for an
     architecture that forward.py does not know, McError when there is too little text.
     """
-    if not resume:
-        forget_partial(output)
     if calibration is None or plan.model_fingerprint != checkpoint.info.fingerprint:
         raise ArtifactError("the plan was not made from a calibration of this source; run: mc-gguf plan")
     before, began = torch.get_num_threads(), time.monotonic()
+    made_from = {"model": checkpoint.info.fingerprint, "calibration": calibration.fingerprint}
     torch.set_num_threads(options.threads or usable_cores())
     try:
-        with progress("refine", options.seconds, "s", quiet) as bar:
-            work = _Work.prepare(checkpoint, calibration, plan, output, options, quiet)
-            result = work.run(began, bar)
+        with (
+            Workdir(output, made_from, resume) as folder,
+            progress("refine", options.seconds, "s", quiet) as bar,
+        ):
+            work = _Work.prepare(checkpoint, calibration, plan, folder, options, quiet)
+            return work.run(began, bar)
     finally:
         torch.set_num_threads(before)
-    forget_partial(output)
-    return result
 
 
 def refined_before(
@@ -148,7 +151,7 @@ def refined_before(
         found = Plan.load(output)
     except (ArtifactError, OSError):
         return None
-    asked = _identity(checkpoint, calibration, plan, _text(checkpoint, options), options)
+    asked = request_digest(_identity(checkpoint, calibration, plan, _text(checkpoint, options), options))
     known = found.refinement or {}
     return found if (known.get("request"), known.get("seconds")) == (asked, options.seconds) else None
 
@@ -160,8 +163,8 @@ def _text(checkpoint: Checkpoint, options: Options) -> Corpus:
 
 def _identity(
     checkpoint: Checkpoint, calibration: Calibration, plan: Plan, text: Corpus, options: Options
-) -> str:
-    """SHA-256 of all that a search depends on but its time."""
+) -> dict[str, Any]:
+    """All that a search depends on but its time."""
     return identity(
         model=checkpoint.info.fingerprint,
         calibration=calibration.fingerprint,
@@ -175,7 +178,8 @@ def _identity(
 @dataclass(frozen=True, eq=False)
 class _Work:
     plan: Plan
-    output: Path
+    folder: Workdir
+    request: str
     options: Options
     scope: Scope
     start: Ints
@@ -183,6 +187,7 @@ class _Work:
     blocks: Blocks
     search_rows: np.ndarray[Any, np.dtype[np.int32]]
     held_out_rows: np.ndarray[Any, np.dtype[np.int32]]
+    directory: Path
     state: State
 
     @classmethod
@@ -191,7 +196,7 @@ class _Work:
         checkpoint: Checkpoint,
         calibration: Calibration,
         plan: Plan,
-        output: Path,
+        folder: Workdir,
         options: Options,
         quiet: bool,
     ) -> _Work:
@@ -203,15 +208,15 @@ class _Work:
             )
         rows = np.random.default_rng(options.seed).permutation(text.rows)  # the first few are a sample
         held_out = np.arange(len(rows)) % HELD_OUT == HELD_OUT - 1
-        directory = partial_directory(output)
-        blocks = _blocks(checkpoint, calibration, scope, start, directory, options, quiet)
+        blocks = _blocks(checkpoint, calibration, scope, start, folder, options, quiet)
         memory_bytes = options.memory_bytes or _MEMORY_BYTES
         matrices = Matrices(checkpoint, blocks.quantizer, blocks.bank, memory_bytes)
-        key = _identity(checkpoint, calibration, plan, text, options)
-        state = State.resume(directory / "state.json", key, blocks.compensated, start)
+        asked = _identity(checkpoint, calibration, plan, text, options)
+        directory = folder.part(SEARCH, asked | {"compensated blocks": blocks.compensated})
         return cls(
             plan,
-            output,
+            folder,
+            request_digest(asked),
             options,
             scope,
             start,
@@ -219,17 +224,18 @@ class _Work:
             blocks,
             rows[~held_out],
             rows[held_out],
-            state,
+            directory,
+            State.resume(directory / "state.json", start),
         )
 
     def run(self, began: float, bar: Progress) -> Refined:
-        directory, types = partial_directory(self.output), self.scope.problem.types
+        types = self.scope.problem.types
         evaluator = Evaluator(self.layers, self.search_rows, types)
         search = Search(
             self.scope,
             evaluator,
             self.state,
-            directory,
+            self.directory,
             self.options.seed,
             self.options.seconds,
             began,
@@ -286,7 +292,7 @@ class _Work:
             "held_out_change_se": float(change.std(ddof=1) / len(change) ** 0.5) if len(change) > 1 else 0.0,
         }
         seconds = self.state.seconds if stopped else self.options.seconds
-        asked: dict[str, float | str] = {"request": self.state.identity, "seconds": seconds}
+        asked: dict[str, float | str] = {"request": self.request, "seconds": seconds}
         problem, plan = self.scope.problem, self.plan
         experts = problem.experts(found)
         name = plan.strategy if plan.strategy.endswith("+refine") else f"{plan.strategy}+refine"
@@ -303,7 +309,8 @@ class _Work:
             predicted_kld=None,
             layer_ratio=None,
             refinement={**figures, **asked},
-        ).save(self.output)
+        ).save(self.folder.path("result.json"))
+        self.folder.publish(self.folder.path("result.json"))
         state = self.state
         return Refined(
             refined,
@@ -321,12 +328,12 @@ def _blocks(
     calibration: Calibration,
     scope: Scope,
     start: Ints,
-    directory: Path,
+    work: Workdir,
     options: Options,
     quiet: bool,
 ) -> Blocks:
     """Those that quantize would write; ggml's where compensation would take too long."""
-    folder, threads = options.bank or directory / "bank", options.threads or usable_cores()
+    folder, threads = options.bank or work.path(BANK), options.threads or usable_cores()
     if options.compensate and can_compensate(calibration):
         found = compensated_blocks(
             checkpoint,
@@ -335,6 +342,7 @@ def _blocks(
             start,
             options.calibration_text,
             folder,
+            work.path(STATES),
             threads,
             options.seconds,
             quiet,

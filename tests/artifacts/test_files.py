@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import stat
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from mc_gguf.artifacts import (
     expert_tensor_name,
 )
 from mc_gguf.common.errors import ArtifactError
-from mc_gguf.common.files import atomic_write, sha256_of
+from mc_gguf.common.files import sha256_of
 from tests.support import ROOT
 from tests.support.synthetic_calibration import calibration, model_info
 
@@ -49,51 +48,6 @@ def small_plan(**changes: Any) -> Plan:
         tool="t",
     )
     return replace(plan, **changes)
-
-
-# --- atomic_write
-
-
-def test_atomic_write_makes_the_file_and_its_directory(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b"
-    with atomic_write(path) as file:
-        file.write(b"new")
-        assert not path.exists()
-    assert path.read_bytes() == b"new"
-    assert [p.name for p in path.parent.iterdir()] == ["b"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_atomic_write_keeps_the_old_file_on_an_error(tmp_path: Path, error: type[BaseException]) -> None:
-    path = tmp_path / "b"
-    path.write_bytes(b"old")
-
-    def interrupted() -> None:
-        with atomic_write(path) as file:
-            file.write(b"half of the n")
-            raise error
-
-    with pytest.raises(error):
-        interrupted()
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["b"]
-
-
-def test_atomic_write_obeys_the_umask(tmp_path: Path) -> None:
-    plain = tmp_path / "plain"
-    plain.touch()
-    with atomic_write(tmp_path / "b") as file:
-        file.write(b"x")
-    assert stat.S_IMODE((tmp_path / "b").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
-
-
-def test_the_digest_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    with pytest.raises(ArtifactError, match=r"cannot read .*missing"):
-        sha256_of(tmp_path / "missing")
-    with pytest.raises(ArtifactError, match="cannot read"):
-        sha256_of(tmp_path)
 
 
 # --- ModelInfo
