@@ -89,9 +89,6 @@ class Statistic(Generic[Scalar]):
             )
         return found
 
-    def __set__(self, holder: Statistics, value: object) -> None:
-        raise AttributeError(f"{self.name} cannot be replaced; use with_statistics, or change its elements")
-
     def check(self, array: NDArray[Any], sizes: dict[str, int]) -> None:
         """Compare dtype and shape with the table and `sizes` (by axis), and add the sizes of other axes.
 

@@ -82,13 +82,12 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
     saved = before.save(tmp_path / "c")
     after = Calibration.load(tmp_path / "c")
     assert saved.fingerprint == after.fingerprint == sha256_of(tmp_path / "c")
-    for name in (f.name for f in fields(Calibration) if f.name != "fingerprint"):
-        one, two = getattr(before, name), getattr(after, name)
-        if isinstance(one, np.ndarray):
-            assert one.dtype == two.dtype
-            assert np.array_equal(one, two)
-        else:
-            assert one == two
+    for name in (f.name for f in fields(Calibration) if f.name not in ("fingerprint", "statistics")):
+        assert getattr(before, name) == getattr(after, name)
+    assert set(before.statistics) == set(after.statistics)
+    for name, array in before.statistics.items():
+        assert array.dtype == after.statistics[name].dtype
+        assert np.array_equal(array, after.statistics[name])
 
 
 def test_the_same_calibration_is_the_same_file(tmp_path: Path) -> None:
