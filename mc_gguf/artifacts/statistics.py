@@ -200,7 +200,7 @@ class Statistics:
     hidden_median = Statistic(
         np.float64,
         "layer",
-        "Median magnitude in the hidden states of the first 2,048 tokens after the layer.",
+        "Median magnitude in the hidden states after the layer, over the first 2,048 tokens.",
     )
     down_max = Statistic(
         np.float64, "layer expert", "Largest magnitude in the outputs of the expert's down projection."

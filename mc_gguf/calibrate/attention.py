@@ -1,12 +1,12 @@
-"""Error of every attention matrix under every type, measured beside calibration's own forward pass.
+"""The error of every attention matrix under every type, measured during calibration's own forward pass.
 
-For each of q, k, v and output of a layer the squared error of what the attention block adds to the hidden
-states, relative to the hidden state after it, a token on average, when this matrix alone has the type: the
-same unit as the relative errors of experts, so that the price of the layer (sensitivity.py) serves for both
-(docs/allocation.md has what that is worth). Biases and norms stay as they are.
+For each of q, k, v and output of a layer, this is the squared error of what the attention block adds to the
+hidden states, relative to the hidden state after it, per token on average, when this matrix alone has the
+type. It has the same unit as the relative errors of experts, so the price of the layer (sensitivity.py)
+serves for both; docs/explanation/allocation.md says what that is worth. Biases and norms stay as they are.
 
-Whole matrices on a few whole rows of text: what q and k do goes through a softmax, so that rows of a matrix
-do not add up. The importance matrices come from all of the text.
+Whole matrices are measured on a few whole rows of text: the outputs of q and k go through a softmax, so the
+errors of single rows of a matrix do not add up. The importance matrices come from all of the text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mc_gguf.source.decoder import Decoder
 
 
 def attention_types(info: ModelInfo) -> tuple[str, ...]:
-    """Those of ATTENTION_CANDIDATES that the rows of some attention matrix can have, by size."""
+    """Those of ATTENTION_CANDIDATES that fit the rows of some attention matrix, by size."""
     widths = {t.shape[0] for t in info.tensors if t.name in _names(info)}
     return tuple(name for name in ATTENTION_CANDIDATES if any(TYPES[name].fits(width) for width in widths))
 
@@ -38,8 +38,12 @@ def _names(info: ModelInfo) -> set[str]:
 
 @dataclass(eq=False)
 class InputSquares:
-    """Mean squared inputs of the attention's matrices, float64: `into` [n_embd] of q, k and v, `mid` of the
-    output matrix.
+    """Sums of squared inputs of the attention matrices, float64.
+
+    Attributes:
+        into: [n_embd] of q, k and v.
+        mid: [attention_width] of the output matrix.
+        tokens: number of tokens in the sums.
     """
 
     into: Tensor | float = 0.0
@@ -47,11 +51,13 @@ class InputSquares:
     tokens: int = 0
 
     def add(self, x: Tensor, mixed: Tensor) -> None:
+        """Add the inputs x [rows, ctx, n_embd] and mixed [rows, ctx, attention_width] of some rows."""
         self.into = self.into + x.flatten(0, 1).square().sum(0, dtype=torch.float64)
         self.mid = self.mid + mixed.flatten(0, 1).square().sum(0, dtype=torch.float64)
         self.tokens += x.shape[0] * x.shape[1]
 
     def means(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean squared inputs: (`into`, `mid`)."""
         return _float32(self.into, self.tokens), _float32(self.mid, self.tokens)
 
 
@@ -82,8 +88,8 @@ def run_attention(
     check: Callable[[Tensor], None],
     threads: int = 1,
 ) -> AttentionMeasurement:
-    """Advance `hidden` [n_rows, ctx, n_embd] by the attention block, in place, `check` it, and measure, the
-    errors on up to `tokens` tokens.
+    """Advance `hidden` [n_rows, ctx, n_embd] by the attention block, in place, `check` it, and measure; the
+    errors are measured on up to `tokens` tokens.
     """
     few, squares = branch_rows(hidden, tokens).clone(), InputSquares()
     decoder.attention_block(layer, squares.add)(hidden)
@@ -103,8 +109,13 @@ def attention_errors(
     types: Sequence[str],
     threads: int = 1,
 ) -> Floats:
-    """[4, A] mean relative errors on `hidden` [n_rows, ctx, n_embd], the states before the attention block;
-    infinite where rows are no whole blocks. `into`, `mid`: InputSquares.means().
+    """Mean relative errors [4, A] of the matrices (ATTENTION) under `types`; infinite where a row is not a
+    whole number of blocks.
+
+    Args:
+        hidden: [n_rows, ctx, n_embd] the hidden states before the attention block.
+        into: [n_embd] importance matrix of q, k and v.
+        mid: [attention_width] importance matrix of output.
     """
     exact = decoder.attention_added(layer)(hidden)
     after_sq = (hidden + exact).square().sum(-1, dtype=torch.float64).clamp(min=1e-30)

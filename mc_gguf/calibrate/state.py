@@ -41,10 +41,11 @@ _STATS = "stats.safetensors"
 
 
 class CalibrationState:
-    """Statistics of the layers done and, after a resume, the hidden states that the next one needs; the
-    branches are in `directory`.
+    """Statistics of the layers that are done and, after a resume, the hidden states that the next layer
+    needs. The branches are in `directory`.
 
-    A context: at its end only what a resumed run needs stays in the directory, nothing of a temporary one.
+    This is a context manager: at its end, only what a resumed run needs stays in the directory, and a
+    temporary directory is removed.
     """
 
     def __init__(self, directory: Path | None) -> None:
@@ -95,7 +96,7 @@ class CalibrationState:
         log.info("continuing after %d layers", done)
 
     def add(self, stats: LayerStatistics, hidden: Tensor) -> None:
-        """One more layer is done; `hidden` is what comes out of it. The branches are in the directory."""
+        """Record one more layer. `hidden` is its output; its branches are in the directory already."""
         layers = [*self.layers, stats]
         if not self.temporary:
             self._save(layers, hidden)
@@ -111,15 +112,17 @@ class CalibrationState:
             file.write(save(stack_layers(layers)))
 
     def _tidy(self) -> None:
-        """Removes what is not of the layers done, as of the one before or of one that a kill ended."""
+        """Remove what does not belong to the layers that are done: files of the layer before, or of one that
+        was interrupted.
+        """
         done = len(self.layers)
         needed = (_STATS, f"hidden-{done}.npy", branches_directory(self.directory, done).name)
         keep_only(self.directory, needed if done else ())
 
 
 def state_bytes(info: ModelInfo, rows: NDArray[np.int32], sensitivity_tokens: int) -> int:
-    """The most that a calibration on `rows` [n_rows, ctx] keeps on disk: float32 states of n_embd numbers per
-    token, of all tokens twice and of the branches three times.
+    """The most bytes that a calibration on `rows` [n_rows, ctx] keeps on disk: float32 states of n_embd
+    numbers per token, twice for all tokens and three times for the branches.
     """
     n_branch = 2 * info.n_layer + 1
     n_token = 2 * rows.size + 3 * n_branch * branch_rows(rows, sensitivity_tokens).size

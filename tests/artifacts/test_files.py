@@ -153,11 +153,11 @@ def test_what_is_no_calibration_is_refused(tmp_path: Path, content: bytes) -> No
         (None, "format field is None"),
         ("[]", "holds no JSON object"),
         ("{", "not a calibration file"),
-        ('{"format": "mc_gguf.calibration", "version": 1}', "reads version 3; make it again"),
+        ('{"format": "mc_gguf.calibration", "version": 1}', "reads version 3: make the file again"),
         ('{"format": "other", "version": 1}', "format field is 'other'"),
         (
             '{"format": "mc_gguf.calibration", "version": 99}',
-            "format version 99, this mc_gguf reads version 3",
+            "format version 99; this mc_gguf reads version 3",
         ),
     ],
 )
@@ -261,14 +261,14 @@ def _damage(text: str, kind: str) -> str:
     [
         ("truncated", "not a valid plan"),
         ("list", "holds no JSON object"),
-        ("version", "format version 2, this mc_gguf reads version 1"),
+        ("version", "format version 2; this mc_gguf reads version 1"),
         ("format", "format field is 'other'"),
         ("missing", "experts_up"),
         ("unknown", "extra"),
         ("fixed", "extra"),
-        ("short row", "needs 2 names of types"),
-        ("number", "needs 2 names of types"),
-        ("rows", "one row of experts for each of 2 layers"),
+        ("short row", "needs 2 type names"),
+        ("number", "needs 2 type names"),
+        ("rows", "one row of experts for each of its 2 layers"),
     ],
 )
 def test_a_damaged_plan_is_refused(tmp_path: Path, kind: str, message: str) -> None:

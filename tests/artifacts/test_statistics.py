@@ -50,12 +50,6 @@ def test_a_blank_calibration_has_no_statistics_at_all() -> None:
     assert blank.imatrix(0, "up", 0) is None
 
 
-def test_arrays_cannot_be_assigned() -> None:
-    source = calibration()
-    with pytest.raises(AttributeError, match="frequency cannot be replaced; use with_statistics"):
-        source.frequency = source.frequency  # type: ignore[misc,assignment]
-
-
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [

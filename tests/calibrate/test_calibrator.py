@@ -19,9 +19,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import PROJECTIONS, Calibration
+from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Calibration
 from mc_gguf.calibrate.calibrator import calibrate, calibrate_to_file
-from mc_gguf.calibrate.expert_errors import NOMINAL, nominal_errors
+from mc_gguf.calibrate.expert_errors import nominal_errors
 from mc_gguf.calibrate.request import CalibrationOptions, measured_types
 from mc_gguf.common.errors import McError, SourceError
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
@@ -380,11 +380,11 @@ def test_the_measured_types_depend_on_the_row_length() -> None:
 
 def test_nominal_errors_take_the_nearest_larger_type() -> None:
     errors = np.arange(1, 4, dtype=np.float64).reshape(1, 1, 1, 3).repeat(3, axis=2) ** 2 / 3
-    assert np.allclose(nominal_errors(errors, NOMINAL), [[[1, 2, 3]]])
+    assert np.allclose(nominal_errors(errors, NOMINAL_TYPES), [[[1, 2, 3]]])
     assert np.allclose(nominal_errors(errors, ("IQ1_M", "IQ2_S", "Q8_0")), [[[1, 2, 3]]])
     assert np.allclose(nominal_errors(errors, ("IQ1_S", "IQ1_M", "IQ2_XXS")), [[[1, 3, 3]]])
     errors[0, 0, 2, 0] = np.inf
-    assert np.allclose(nominal_errors(errors, NOMINAL) ** 2, [[[2 / 3 + 4 / 3, 4, 9]]])
+    assert np.allclose(nominal_errors(errors, NOMINAL_TYPES) ** 2, [[[2 / 3 + 4 / 3, 4, 9]]])
 
 
 def test_values_that_are_not_finite_are_refused() -> None:

@@ -147,7 +147,7 @@ def test_squares_add_up_and_are_symmetric() -> None:
 
 
 def test_narrow_rows_and_hessians_without_inputs() -> None:
-    """32 columns short of a super-block; an expert that nothing reached has a zero Hessian."""
+    """32 columns short of a super-block; inputs whose squares underflow make a zero Hessian."""
     weights = make_weights(5, 288)
     blocks = quantize_compensated(weights, "IQ4_NL", np.zeros((288, 288), dtype=np.float32), None)
     plain = quantize_rows(weights, "IQ4_NL", None, 1)

@@ -15,7 +15,8 @@ from mc_gguf.common.errors import SourceError
 from mc_gguf.runtime import Runtime
 from mc_gguf.source import Checkpoint, open_checkpoint
 from mc_gguf.source import decoder as forward
-from mc_gguf.source.decoder import ARCHITECTURES, Decoder, RouterOutput
+from mc_gguf.source.architecture import ARCHITECTURES
+from mc_gguf.source.decoder import Decoder, RouterOutput
 from tests.support.moe_directories import CONFIGS, random_moe, save_moe, write_f32
 from tests.support.small_models import MemoryCheckpoint, random_mixtral, tiny_mixtral
 
