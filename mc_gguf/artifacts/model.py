@@ -22,7 +22,7 @@ def expert_tensor_name(layer: int, projection: str) -> str:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of the source: GGUF name, shape in ggml order (fastest first), and its type of 16 or 32 bits."""
+    """A tensor of the source: GGUF name, shape in ggml order (fastest first), type of 16 or 32 bits."""
 
     name: str
     shape: tuple[int, ...]

@@ -75,9 +75,15 @@ def calibrate(
     directory: Path | None = None,
     quiet: bool = False,
 ) -> Calibration:
-    """Statistics of every expert of `checkpoint` on `text`. The state after each layer is kept in
-    `directory`, which belongs to these arguments alone (a Workdir's); without one the run cannot be
-    continued.
+    """Statistics of every expert of a model on a text.
+
+    Args:
+        checkpoint: the model.
+        text: the token rows.
+        options: what is measured and how exactly.
+        directory: where the state after each layer is kept; it belongs to these arguments alone (a
+            Workdir's). Without one, the run cannot be continued.
+        quiet: whether to show no progress.
 
     Raises SourceError for a model that is not supported or gives values that are not finite, and McError for
     types that do not fit the model.

@@ -103,7 +103,18 @@ def expert_errors(
     seed: Sequence[int] = (0,),
     threads: int = 1,
 ) -> ExpertErrors:
-    """Errors of every projection (gate, up, down) in every type. `seed` decides which rows are drawn."""
+    """Errors of every projection (gate, up, down) in every type.
+
+    Args:
+        expert: the exact matrices.
+        sample: tokens of the expert.
+        imatrix_in: [n_embd] importance matrix of gate and up.
+        imatrix_mid: [n_ff] importance matrix of down.
+        types: names of the ggml types.
+        max_rows: rows of a matrix that are quantized; the errors are scaled up to all rows.
+        seed: decides which rows are drawn.
+        threads: number of threads of the quantizers.
+    """
     rng = np.random.default_rng(list(seed))
     block, relative, weight = found = [np.full((len(PROJECTIONS), len(types)), np.inf) for _ in range(3)]
     trace = np.zeros(len(PROJECTIONS))

@@ -1,7 +1,7 @@
 """One layer's share of a calibration's statistics, and how the layers' shares become the whole.
 
 Names, axes and dtypes come from the table in artifacts/statistics.py, so nothing here has to be changed when
-a statistic is added; what fills it in is layer.py.
+a statistic is added; layer.py fills it in.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ N_QUANTILES = 1001  # odd: the median is one of them
 @dataclass(frozen=True, eq=False)
 class LayerStatistics(Statistics):
     """The arrays that are measured in one layer: without their layer axis, and float64 until they are
-    merged."""
+    merged.
+    """
 
     statistics: Mapping[str, NDArray[Any]]
 
@@ -40,7 +41,7 @@ class LayerStatistics(Statistics):
     def zeros(
         cls, info: ModelInfo, types: Sequence[str], attention_types: Sequence[str], attention_width: int
     ) -> LayerStatistics:
-        """Zeros of all shapes that a layer of the model has."""
+        """Arrays of zeros with the shapes that a layer of the model has."""
         sizes = {"expert": info.n_expert, "projection": len(PROJECTIONS), "type": len(types)}
         sizes |= {"n_embd": info.n_embd, "n_ff": info.n_ff}
         sizes |= {"rank": info.n_expert_used - 1, "quantile": N_QUANTILES}

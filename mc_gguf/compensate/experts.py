@@ -246,7 +246,7 @@ class _Pass:
     def _matrix(
         self, layer: int, number: int, projection: str, name: str, expert: Expert, inputs: Inputs
     ) -> NDArray[np.uint8]:
-        """The blocks that are better on held-out inputs; the compensated ones where no inputs are held out."""
+        """The blocks that are better on held-out inputs; if there are none, the compensated blocks."""
         weights: NDArray[np.float32] = getattr(expert, projection).numpy()
         importance = self.calibration.imatrix(layer, projection, number)
         plain = quantize_rows(weights, name, importance, self.threads)

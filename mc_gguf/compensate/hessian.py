@@ -134,7 +134,7 @@ def run_expert(
     added: Tensor,
     collector: Collector | None,
 ) -> None:
-    """Add the output of the expert for its routed tokens to `added`, and collect the inputs of its matrices."""
+    """Add the expert's output for its routed tokens to `added`, and collect its matrices' inputs."""
     if not len(tokens.index):
         return
     for part in torch.split(torch.arange(len(tokens.index)), CHUNK):

@@ -184,7 +184,7 @@ class Decoder:
         return route
 
     def weights(self, probs: Tensor) -> Tensor:
-        """Routing weights [N, K] of chosen experts with these probabilities; 0 stands for a dropped expert."""
+        """Routing weights [N, K] of chosen experts with these probabilities; 0 means a dropped expert."""
         if self.shape.architecture.renormalise:
             probs = probs / probs.sum(-1, keepdim=True).clamp_(min=MIN_WEIGHT_SUM)
         return probs * self.shape.weight_scale
@@ -255,7 +255,7 @@ class Decoder:
         return self.output()(hidden)
 
     def output(self) -> Callable[[Tensor], Tensor]:
-        """logits() as a function; its weights are read now. The output matrix may be tied to the embeddings."""
+        """logits() as a function; its weights are read now. The output matrix may be the embeddings."""
         name = "output.weight" if "output.weight" in self._names else "token_embd.weight"
         norm, matrix = self._tensor("output_norm.weight"), self._tensor(name)
         return lambda hidden: self.norm(hidden, norm) @ matrix.T
