@@ -25,7 +25,8 @@ from pathlib import Path
 
 import click
 
-from mc_gguf import runtime as runtimes
+from mc_gguf.runtime import require
+from mc_gguf.runtime.builder import compile_program
 
 SOURCE = Path(__file__).resolve().parent / "native" / "bench-op.cpp"
 SINGLE = ("Q2_K", "IQ2_XXS", "IQ3_XXS")
@@ -108,10 +109,10 @@ def numbers(text: str) -> list[int]:
 def main(
     tokens: str, threads: str, rounds: int, seconds: float, types: str, repack: bool, as_json: bool
 ) -> None:
-    patched, unpatched = runtimes.require(), runtimes.require(patched=False)
+    patched, unpatched = require(), require(patched=False)
     bench = Bench(
-        runtimes.compile_program(unpatched, SOURCE, "bench-op"),
-        runtimes.compile_program(patched, SOURCE, "bench-op"),
+        compile_program(unpatched, SOURCE, "bench-op"),
+        compile_program(patched, SOURCE, "bench-op"),
         seconds,
         repack,
     )

@@ -156,7 +156,7 @@ class Bench:
                 one.generation(self.assignment)
             return one.choice, {"rounds": one.generations, "accepted": one.kept}
         folder.mkdir(parents=True, exist_ok=True)
-        state = State("bench", True, self.start.copy())
+        state = State(self.start.copy())
         search = Search(
             self.scope,
             evaluator,

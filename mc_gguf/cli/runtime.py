@@ -29,22 +29,22 @@ def build(backend: str, jobs: int | None, force: bool, unpatched: bool, tests: b
 
     Needs git, cmake, make or ninja, a C++ compiler and 1 GB of disk. A second call is instant.
     """
-    from mc_gguf import runtime
+    from mc_gguf.runtime import builder
 
-    built = runtime.build(backend=backend, jobs=jobs, force=force, patched=not unpatched)
+    built = builder.build(backend=backend, jobs=jobs, force=force, patched=not unpatched)
     click.echo(built.path)
     if tests:
-        click.echo(runtime.build_tests(built))
+        click.echo(builder.build_tests(built))
 
 
 @command.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(as_json: bool) -> None:
     """Print versions, commit, patch digest, backends and path."""
-    from mc_gguf import runtime
+    from mc_gguf.runtime.facts import render_facts, runtime_facts
 
-    facts = runtime.info()
+    facts = runtime_facts()
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
-    click.echo(runtime.describe(facts))
+    click.echo(render_facts(facts))

@@ -18,7 +18,7 @@ from mc_gguf.artifacts import NO_CALIBRATION, Calibration, Plan
 from mc_gguf.cli import main
 from mc_gguf.common.errors import SourceError
 from mc_gguf.container import MixedGguf
-from mc_gguf.source import keep_source
+from mc_gguf.source import refuse_to_overwrite
 from tests.support.moe_directories import CONFIGS, random_moe, save_moe
 
 pytestmark = pytest.mark.native
@@ -116,11 +116,11 @@ def test_a_budget_is_required(tiny_model: Path, tmp_path: Path) -> None:
 
 def calibrating(folder: Path) -> bool:
     state = folder / ".model.calib.safetensors.partial"
-    return state.is_dir() and any(state.iterdir())
+    return state.is_dir() and any(state.glob("branches-*"))
 
 
 def pieces_done(folder: Path, n: int) -> bool:
-    journal = folder / ".model.gguf.journal"
+    journal = folder / ".model.gguf.partial" / "pieces" / "journal"
     return journal.is_file() and journal.read_bytes().count(b"\n") > n
 
 
@@ -132,6 +132,7 @@ def test_killed_anywhere_and_started_again_gives_the_same_bytes(
     moments: list[Callable[[Path], bool]] = [
         calibrating,
         lambda folder: (folder / "model.calib.safetensors").is_file(),
+        lambda folder: any((folder / ".model.gguf.partial" / "bank").rglob("*.blocks")),
         lambda folder: pieces_done(folder, 0),
         lambda folder: pieces_done(folder, 40),
     ]
@@ -161,8 +162,8 @@ def test_the_source_is_not_overwritten(tiny_model: Path, tiny_gguf: Path, tmp_pa
     other = tmp_path / "model-00002-of-00002.gguf"
     other.write_bytes(b"")
     with pytest.raises(SourceError):
-        keep_source(copy, other)
-    keep_source(tiny_gguf, copy)
+        refuse_to_overwrite(other, copy)
+    refuse_to_overwrite(copy, tiny_gguf)
 
 
 @pytest.mark.parametrize(
@@ -223,16 +224,23 @@ def test_directories_of_every_architecture_convert(name: str, tmp_path: Path) ->
 
 
 def test_refined_and_killed_gives_a_refined_file(converted: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """Killed after the search: the same command takes the plan that was found, and quantizes it."""
+    """Killed in the search, and after it: the same command takes the plan that was found."""
     output, calibration = tmp_path / "model.gguf", converted.with_name("model.calib.safetensors")
     options = ["--bpw", "2.2", *QUICK, "--refine", "1s", "--no-compensate"]
     command = [sys.executable, "-m", "mc_gguf", "convert", str(tiny_model), "-o", str(output), *options]
     command += ["--calibration", str(calibration)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        while not pieces_done(tmp_path, 0):
-            assert process.poll() is None, "it came through before it could be killed"
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+    search = tmp_path / ".model.refined.plan.json.partial" / "search" / "state.json"
+    moments: list[Callable[[Path], bool]] = [
+        lambda folder: search.is_file(),
+        lambda folder: pieces_done(folder, 0),
+    ]
+    for reached in moments:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            while not reached(tmp_path):
+                assert process.poll() is None, "it came through before it could be killed"
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+    assert not search.exists()
     refined = output.with_name("model.refined.plan.json")
     written = refined.stat().st_mtime_ns
     done = subprocess.run(command, capture_output=True, text=True, check=False)

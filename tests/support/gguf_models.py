@@ -132,6 +132,13 @@ def uniform(info: ModelInfo, type_name: str) -> dict[str, tuple[tuple[str, ...],
     return {p: tuple((type_name,) * info.n_expert for _ in info.expert_layers) for p in PROJECTIONS}
 
 
+def mixed(checkpoint: RandomCheckpoint, types: tuple[str, ...], seed: int = 1) -> dict[str, list[list[str]]]:
+    """Types of a plan, drawn from `types`."""
+    rng = np.random.default_rng(seed)
+    info = checkpoint.info
+    return {p: rng.choice(types, (len(info.expert_layers), info.n_expert)).tolist() for p in PROJECTIONS}
+
+
 def make_plan(
     info: ModelInfo,
     experts: Mapping[str, Sequence[Sequence[str]]],
