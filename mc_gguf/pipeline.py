@@ -28,7 +28,7 @@ from mc_gguf.source import Checkpoint
 from mc_gguf.source.text import Corpus
 
 if TYPE_CHECKING:
-    from mc_gguf.refine.refinement import Options as RefineOptions
+    from mc_gguf.refine.options import RefinementOptions
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Conversion:
     def refined_plan_path(self) -> Path:
         return self.output.with_name(f"{self.output.stem}.refined.plan.json")
 
-    def refine(self, calibration: Calibration, plan: Plan, options: RefineOptions) -> Plan:
+    def refine(self, calibration: Calibration, plan: Plan, options: RefinementOptions) -> Plan:
         """The refined plan, written beside the output, or the one that is there. The compensated matrices
         that the search measures are kept for quantize().
         """

@@ -71,14 +71,13 @@ def made_up(n_layer: int, n_expert: int, n_embd: int = 7168, n_ff: int = 2048, s
 
 def measure(name: str, n_layer: int, n_expert: int, bpw: float, as_file: bool = False) -> Result:
     """plan() for one budget; `as_file`: as a size of the whole file."""
-    from mc_gguf.artifacts import FixedTypes
     from mc_gguf.container import file_bytes
 
     source = made_up(n_layer, n_expert)
     start = time.perf_counter()
     if as_file:
         assert source.model is not None
-        size = partial(file_bytes, source.model, fixed=FixedTypes())
+        size = partial(file_bytes, source.model)
         limit = int(bpw / 8 * source.model.n_ff * source.model.n_embd * 3 * n_layer * n_expert) + (4 << 20)
         found = plan(source, Budget(size_bytes=limit), file_bytes=size, objective="block")
     else:

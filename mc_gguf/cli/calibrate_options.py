@@ -16,7 +16,7 @@ import click
 if TYPE_CHECKING:
     from mc_gguf.artifacts import Calibration
     from mc_gguf.calibrate.request import CalibrationOptions
-    from mc_gguf.refine.refinement import Options as RefineOptions
+    from mc_gguf.refine.options import RefinementOptions
     from mc_gguf.source import Checkpoint
     from mc_gguf.source.text import Corpus
 
@@ -90,15 +90,15 @@ class CalibrateOptions:
             types=types, max_rows=self.rows, seed=seed, threads=self.threads or 0
         )
 
-    def refinement(self, seconds: float, compensate: bool, seed: int) -> RefineOptions:
+    def refinement(self, seconds: float, compensate: bool, seed: int) -> RefinementOptions:
         """For a refinement on the same text, cut elsewhere than with calibration seed `seed`."""
         from mc_gguf.common.errors import McError
-        from mc_gguf.refine.refinement import MIN_ROWS, Options
+        from mc_gguf.refine.options import MIN_ROWS, RefinementOptions
 
         if self.tokens // self.ctx < MIN_ROWS:
             raise McError(f"--refine needs {MIN_ROWS} rows of text: at least --tokens {MIN_ROWS * self.ctx}")
-        tokens = min(self.tokens, max(Options.tokens, MIN_ROWS * self.ctx))
-        return Options(
+        tokens = min(self.tokens, max(RefinementOptions.tokens, MIN_ROWS * self.ctx))
+        return RefinementOptions(
             seconds,
             self.text,
             tokens,

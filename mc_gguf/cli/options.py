@@ -86,16 +86,14 @@ class PlanOptions:
 
     def plan(self, calibration: Calibration) -> Plan:
         """The plan for this calibration, with exact file sizes where the model is known."""
-        from mc_gguf.plan import decides_attention, fixed_types, plan
+        from mc_gguf.plan import decides_attention, plan
 
         file_bytes = None
         if calibration.model is not None:
             from mc_gguf.container import file_bytes as of_file
             from mc_gguf.routing.metadata import routing_metadata_from
 
-            fixed = fixed_types(calibration.model, self.budget, self.fixed)
-            routing = routing_metadata_from(calibration)
-            file_bytes = partial(of_file, calibration.model, fixed=fixed, routing=routing)
+            file_bytes = partial(of_file, calibration.model, routing=routing_metadata_from(calibration))
         request = (self.budget, self.strategy, self.objective)
         decided = self.attention_default and decides_attention(calibration, *request)
         return plan(

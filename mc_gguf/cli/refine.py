@@ -103,13 +103,14 @@ def command(
     from mc_gguf.artifacts import Plan
     from mc_gguf.artifacts.matching import find_calibration
     from mc_gguf.common.units import parse_duration, parse_size
-    from mc_gguf.refine.refinement import Options, refine_to_file
+    from mc_gguf.refine.options import RefinementOptions
+    from mc_gguf.refine.refinement import refine_to_file
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
     inputs = [plan, *text, *calibration_text, *([calibration_file] if calibration_file else [])]
     refuse_to_overwrite(output, source, *inputs)
     start = Plan.load(plan)
-    options = Options(
+    options = RefinementOptions(
         seconds=parse_duration(limit),
         text=text,
         tokens=tokens,

@@ -90,13 +90,13 @@ def set_(
     from mc_gguf.common.progress import progress
     from mc_gguf.common.units import parse_layers, parse_share
     from mc_gguf.container import MixedGguf, base_metadata, write_routing
-    from mc_gguf.routing.metadata import choose
+    from mc_gguf.routing.metadata import choose_thresholds
 
     if quantile is not None and target_drop is not None:
         raise click.UsageError("--quantile and --target-drop exclude each other; give one of them")
     header = MixedGguf.open(model).header
     base = base_metadata(header, Calibration.load(calibration) if calibration else None)
-    metadata = choose(
+    metadata = choose_thresholds(
         base,
         parse_share(quantile) if quantile is not None else None,
         parse_share(target_drop) if target_drop is not None else None,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,7 @@ class Outcome:
 
     compensated: int = 0
     plain: int = 0
+    is_complete: bool = True
     ratios: list[float] = field(default_factory=list)
 
     def text(self) -> str:
@@ -123,12 +124,16 @@ def compensate(
     bar: Progress | None = None,
     options: CompensationOptions = DEFAULT,
     states: Path | None = None,
+    keep_going: Callable[[int, int], bool] | None = None,
 ) -> Outcome:
     """Fill `bank` with the wanted matrices: the same bytes for any number of `threads`, however often it was
     interrupted.
 
     The hidden states after each layer are kept in the folder `states`, which belongs to one model and
     calibration; without one, a pass that was interrupted starts at the first layer again.
+
+    `keep_going` is asked after every expert, with the number of matrices made and of all; when it returns
+    False, the pass ends and the outcome is not complete.
     """
     outcome = Outcome()
     missing = {key: left for key, kinds in wanted.items() if (left := _missing(bank, key, kinds))}
@@ -139,7 +144,9 @@ def compensate(
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode(), fast_products(checkpoint.info.n_embd):
-            run = _Pass(Decoder(checkpoint), calibration, missing, bank, threads, options, outcome, states)
+            run = _Pass(
+                Decoder(checkpoint), calibration, missing, bank, threads, options, outcome, states, keep_going
+            )
             run.run(corpus.rows, bar)
     finally:
         torch.set_num_threads(before)
@@ -195,12 +202,13 @@ class _Pass:
     options: CompensationOptions
     outcome: Outcome
     states: Path | None
+    keep_going: Callable[[int, int], bool] | None
 
     def run(self, rows: NDArray[np.int32], bar: Progress | None) -> None:
         """Go through the layers up to the last one with a missing matrix."""
         last = max(layer for layer, _ in self.missing)
         done, hidden = self._resume(min(layer for layer, _ in self.missing), rows)
-        total = sum(len(kinds) for kinds in self.missing.values())
+        total, made = sum(len(kinds) for kinds in self.missing.values()), 0
         for layer in range(done, last + 1):
             self.decoder.attention(layer, hidden)
             flat = hidden.view(-1, hidden.shape[-1])
@@ -212,8 +220,12 @@ class _Pass:
             for expert in range(self.decoder.shape.n_expert):
                 kinds = self.missing.get((layer, expert), frozenset())
                 self._expert(layer, expert, kinds, flat, norm, routing, held_out, added)
+                made += len(kinds)
                 if bar:
-                    bar.update(bar.done + len(kinds), total, note=f"layer {layer}")
+                    bar.update(made, total, note=f"layer {layer}")
+                if self.keep_going and not self.keep_going(made, total):
+                    self.outcome.is_complete = False
+                    return
             flat += added
             self._save(layer + 1, hidden)
         if self.states:

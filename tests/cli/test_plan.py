@@ -156,7 +156,7 @@ def test_attention_in_the_budget(tmp_path: Path) -> None:
     assert Plan.load(output).fixed.attention == (("Q6_K",) * 4,) * 6
     run(path, "-o", output, "--size", "5.5MiB", "--attention", "fixed")
     assert Plan.load(output).fixed == FixedTypes()
-    with pytest.raises(BudgetError, match="give --size"):
+    with pytest.raises(BudgetError, match="size of the whole file"):
         run(path, "-o", output, "--bpw", 2, "--attention", "auto")
     with pytest.raises(McError, match="give one or the other"):
         run(path, "-o", output, "--size", "5.5MiB", "--attention", "auto", "--attn-type", "Q8_0")

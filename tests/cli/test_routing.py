@@ -16,7 +16,7 @@ from mc_gguf.artifacts import PROJECTIONS
 from mc_gguf.cli import main
 from mc_gguf.container import read_routing
 from mc_gguf.quantize.writer import quantize
-from mc_gguf.routing.metadata import choose, routing_metadata_from
+from mc_gguf.routing.metadata import choose_thresholds, routing_metadata_from
 from mc_gguf.source import open_checkpoint
 from tests.support.gguf_models import (
     RandomCheckpoint,
@@ -56,7 +56,9 @@ def ours(tmp_path: Path) -> Path:
     checkpoint = RandomCheckpoint(4, 3)
     routing = routing_metadata_from(make_calibration(checkpoint.info, tmp_path / "own.safetensors"))
     assert routing is not None
-    write_random(tmp_path / "ours.gguf", checkpoint, TYPES, choose(routing, quantile=0.5, layers="all"))
+    write_random(
+        tmp_path / "ours.gguf", checkpoint, TYPES, choose_thresholds(routing, quantile=0.5, layers="all")
+    )
     return tmp_path / "ours.gguf"
 
 
@@ -73,7 +75,7 @@ def test_show(ours: Path) -> None:
     lines = run("show", ours).stdout.splitlines()
     assert lines[0] == (
         f"{ours}: 4 of 4 layers may drop experts, 2 % of a prompt's tokens are protected; "
-        "predicted: 25.0 % of the expert activations dropped, KL divergence 0.0160 nats a token"
+        "predicted: 25.0 % of the expert activations dropped, KL divergence 0.0160 nats per token"
     )
     assert lines[2].split() == ["layer", "active", "dropped", "damage", "sensitivity", "thresholds"]
     assert lines[3].split() == ["0", "yes", "25.0", "%", "0.00100", "0.00100", "0.5000"]

@@ -8,15 +8,15 @@ import pytest
 from mc_gguf.artifacts import PROJECTIONS, Calibration
 from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.ggml.types import TYPES
-from mc_gguf.plan import OBJECTIVES, Budget, plan
+from mc_gguf.plan import OBJECTIVES, STRATEGIES, Budget, plan
 from mc_gguf.plan.objectives import type_rates
-from mc_gguf.plan.planner import BASELINES
 from mc_gguf.plan.published import EXPONENTS
 from tests.support.synthetic_calibration import calibration, model_info
 from tools import bench_allocate
 
 SOURCE = calibration()
 L, E, P, T = SOURCE.sq_error.shape
+BASELINES = [name for name, strategy in STRATEGIES.items() if strategy.objective == name]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -53,7 +53,7 @@ def layers(folder: Path, limit_bytes: int = 1 << 30) -> Layers:
 
 
 def drawn(seed: int, n_type: int = len(TYPES)) -> Assignment:
-    """Types by lot."""
+    """Random types."""
     columns = np.random.default_rng(seed).integers(0, n_type, (2, 5, len(PROJECTIONS)))
     return Assignment(TYPES, columns)
 
