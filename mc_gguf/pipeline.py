@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from mc_gguf.artifacts import Calibration, Plan
 from mc_gguf.calibrate.attention import attention_types
-from mc_gguf.calibrate.calibrator import Options, calibrate_to_file, is_calibration_of
+from mc_gguf.calibrate.calibrator import calibrate_to_file
+from mc_gguf.calibrate.request import CalibrationOptions, is_calibration_of
 from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.machine import usable_cores
 from mc_gguf.common.progress import progress
@@ -49,7 +50,7 @@ class Conversion:
     def plan_path(self) -> Path:
         return self.output.with_name(f"{self.output.stem}.plan.json")
 
-    def calibrate(self, text: Corpus, options: Options, given: Path | None = None) -> Calibration:
+    def calibrate(self, text: Corpus, options: CalibrationOptions, given: Path | None = None) -> Calibration:
         """The calibration: the given file, the one beside the output if it is the same, or a new one."""
         if given is not None:
             return Calibration.load(given)

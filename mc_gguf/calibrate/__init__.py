@@ -1,1 +1,3 @@
-"""Measure every expert on text: use, importance matrices, the error of every type, what dropping costs."""
+"""Measure every expert on text: how much it is used, its importance matrices, the error of every type, and
+what dropping it costs.
+"""

@@ -1,6 +1,6 @@
 """The options that calibrate and convert share, and the one call that they make of them.
 
-Cheap to import, so defaults are spelled here; a test compares them with corpus and losses.
+Cheap to import, so defaults are spelled here; a test compares them with the text and expert_errors modules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import click
 
 if TYPE_CHECKING:
     from mc_gguf.artifacts import Calibration
-    from mc_gguf.calibrate.calibrator import Options
+    from mc_gguf.calibrate.request import CalibrationOptions
     from mc_gguf.refine.options import RefinementOptions
     from mc_gguf.source import Checkpoint
     from mc_gguf.source.text import Corpus
@@ -77,14 +77,18 @@ class CalibrateOptions:
         corpus, options = self.request(source, types, seed)
         return calibrate_to_file(source, corpus, output, options, resume, quiet)
 
-    def request(self, source: Checkpoint, types: tuple[str, ...] | None, seed: int) -> tuple[Corpus, Options]:
+    def request(
+        self, source: Checkpoint, types: tuple[str, ...] | None, seed: int
+    ) -> tuple[Corpus, CalibrationOptions]:
         """The token rows and the options of the library that these options stand for."""
-        from mc_gguf.calibrate.calibrator import Options
+        from mc_gguf.calibrate.request import CalibrationOptions
         from mc_gguf.source.text import load_corpus
 
         length = source.hparams.get("context_length")
         corpus = load_corpus(source, self.text, self.tokens, self.ctx, seed, length)
-        return corpus, Options(types=types, max_rows=self.rows, seed=seed, threads=self.threads or 0)
+        return corpus, CalibrationOptions(
+            types=types, max_rows=self.rows, seed=seed, threads=self.threads or 0
+        )
 
     def refinement(self, seconds: float, compensate: bool, seed: int) -> RefinementOptions:
         """For a refinement on the same text, cut elsewhere than with calibration seed `seed`."""

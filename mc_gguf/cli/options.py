@@ -79,7 +79,7 @@ class PlanOptions:
 
     def check(self, model: ModelInfo) -> None:
         """Refuses what no calibration of `model` could make feasible: a plan on made-up errors is tried."""
-        from mc_gguf.calibrate.calibrator import measured_types
+        from mc_gguf.calibrate.request import measured_types
         from mc_gguf.plan import stand_in
 
         self.plan(stand_in(model, measured_types(model, self.types)))

@@ -132,11 +132,9 @@ def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[O
             )
     if calibration is None:
         return
-    unused = ~(
-        np.asarray(calibration.imatrix_in).any(axis=-1) & np.asarray(calibration.imatrix_mid).any(axis=-1)
-    )
+    unused = ~(calibration.imatrix_in.any(axis=-1) & calibration.imatrix_mid.any(axis=-1))
     if unused.any():
-        names = [f"layer {plan.layers[i]} expert {e}" for i, e in np.argwhere(unused)]
+        names = [f"layer {calibration.layers[i]} expert {e}" for i, e in np.argwhere(unused)]
         log.warning(
             "%d experts saw no calibration text and are quantized without an importance matrix: %s",
             len(names),
@@ -192,9 +190,9 @@ def _make(
         return loaded
     t = piece.tensor
     imatrix = _attention_imatrix(calibration, plan, t)
-    if piece.expert is not None:
+    if piece.expert is not None and calibration is not None:
         layer, projection = _place(t.source.name)
-        imatrix = _imatrix(calibration, plan.layers.index(layer), projection, piece.expert)
+        imatrix = calibration.imatrix(layer, projection, piece.expert)
     try:
         return quantize_rows(loaded, t.type.name, imatrix, threads)
     except McError as error:
@@ -211,23 +209,8 @@ def _place(name: str) -> tuple[int, str]:
 def _attention_imatrix(
     calibration: Calibration | None, plan: Plan, tensor: OutputTensor
 ) -> NDArray[np.float32] | None:
-    """The mean squared inputs of an attention matrix whose type the plan chose."""
-    if not plan.fixed.attention or calibration is None or not calibration.attention_in.size:
-        return None
+    """The importance matrix of an attention matrix whose type the plan chose."""
     place = container.attention_place(tensor.name)
-    if place is None:
+    if not plan.fixed.attention or calibration is None or place is None:
         return None
-    table = calibration.attention_mid if place[1] == "output" else calibration.attention_in
-    row: NDArray[np.float32] = table[place[0]]
-    return row
-
-
-def _imatrix(
-    calibration: Calibration | None, index: int, projection: str, expert: int
-) -> NDArray[np.float32] | None:
-    """The expert's mean squared inputs; ones when no token reached it."""
-    if calibration is None:
-        return None
-    table = calibration.imatrix_mid if projection == "down" else calibration.imatrix_in
-    row: NDArray[np.float32] = table[index, expert]
-    return row if row.any() else np.ones_like(row)
+    return calibration.attention_imatrix(*place)

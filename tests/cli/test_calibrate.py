@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mc_gguf.artifacts import Calibration
-from mc_gguf.calibrate import losses
+from mc_gguf.calibrate import expert_errors
 from mc_gguf.cli import main
 from mc_gguf.source import text as corpus
 
@@ -99,4 +99,4 @@ def test_defaults_are_those_of_the_library() -> None:
     assert command is not None
     defaults = {parameter.name: parameter.default for parameter in command.params}
     found = (defaults["tokens"], defaults["ctx"], defaults["rows"])
-    assert found == (corpus.DEFAULT_TOKENS, corpus.DEFAULT_CTX, losses.MAX_ROWS)
+    assert found == (corpus.DEFAULT_TOKENS, corpus.DEFAULT_CTX, expert_errors.MAX_ROWS)
