@@ -89,8 +89,9 @@ def build_attention(calibration: Calibration, types: Sequence[str]) -> Attention
 
 
 def make_up_errors(model: ModelInfo, types: Sequence[str]) -> tuple[tuple[str, ...], Floats | None]:
-    """attention_types and attention_error for plan.stand_in: the same error everywhere, or None where a
-    calibration would measure no errors of attention.
+    """attention_types and attention_error for plan.stand_in: the same error everywhere.
+
+    The error is None for a model of which a calibration would measure none.
     """
     shapes = [t.shape for t in model.tensors if t.name in {f"blk.0.attn_{part}.weight" for part in ATTENTION}]
     names = tuple(n for n in types if any(ggml_type(n).fits(shape[0]) for shape in shapes))
