@@ -14,8 +14,8 @@ def command(model: Path, as_json: bool) -> None:
     """Show the experts' types per layer, sizes and bits of MODEL, after checking the whole file."""
     import json
 
-    from mc_gguf.container import MixedGguf, describe
-    from mc_gguf.container.table import render
+    from mc_gguf.container import MixedGguf, describe_model
+    from mc_gguf.container.table import render_description
 
-    description = describe(MixedGguf.open(model))
-    click.echo(json.dumps(description, indent=1) if as_json else render(description))
+    description = describe_model(MixedGguf.open(model))
+    click.echo(json.dumps(description, indent=1) if as_json else render_description(description))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mc_gguf.common.errors import ArtifactError, McError
+from mc_gguf.common.units import format_size
 
 
 def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
@@ -28,6 +30,16 @@ def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
     for path in inputs:
         if path.exists() and os.path.samestat(found, path.stat()):
             raise McError(f"{output} is the same file as the input {path}; write to another file")
+
+
+def check_space(folder: Path, n_bytes: int, purpose: str) -> None:
+    """Raises McError when the disk that holds `folder` has less than `n_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise McError(
+            f"{folder} has {format_size(free)} free, but {purpose} takes {format_size(n_bytes)}; make room, "
+            "or write to another disk"
+        )
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def quantize_in(
     tensors = container.layout(checkpoint.info, plan.experts, plan.fixed, routing)
     _check_imatrix(calibration, plan, tensors)
     made_from = calibration.fingerprint if calibration else plan.calibration_fingerprint
-    header = container.header(checkpoint, tensors, plan.fingerprint, made_from, routing)
+    header = container.encode_header(checkpoint, tensors, plan.fingerprint, made_from, routing)
     pieces = list(_pieces(tensors))
     n_bytes = container.total_bytes(tensors)
     identity = {

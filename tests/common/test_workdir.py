@@ -186,7 +186,7 @@ def test_an_output_that_became_a_directory_loses_no_work(output: Path) -> None:
 def test_a_full_disk_is_told_before_the_work(output: Path) -> None:
     with Workdir(output, MINE) as work:
         free = shutil.disk_usage(output.parent).free
-        with pytest.raises(McError, match=r"has .* free, but making out takes .* more; make room"):
+        with pytest.raises(McError, match=r"has .* free, but making out takes .*; make room"):
             work.check_space(1 << 60)
         work.path("data").write_bytes(b"x" * (8 << 20))
         os.sync()

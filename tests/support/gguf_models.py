@@ -25,7 +25,7 @@ from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, STRING, UINT32, TensorEntry, 
 from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.routing import RoutingMetadata
 from mc_gguf.runtime.packages import load_gguf
-from mc_gguf.source.base import fingerprint, kv_size
+from mc_gguf.source.base import fingerprint, measure_metadata
 from tests.support import ROOT
 from tests.support.synthetic_calibration import synthetic_routing
 
@@ -91,7 +91,7 @@ class RandomCheckpoint:
             n_embd=n_embd,
             n_ff=n_ff,
             fingerprint=fingerprint(self.kv, "llama", tensors, []),
-            kv_bytes=kv_size(self.kv, "llama"),
+            kv_bytes=measure_metadata(self.kv, "llama"),
             n_kv=len(self.kv) + 1,
             tensors=tuple(tensors),
         )
@@ -210,7 +210,7 @@ def write_random(
     tensors = container.layout(checkpoint.info, experts, FixedTypes(), routing)
     rng = np.random.default_rng(7)
     data = bytearray(container.total_bytes(tensors))
-    header = container.header(checkpoint, tensors, ONES, TWOS, routing)
+    header = container.encode_header(checkpoint, tensors, ONES, TWOS, routing)
     data[: len(header)] = header
     for t in tensors:
         body = rng.bytes(t.n_bytes) if t.map is None else np.asarray(t.map, dtype="<i4").tobytes()
