@@ -128,7 +128,8 @@ def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[O
             raise McError(f"{t.name} cannot be {t.type.name}: it has no importance matrix")
         if t.experts is not None and t.type.needs_imatrix and calibration is None:
             raise ArtifactError(
-                f"{t.name} is to be {t.type.name}, which needs a calibration: give --calibration FILE"
+                f"{t.name} is to be {t.type.name}, which needs a calibration; give one",
+                parameter="calibration",
             )
     if calibration is None:
         return

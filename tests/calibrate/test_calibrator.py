@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Calibration
 from mc_gguf.calibrate.calibrator import calibrate, calibrate_to_file
 from mc_gguf.calibrate.expert_errors import nominal_errors
-from mc_gguf.calibrate.request import CalibrationOptions, measured_types
+from mc_gguf.calibrate.options import CalibrationOptions, measured_types
 from mc_gguf.calibrate.state import state_bytes
 from mc_gguf.common.errors import McError, SourceError
 from mc_gguf.common.workdir import Workdir, workdir_path

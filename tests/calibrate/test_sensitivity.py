@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mc_gguf.artifacts import Calibration
 from mc_gguf.calibrate.calibrator import calibrate
-from mc_gguf.calibrate.request import CalibrationOptions
+from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.calibrate.sensitivity import SENSITIVITY_TOKENS, branch_rows
 from mc_gguf.calibrate.statistics import N_QUANTILES
 from mc_gguf.routing.profile import RoutingProfile

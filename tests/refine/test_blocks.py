@@ -13,7 +13,7 @@ import torch
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
 from mc_gguf.calibrate.calibrator import calibrate
-from mc_gguf.calibrate.request import CalibrationOptions
+from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.workdir import workdir_path
 from mc_gguf.compensate.experts import calibration_text, compensate, open_bank, wanted_by
@@ -120,18 +120,8 @@ def test_blocks_are_those_of_quantize_and_not_ggmls(
 ) -> None:
     checkpoint = small()[1]
     scope, start = scope_of(plan, calibration)
-    made = compensated_blocks(
-        checkpoint,
-        calibration,
-        scope.problem,
-        start,
-        (text,),
-        tmp_path / "bank",
-        tmp_path / "states",
-        1,
-        1e9,
-        True,
-    )
+    folders = tmp_path / "bank", tmp_path / "states"
+    made = compensated_blocks(checkpoint, calibration, scope.problem, start, (text,), *folders, 1, 1e9, True)
     assert made is not None
     assert made.compensated
     name = scope.problem.types[start[1, 2, 0]]

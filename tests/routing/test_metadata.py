@@ -462,7 +462,7 @@ def test_calibrations_of_other_models_are_refused(
             container.base_metadata(foreign, given_[name])
     with pytest.raises(ArtifactError, match="has no routing statistics"):
         container.base_metadata(own, given_["without routing"])
-    with pytest.raises(ArtifactError, match=r"plain\.gguf carries no routing profile .*--calibration FILE"):
+    with pytest.raises(ArtifactError, match=r"plain\.gguf carries no routing profile .*give a calibration"):
         container.base_metadata(foreign, None)
 
 

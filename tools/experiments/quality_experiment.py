@@ -108,7 +108,7 @@ class Workshop:
     def calibration(self, seed: int) -> Any:
         from mc_gguf.artifacts import Calibration
         from mc_gguf.calibrate.calibrator import calibrate_to_file
-        from mc_gguf.calibrate.request import CalibrationOptions
+        from mc_gguf.calibrate.options import CalibrationOptions
         from mc_gguf.source.text import load_corpus
 
         if seed not in self.calibrations:
@@ -150,14 +150,16 @@ class Workshop:
         return path
 
     def _plan(self, budget: Any, strategy: str, seed: int, calibration: Any, types: Any = None) -> Any:
-        from mc_gguf.artifacts import FixedTypes
-        from mc_gguf.cli.options import PlanOptions
+        from mc_gguf.pipeline import make_plan
+        from mc_gguf.plan.request import PlanRequest
 
         base = strategy.removesuffix("-attention")
-        attention = () if base != strategy else None
-        options = PlanOptions(budget, base, types, FixedTypes(), seed, attention=attention)
+        attention = "fixed" if base == strategy else "auto"
+        request = PlanRequest(
+            bpw=budget.bpw, size=budget.size_bytes, strategy=base, types=types, seed=seed, attention=attention
+        )
         name = "-".join([strategy, str(seed), *(f"{v:g}" for v in budget.to_json().values()), *(types or ())])
-        return options.plan(calibration).save(self.folder / f"{name}.plan.json")
+        return make_plan(calibration, self.folder / f"{name}.plan.json", request)
 
     def _bank(self, plan: Any, arm: Arm) -> Any:
         """The plan's matrices, quantized with or without compensation."""
