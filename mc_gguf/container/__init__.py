@@ -6,6 +6,7 @@
     reader.py    MixedGguf: where each expert's matrix lies, and its type
     routing.py   the routing keys, read and encoded
     rewrite.py   a copy of a GGUF with other routing keys
+    update.py    routing keys of a file by path: loaded, computed anew
     table.py     what a file contains, as text
 
 No other package knows a metadata key of ours. This one neither quantizes nor decides. A file is used only
@@ -28,6 +29,7 @@ from mc_gguf.container.layout import (
 from mc_gguf.container.reader import MixedGguf, describe_model, expert_bytes, validate
 from mc_gguf.container.rewrite import write_routing
 from mc_gguf.container.routing import base_metadata, read_routing
+from mc_gguf.container.update import load_routing, update_routing
 
 __all__ = [
     "MixedGguf",
@@ -42,8 +44,10 @@ __all__ = [
     "fixed_type",
     "has_own_keys",
     "layout",
+    "load_routing",
     "read_routing",
     "total_bytes",
+    "update_routing",
     "validate",
     "write_routing",
 ]

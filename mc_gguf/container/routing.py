@@ -241,7 +241,8 @@ def base_metadata(header: GgufHeader, calibration: Calibration | None) -> Routin
         if carried is None or carried.profile is None:
             raise ArtifactError(
                 f"{header.path} carries no routing profile to compute thresholds from; "
-                "give its calibration with --calibration FILE"
+                "give a calibration of this model",
+                parameter="calibration",
             )
         return carried
     profile, info = RoutingProfile.of(calibration), calibration.model

@@ -29,7 +29,7 @@ from mc_gguf.container import OutputTensor
 from mc_gguf.ggml.quantizers import init, quantize_rows
 from mc_gguf.ggml.types import ggml_type
 from mc_gguf.quantize.pieces import Pieces
-from mc_gguf.routing.metadata import of_calibration
+from mc_gguf.routing.metadata import routing_metadata_from
 from mc_gguf.source import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def quantize_in(
     if calibration is not None and calibration.fingerprint == NO_CALIBRATION:
         calibration = None
     check_inputs(checkpoint.info, calibration, plan)
-    routing = None if calibration is None else of_calibration(calibration)
+    routing = None if calibration is None else routing_metadata_from(calibration)
     tensors = container.layout(checkpoint.info, plan.experts, plan.fixed, routing)
     _check_imatrix(calibration, plan, tensors)
     made_from = calibration.fingerprint if calibration else plan.calibration_fingerprint
@@ -134,16 +134,14 @@ def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[O
             )
         if t.experts is not None and t.type.needs_imatrix and calibration is None:
             raise ArtifactError(
-                f"{t.name} is to be {t.type.name}, which needs a calibration's importance matrices: give one "
-                "with --calibration FILE"
+                f"{t.name} is to be {t.type.name}, which needs a calibration's importance matrices; give one",
+                parameter="calibration",
             )
     if calibration is None:
         return
-    unused = ~(
-        np.asarray(calibration.imatrix_in).any(axis=-1) & np.asarray(calibration.imatrix_mid).any(axis=-1)
-    )
+    unused = ~(calibration.imatrix_in.any(axis=-1) & calibration.imatrix_mid.any(axis=-1))
     if unused.any():
-        names = [f"layer {plan.layers[i]} expert {e}" for i, e in np.argwhere(unused)]
+        names = [f"layer {calibration.layers[i]} expert {e}" for i, e in np.argwhere(unused)]
         log.warning(
             "no token of the calibration's text reached %d experts, which are quantized without an "
             "importance matrix: %s",
@@ -200,9 +198,9 @@ def _make(
         return loaded
     t = piece.tensor
     imatrix = _attention_imatrix(calibration, plan, t)
-    if piece.expert is not None:
+    if piece.expert is not None and calibration is not None:
         layer, projection = _place(t.source.name)
-        imatrix = _imatrix(calibration, plan.layers.index(layer), projection, piece.expert)
+        imatrix = calibration.imatrix(layer, projection, piece.expert)
     try:
         return quantize_rows(loaded, t.type.name, imatrix, threads)
     except McError as error:
@@ -219,23 +217,8 @@ def _place(name: str) -> tuple[int, str]:
 def _attention_imatrix(
     calibration: Calibration | None, plan: Plan, tensor: OutputTensor
 ) -> NDArray[np.float32] | None:
-    """The mean squared inputs of an attention matrix whose type the plan chose."""
-    if not plan.fixed.attention or calibration is None or not calibration.attention_in.size:
-        return None
+    """The importance matrix of an attention matrix whose type the plan chose."""
     place = container.attention_place(tensor.name)
-    if place is None:
+    if not plan.fixed.attention or calibration is None or place is None:
         return None
-    table = calibration.attention_mid if place[1] == "output" else calibration.attention_in
-    row: NDArray[np.float32] = table[place[0]]
-    return row
-
-
-def _imatrix(
-    calibration: Calibration | None, index: int, projection: str, expert: int
-) -> NDArray[np.float32] | None:
-    """The expert's mean squared inputs; ones when no token reached it."""
-    if calibration is None:
-        return None
-    table = calibration.imatrix_mid if projection == "down" else calibration.imatrix_in
-    row: NDArray[np.float32] = table[index, expert]
-    return row if row.any() else np.ones_like(row)
+    return calibration.attention_imatrix(*place)

@@ -31,9 +31,13 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class State:
-    """Where a search stands. `stalled` counts the rounds since the last step that was accepted;
-    `expansion_rows` came from the speed of the machine and stays what it was."""
+class SearchState:
+    """Where a search stands.
+
+    `columns` [L, E, 3] are the incumbent's. `stalled` counts the rounds since the last step that was
+    accepted. `expansion_rows` follows from the speed of the machine at the start and does not change
+    afterwards.
+    """
 
     columns: Ints
     rounds: int = 0
@@ -49,7 +53,7 @@ class State:
             file.write(json.dumps(body).encode())
 
     @classmethod
-    def resume(cls, path: Path, start: Ints) -> State:
+    def resume(cls, path: Path, start: Ints) -> SearchState:
         """The state in `path`; a new one that starts from `start` when there is none, or it is damaged."""
         try:
             body = json.loads(path.read_text(encoding="utf-8"))

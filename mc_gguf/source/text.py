@@ -93,8 +93,8 @@ def load_corpus(
     ctx = min(ctx, max_ctx or ctx)
     if ctx < 2 or tokens < ctx:
         raise SourceError(
-            f"cannot cut {tokens} tokens into rows of {ctx}: a row (--ctx) needs 2 tokens or more, and "
-            "--tokens at least one row"
+            f"cannot make rows of {ctx} tokens out of {tokens}: ctx must be at least 2, tokens at least ctx",
+            parameter=("tokens", "ctx"),
         )
     names, texts = _read(files)
     parts = [tokenizer.tokenize(_decode(name, text)) for name, text in zip(names, texts, strict=True)]
@@ -113,7 +113,8 @@ def _read(files: Sequence[Path]) -> tuple[tuple[str, ...], list[bytes]]:
     try:
         return tuple(f.name for f in files), [f.read_bytes() for f in files]
     except OSError as error:
-        raise SourceError(f"cannot read the text {error.filename}: {error.strerror}") from error
+        message = f"cannot read {error.filename}: {error.strerror}"
+        raise SourceError(message, parameter="text") from error
 
 
 def _decode(name: str, data: bytes) -> str:
@@ -121,7 +122,7 @@ def _decode(name: str, data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise SourceError(
-            f"the text {name} is not UTF-8 (see byte {error.start}); convert it to UTF-8"
+            f"{name} is not UTF-8 (byte {error.start}); convert it first", parameter="text"
         ) from error
 
 
@@ -137,8 +138,8 @@ def _windows(
     fitting = stream.size // width
     if fitting == 0:
         raise SourceError(
-            f"the text has {stream.size} tokens, which is less than one row of {ctx}; add text (--text) or "
-            "make the rows shorter (--ctx)"
+            f"{stream.size} tokens of text are fewer than one row of {ctx}; give more text or a smaller ctx",
+            parameter=("text", "ctx"),
         )
     n_rows = min(n_rows, fitting)
     edges = np.linspace(0, stream.size, n_rows + 1).astype(np.int64)
@@ -150,7 +151,7 @@ def _windows(
 
 def _warn(found: int, asked: int, ctx: int) -> None:
     if found + ctx <= asked:
-        log.warning("the text has only %d of the %d tokens asked for; add more with --text", found, asked)
+        log.warning("the calibration text gives only %d of the %d tokens asked for; give more", found, asked)
     if found < MIN_TOKENS:
         log.warning(
             "%d tokens of text are few: statistics of experts will be noisy, and 1- and 2-bit types suffer "

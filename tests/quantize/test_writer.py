@@ -17,7 +17,7 @@ from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.ggml.types import CANDIDATES, TYPES
 from mc_gguf.quantize.writer import quantize
 from mc_gguf.routing import default_metadata
-from mc_gguf.routing.metadata import of_calibration
+from mc_gguf.routing.metadata import routing_metadata_from
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.runtime.packages import load_gguf
 from mc_gguf.source import open_checkpoint
@@ -145,7 +145,7 @@ def test_every_expert_is_its_own_quantization(wide: RandomCheckpoint, tmp_path: 
     experts = mixed(wide, CANDIDATES)
     plan = make_plan(wide.info, experts, tmp_path / "plan.json", calibration.fingerprint)
     model = quantize(wide, calibration, plan, tmp_path / "m.gguf", threads=2)
-    size = container.file_bytes(wide.info, experts, FixedTypes(), of_calibration(calibration))
+    size = container.file_bytes(wide.info, experts, FixedTypes(), routing_metadata_from(calibration))
     assert (tmp_path / "m.gguf").stat().st_size == size
     assert (model.plan_fingerprint, model.calibration_fingerprint) == (
         plan.fingerprint,
@@ -215,7 +215,7 @@ def test_published_statistics_give_types_without_importance(wide: RandomCheckpoi
     model = quantize(wide, None, plan, tmp_path / "m.gguf", threads=1)
     assert model.calibration_fingerprint == ONES
     needy = make_plan(wide.info, uniform(wide.info, "IQ2_XS"), tmp_path / "q.json", model_fingerprint="")
-    with pytest.raises(ArtifactError, match=r"ffn_gate_exps\.weight is to be IQ2_XS, .*--calibration FILE"):
+    with pytest.raises(ArtifactError, match=r"ffn_gate_exps\.weight is to be IQ2_XS, .*needs a calibration"):
         quantize(wide, None, needy, tmp_path / "n.gguf", threads=1)
     calibration = make_calibration(wide.info, tmp_path / "c.safetensors")
     model = quantize(wide, calibration, needy, tmp_path / "n.gguf", threads=2)

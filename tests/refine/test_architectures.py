@@ -18,7 +18,8 @@ from mc_gguf.refine.expansion import expand
 from mc_gguf.refine.matrices import Matrices
 from mc_gguf.refine.passes import Assignment, Evaluator, Layers
 from mc_gguf.source import Checkpoint, open_checkpoint
-from mc_gguf.source.decoder import ARCHITECTURES, Decoder
+from mc_gguf.source.architecture import ARCHITECTURES
+from mc_gguf.source.decoder import Decoder
 from tests.support.moe_directories import CONFIGS, random_moe, save_moe
 from tests.support.refine_models import divergence, slice_of
 
@@ -30,7 +31,7 @@ SHAPE = (2, N_EXPERT, len(PROJECTIONS))
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Matrices are too small for two, and results shall not depend on the machine."""
+    """The matrices are too small for two threads, and results must not depend on the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -32,7 +32,7 @@ ALL = np.ones((2, 5, 3, len(TYPES)), dtype=bool)
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Matrices are too small for two, and results shall not depend on the machine."""
+    """The matrices are too small for two threads, and results must not depend on the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mc_gguf.artifacts import Floats
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.routing.thresholds import damages
+from mc_gguf.routing.thresholds import predict_damages
 
 
 def predicted_drop(profile: RoutingProfile, quantiles: Floats) -> float:
@@ -13,5 +13,5 @@ def predicted_drop(profile: RoutingProfile, quantiles: Floats) -> float:
 
 
 def predicted_damage(profile: RoutingProfile, quantiles: Floats) -> float:
-    """Nats a token, all layers."""
-    return float(damages(profile, quantiles).sum())
+    """Nats per token, all layers."""
+    return float(predict_damages(profile, quantiles).sum())
