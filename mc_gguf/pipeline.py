@@ -32,7 +32,7 @@ from mc_gguf.source import Checkpoint, open_checkpoint, refuse_to_overwrite
 from mc_gguf.source.text import Corpus
 
 if TYPE_CHECKING:
-    from mc_gguf.calibrate.calibrator import Options as CalibrationOptions
+    from mc_gguf.calibrate.options import CalibrationOptions
     from mc_gguf.refine.options import RefinementOptions
 
 log = logging.getLogger(__name__)
@@ -337,7 +337,7 @@ class Conversion:
 
     def _check(self) -> RefinementOptions | None:
         """The search that is asked for. Raises McError for what no calibration could make possible."""
-        from mc_gguf.calibrate.calibrator import measured_types
+        from mc_gguf.calibrate.options import measured_types
 
         request, model = self.request, self.checkpoint.info
         if not request.has_budget:
@@ -351,7 +351,7 @@ class Conversion:
         return search
 
     def _propose(self, model: ModelInfo) -> tuple[SizeProposal, ...]:
-        from mc_gguf.calibrate.calibrator import measured_types
+        from mc_gguf.calibrate.options import measured_types
 
         trial = stand_in(model, measured_types(model, None))
         file_bytes = file_bytes_for(trial)
@@ -371,7 +371,7 @@ class Conversion:
     def _is_current(self, found: Calibration, text: Corpus, options: CalibrationOptions) -> bool:
         """Whether `found` holds what would be measured now."""
         from mc_gguf.calibrate.attention import attention_types
-        from mc_gguf.calibrate.calibrator import is_calibration_of
+        from mc_gguf.calibrate.options import is_calibration_of
 
         model = self.checkpoint.info
         measured = found.attention_types == attention_types(model)  # files of older versions lack some

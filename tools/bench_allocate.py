@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import click
@@ -65,17 +65,8 @@ def made_up(n_layer: int, n_expert: int, n_embd: int = 7168, n_ff: int = 2048, s
     stacks = [(expert_tensor_name(i, p), shapes[p]) for i in range(n_layer) for p in PROJECTIONS]
     tensors = tuple(TensorSpec(name, stack, "BF16") for name, stack in stacks)
     model = ModelInfo("deepseek2", n_layer, n_expert, 8, n_embd, n_ff, "0" * 64, 1 << 20, 40, tensors)
-    blank = Calibration.blank(model)
-    return Calibration(
-        **{
-            **{name: getattr(blank, name) for name in blank.__dataclass_fields__},
-            "types": types,
-            "frequency": use,
-            "routing_weight": use,
-            "sq_error": error,
-            "output_sq": spread,
-        }
-    )
+    statistics = {"frequency": use, "routing_weight": use, "sq_error": error, "output_sq": spread}
+    return replace(Calibration.blank(model), types=types, statistics=statistics)
 
 
 def measure(name: str, n_layer: int, n_expert: int, bpw: float, as_file: bool = False) -> Result:

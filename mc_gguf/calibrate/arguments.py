@@ -9,7 +9,7 @@ from mc_gguf.common.arguments import Names, Paths, to_paths, to_types
 from mc_gguf.source.text import DEFAULT_CTX, DEFAULT_TOKENS, Corpus, load_corpus
 
 if TYPE_CHECKING:
-    from mc_gguf.calibrate.calibrator import Options
+    from mc_gguf.calibrate.options import CalibrationOptions
     from mc_gguf.source import Checkpoint
 
 DEFAULT_ROWS = 256
@@ -42,8 +42,9 @@ class CalibrationRequest:
         length = checkpoint.hparams.get("context_length")
         return load_corpus(checkpoint, to_paths(self.text), self.tokens, self.ctx, self.seed, length)
 
-    def options(self) -> Options:
-        from mc_gguf.calibrate.calibrator import Options
+    def options(self) -> CalibrationOptions:
+        """The options of the library that these arguments stand for."""
+        from mc_gguf.calibrate.options import CalibrationOptions
 
         types = None if self.types is None else to_types(self.types)
-        return Options(types=types, max_rows=self.rows, seed=self.seed, threads=self.threads or 0)
+        return CalibrationOptions(types=types, max_rows=self.rows, seed=self.seed, threads=self.threads or 0)

@@ -1,10 +1,10 @@
-"""An expert with coarsely rounded weights: a stand-in for a quantized one where only size and direction of
-the error matter, not which type made it.
+"""An expert with coarsely rounded weights: a stand-in for a quantized one where only the size and the
+direction of the error matter, not the type that made it.
 
-Every row is rounded to multiples of STEP times its root mean square, at most LEVELS of them: an error of
-about 10 % of the weights' energy, as the types of 2 bits make (6.5 % IQ2_S, 12 % IQ2_XXS). ggml's quantizers
-take hours for all rows of Mixtral-8x7B; this takes as long as reading the weights. They are rounded in pieces
-of the hidden units, so that no second expert is in memory.
+Every row is rounded to multiples of STEP times its root mean square, at most LEVELS of them. The error is
+about 10 % of the weights' energy, as for the types of 2 bits (IQ2_S 6.5 %, IQ2_XXS 12 %). ggml's quantizers
+take hours for all rows of Mixtral-8x7B; rounding takes as long as reading the weights. Hidden units are
+rounded piece by piece, so that no second expert is in memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def rounded_output(expert: Expert, x: Tensor) -> Tensor:
 
 
 def _step(matrix: Tensor) -> Tensor:
-    """[rows, 1] in which the weights of each row are counted."""
+    """[rows, 1] step whose multiples the weights of each row are rounded to."""
     mean_square = matrix.square().mean(dim=1, keepdim=True)
     return mean_square.sqrt().mul(STEP).clamp(min=1e-30)
 

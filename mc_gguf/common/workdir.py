@@ -65,13 +65,17 @@ class Workdir:
                 path.unlink()
             _claim(self.directory, self._identity, self._resume)
         except BaseException:
-            self._lock.close()
+            self._leave()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        """Let go of the directory, and remove it where there is nothing to continue from."""
         if not self._removed and not _holds_work(self.directory):
             self.remove()
             for folder in self._made_folders:

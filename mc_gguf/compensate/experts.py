@@ -1,13 +1,13 @@
 """Error compensation for a model: the experts' blocks of a plan, put into a Bank, layer by layer.
 
-The token rows that the calibration was made from go through the model once more, in 16 bits. Every expert
-gives the Hessians of its own routed inputs (hessian.py), every matrix is quantized with and without
-compensation, and the one with less squared error on held-out tokens goes into the bank. What
-the bank has already is not made again; the hidden states after each layer are kept in a folder, so that a
-killed run continues where it was.
+The token rows that the calibration was made from go through the model once more, with its 16-bit weights. The
+Hessians of every expert are those of its own routed inputs (hessian.py). Every matrix is quantized with and
+without compensation, and the result with less squared error on held-out tokens goes into the bank. What the
+bank has already is not made again. The hidden states after each layer are kept in a folder, so that a killed
+run continues where it was.
 
-Memory: the hidden states (16 KB a token at n_embd 4096), one expert in float32, and the Hessian of down
-with its factor and copies of both (822 MB each at n_ff 14336: about 4 GB).
+Memory holds the hidden states (16 KB per token at n_embd 4096), one expert in float32, and the Hessian of
+down with its factor and copies of both (822 MB each at n_ff 14336: about 4 GB).
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from mc_gguf.common.files import atomic_write
 from mc_gguf.common.progress import Progress, progress
 from mc_gguf.common.workdir import Workdir, keep_only
 from mc_gguf.compensate.bank import Bank, bank_key
-from mc_gguf.compensate.hessian import Collector, Inputs, Tokens, held_out_tokens, run_expert
-from mc_gguf.compensate.matrix import DEFAULT, Options, quantize_compensated, supports
+from mc_gguf.compensate.hessian import Collector, HessianTokens, Inputs, held_out_tokens, run_expert
+from mc_gguf.compensate.matrix import DEFAULT, CompensationOptions, quantize_compensated, supports
 from mc_gguf.compensate.products import exact_products, fast_products
 from mc_gguf.ggml.quantizers import dequantize_rows, init, quantize_rows
 from mc_gguf.runtime.upstream import patchset_digest
 from mc_gguf.source import Checkpoint
-from mc_gguf.source.decoder import Decoder, Expert, Routing
+from mc_gguf.source.decoder import Decoder, Expert, RouterOutput
 from mc_gguf.source.text import Corpus, load_corpus
 
-_REVISION = 2
+_REVISION = 3  # of what makes the blocks besides the patch set: a bank of another revision is not used
 # In a working directory: the bank, and the hidden states of a pass that fills it.
 BANK, STATES = "bank", "states"
 
@@ -53,15 +53,21 @@ Wanted = Mapping[tuple[int, int], frozenset[tuple[str, str]]]
 
 @dataclass
 class Outcome:
-    """What the pass did: matrices compensated, and those where the plain quantizer was better."""
+    """What the pass did.
+
+    Attributes:
+        compensated: number of matrices that are compensated.
+        plain: number of matrices for which ggml's quantizer was better.
+        ratios: squared error on held-out tokens with compensation, divided by that without, for each matrix.
+    """
 
     compensated: int = 0
     plain: int = 0
     is_complete: bool = True
-    ratios: list[float] = field(default_factory=list)  # held-out squared error, compensated / plain
+    ratios: list[float] = field(default_factory=list)
 
     def text(self) -> str:
-        """One line for the user."""
+        """The outcome in one line for the user."""
         count = self.compensated + self.plain
         return (
             f"error compensation: squared error on held-out tokens {np.median(self.ratios):.2f} of ggml's "
@@ -80,10 +86,9 @@ def wanted_by(plan: Plan) -> Wanted:
     }
 
 
-def open_bank(folder: Path, calibration: Calibration, options: Options = DEFAULT) -> Bank:
+def open_bank(folder: Path, calibration: Calibration, options: CompensationOptions = DEFAULT) -> Bank:
     """The bank of compensated blocks of this calibration, model and set of options, under `folder`."""
     assert calibration.model is not None
-    # The kernel is in the patch set; _REVISION counts changes of what is around it.
     quantizer = f"compensated {__version__} {patchset_digest()} {_REVISION} {options}"
     return Bank(folder, bank_key(calibration.model.fingerprint, calibration.fingerprint, quantizer))
 
@@ -91,10 +96,10 @@ def open_bank(folder: Path, calibration: Calibration, options: Options = DEFAULT
 def calibration_text(
     checkpoint: Checkpoint, calibration: Calibration, files: tuple[Path, ...] = (), option: str = "--text"
 ) -> Corpus:
-    """The token rows that the calibration was made from, of the bundled text or `files` (`option` of the
-    command line).
+    """The token rows that the calibration was made from, out of the bundled text or `files` (which the
+    command line calls `option`).
 
-    Raises ArtifactError when these are not the calibration's.
+    Raises ArtifactError when the calibration was made from another text.
     """
     recorded = calibration.corpus
     corpus = load_corpus(checkpoint, files, recorded["tokens"], recorded["ctx"], recorded["seed"])
@@ -105,7 +110,7 @@ def calibration_text(
             f"give it with {option} FILE, or use --no-compensate"
         )
     if corpus.rows.shape != (recorded["rows"], recorded["ctx"]):
-        raise ArtifactError("the text gives other rows than the calibration had; calibrate again")
+        raise ArtifactError("this text gives other token rows than the calibration has; calibrate again")
     return corpus
 
 
@@ -117,7 +122,7 @@ def compensate(
     bank: Bank,
     threads: int,
     bar: Progress | None = None,
-    options: Options = DEFAULT,
+    options: CompensationOptions = DEFAULT,
     states: Path | None = None,
     keep_going: Callable[[int, int], bool] | None = None,
 ) -> Outcome:
@@ -194,13 +199,13 @@ class _Pass:
     missing: Wanted
     bank: Bank
     threads: int
-    options: Options
+    options: CompensationOptions
     outcome: Outcome
     states: Path | None
     keep_going: Callable[[int, int], bool] | None
 
     def run(self, rows: NDArray[np.int32], bar: Progress | None) -> None:
-        """Layer after layer, as far as something is missing."""
+        """Go through the layers up to the last one with a missing matrix."""
         last = max(layer for layer, _ in self.missing)
         done, hidden = self._resume(min(layer for layer, _ in self.missing), rows)
         total, made = sum(len(kinds) for kinds in self.missing.values()), 0
@@ -233,14 +238,14 @@ class _Pass:
         kinds: frozenset[tuple[str, str]],
         flat: Tensor,
         norm: Tensor,
-        routing: Routing,
+        routing: RouterOutput,
         held_out: Tensor,
         added: Tensor,
     ) -> None:
         expert, collector = self.decoder.expert(layer, number), None
-        tokens = Tokens.of(routing, number, held_out)
+        tokens = HessianTokens.routed(routing, number, held_out)
         if kinds:
-            tokens = tokens.enough(routing, number, max(expert.gate.shape), held_out)
+            tokens = HessianTokens.enough(self.decoder, routing, number, max(expert.gate.shape), held_out)
             projections = {p for p, _ in kinds}
             collector = Collector(expert, bool(projections & {"gate", "up"}), "down" in projections)
         run_expert(self.decoder, expert, flat, norm, tokens, added, collector)
@@ -253,10 +258,9 @@ class _Pass:
     def _matrix(
         self, layer: int, number: int, projection: str, name: str, expert: Expert, inputs: Inputs
     ) -> NDArray[np.uint8]:
-        """The better blocks on held-out inputs; where there are none, the compensated ones."""
+        """The blocks that are better on held-out inputs; if there are none, the compensated blocks."""
         weights: NDArray[np.float32] = getattr(expert, projection).numpy()
-        table = self.calibration.imatrix_mid if projection == "down" else self.calibration.imatrix_in
-        importance = table[self.calibration.layers.index(layer), number]
+        importance = self.calibration.imatrix(layer, projection, number)
         plain = quantize_rows(weights, name, importance, self.threads)
         options = self.options.for_tokens(inputs.n_tokens, weights.shape[1])
         best = quantize_compensated(weights, name, inputs.hessian, importance, options, self.threads, plain)
@@ -270,7 +274,9 @@ class _Pass:
         return best
 
     def _resume(self, first: int, rows: NDArray[np.int32]) -> tuple[int, Tensor]:
-        """(layers done, hidden states after them): the last kept ones that layer `first` can start from."""
+        """(number of layers done, hidden states after them): the last kept states that layer `first` can
+        start from.
+        """
         if self.states is not None:
             for layer in range(first, 0, -1):
                 with suppress(OSError, ValueError):
@@ -279,7 +285,7 @@ class _Pass:
         return 0, self.decoder.embed(rows)
 
     def _save(self, layer: int, hidden: Tensor) -> None:
-        """Keep the states before `layer`, and none of others."""
+        """Keep the states before `layer` and delete all others."""
         if self.states is None:
             return
         with atomic_write(self._path(layer)) as file:
@@ -294,7 +300,7 @@ class _Pass:
 def output_error(
     weights: NDArray[np.float32], blocks: NDArray[np.uint8], type_name: str, inputs: Tensor
 ) -> float:
-    """|(W - Q) x|^2 summed over inputs x [tokens, n]."""
+    """|(W - Q) x|^2, summed over the inputs x [tokens, n]."""
     rows, cols = weights.shape
     error = torch.from_numpy(dequantize_rows(blocks, type_name, cols, rows)).sub_(torch.from_numpy(weights))
     return float((inputs @ error.T).square().sum(dtype=torch.float64))

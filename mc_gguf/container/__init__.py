@@ -1,4 +1,4 @@
-"""The mixed-expert GGUF, as docs/format.md specifies it.
+"""The mixed-expert GGUF, as docs/reference/format.md specifies it.
 
     keys.py      metadata keys, tensor names
     layout.py    which tensors a file has, where, and the bytes of its header

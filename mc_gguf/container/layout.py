@@ -25,9 +25,9 @@ from mc_gguf.container.keys import (
     KEY_VERSION,
 )
 from mc_gguf.container.routing import routing_bytes, routing_kv
-from mc_gguf.ggml.gguf_file import BY_ID, DEFAULT_ALIGNMENT, pad
+from mc_gguf.ggml.gguf_file import DEFAULT_ALIGNMENT, pad
 from mc_gguf.ggml.gguf_writer import add_values
-from mc_gguf.ggml.types import MAX_GROUPS, SIXTEEN_BIT, TYPES, GgmlType, ggml_type
+from mc_gguf.ggml.types import MAP_TYPE, MAX_GROUPS, SIXTEEN_BIT, TYPES, GgmlType, ggml_type
 from mc_gguf.routing.metadata import RoutingMetadata
 
 _FINGERPRINT_BYTES = 64
@@ -41,30 +41,6 @@ _OWN_KEYS = {
     KEY_CALIBRATION: 8 + _FINGERPRINT_BYTES,
 }
 _QUANTIZATION_VERSION = 2
-# llama_ftype of a file that is mostly of one type; 1024 is LLAMA_FTYPE_GUESSED.
-_FILE_TYPES = {
-    "F32": 0,
-    "F16": 1,
-    "Q4_0": 2,
-    "Q8_0": 7,
-    "Q5_0": 8,
-    "Q2_K": 10,
-    "Q3_K": 12,
-    "Q4_K": 15,
-    "Q5_K": 17,
-    "Q6_K": 18,
-    "IQ2_XXS": 19,
-    "IQ2_XS": 20,
-    "IQ3_XXS": 23,
-    "IQ1_S": 24,
-    "IQ4_NL": 25,
-    "IQ3_S": 26,
-    "IQ2_S": 28,
-    "IQ4_XS": 30,
-    "IQ1_M": 31,
-    "BF16": 32,
-}
-_GUESSED = 1024
 
 _ATTENTION = re.compile(rf"blk\.(\d+)\.attn_({'|'.join(ATTENTION)})\.weight")
 
@@ -155,7 +131,7 @@ def _expert_tensors(spec: TensorSpec, row: Sequence[GgmlType]) -> list[OutputTen
         OutputTensor(f"{spec.name}.{g}", (cols, rows, len(group)), kinds[g], 0, spec, group)
         for g, group in enumerate(members)
     ]
-    return [OutputTensor(f"{spec.name}.map", (2, n_expert), BY_ID[26], 0, spec, None, table), *groups]
+    return [OutputTensor(f"{spec.name}.map", (2, n_expert), MAP_TYPE, 0, spec, None, table), *groups]
 
 
 def attention_place(name: str) -> tuple[int, str] | None:
@@ -185,7 +161,7 @@ def fixed_type(spec: TensorSpec, fixed: FixedTypes, keep_f32: bool = True) -> Gg
     else:
         wanted = fixed.attn_kv if spec.name.endswith(("attn_k.weight", "attn_v.weight")) else fixed.attn
     for name in (wanted, "Q8_0"):
-        if spec.shape[0] % ggml_type(name).block_size == 0:
+        if ggml_type(name).fits(spec.shape[0]):
             return ggml_type(name)
     return TYPES["F16"]
 
@@ -270,4 +246,4 @@ def _file_type(tensors: Sequence[OutputTensor]) -> int:
         if t.experts is not None:
             weights[t.type.name] = weights.get(t.type.name, 0) + math.prod(t.shape)
     major = max(sorted(weights), key=lambda name: weights[name])
-    return _FILE_TYPES.get(major, _GUESSED)
+    return TYPES[major].file_type

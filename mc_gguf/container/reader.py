@@ -96,8 +96,8 @@ class MixedGguf:
 
 
 def validate(path: Path) -> MixedGguf:
-    """Check a file of ours against docs/format.md and return it, opened. Raises FormatError, for a plain GGUF
-    too.
+    """Check a file of ours against docs/reference/format.md and return it, opened. Raises FormatError, for a
+    plain GGUF too.
     """
     model = MixedGguf.open(path)
     if not model.is_ours:

@@ -1,4 +1,4 @@
-"""The routing keys of a GGUF (docs/format.md, "Routing"): read, validated and encoded.
+"""The routing keys of a GGUF (docs/reference/format.md, "Routing"): read, validated and encoded.
 
 Any GGUF of a model with experts may carry them, ours or plain. Nothing here looks at a tensor.
 """
@@ -65,7 +65,7 @@ class ModelShape:
 def read_routing(path: Path) -> RoutingMetadata | None:
     """The routing metadata of a GGUF, ours or plain; None when it carries none.
 
-    Only the header is read. Raises FormatError that names the key when it violates docs/format.md.
+    Only the header is read. Raises FormatError that names the key when it violates docs/reference/format.md.
     """
     return parse_routing(read_header(path))
 
@@ -137,7 +137,7 @@ def encode_metadata(kv: Mapping[str, Value]) -> bytes:
 
 
 class _Reader:
-    """Applies the rules of docs/format.md to one header, in their order; `fail` names file and key."""
+    """Applies the rules of the specification to one header, in their order; `fail` names file and key."""
 
     def __init__(self, header: GgufHeader) -> None:
         self.header = header

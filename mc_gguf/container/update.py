@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mc_gguf.artifacts import Calibration
-from mc_gguf.common.arguments import PathLike, to_path
+from mc_gguf.common.arguments import PathLike, to_path, to_paths
 from mc_gguf.common.errors import ArtifactError, McError, about
+from mc_gguf.common.files import check_output
 from mc_gguf.common.progress import progress
 from mc_gguf.common.units import parse_layers, parse_share
 from mc_gguf.container.reader import MixedGguf
@@ -61,7 +62,8 @@ def update_routing(
     Raises:
         FormatError: the file is no valid GGUF, or its model has no experts.
         ArtifactError: the calibration is of another model, or there is nothing to compute thresholds from.
-        McError: a share or a layer is out of range, or both shares are given.
+        McError: a share or a layer is out of range, both shares are given, or the file to write is the
+            calibration.
 
     Example:
         >>> from mc_gguf.container import update_routing
@@ -71,6 +73,8 @@ def update_routing(
     if quantile is not None and target_drop is not None:
         both = ("quantile", "target_drop")
         raise McError("these exclude each other; give one of them", parameter=both)
+    with about("output"):
+        check_output(to_path(output) or Path(model), to_paths(calibration))
     header = MixedGguf.open(Path(model)).header
     with about("calibration"):
         known = Calibration.load(Path(calibration)) if calibration is not None else None

@@ -1,4 +1,6 @@
-"""The rules of docs/format.md beyond GGUF's own. A violation is a FormatError that names tensor or key."""
+"""The rules of docs/reference/format.md beyond GGUF's own. A violation is a FormatError that names the tensor
+or the key.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def average_bits(slices: Slices) -> float | None:
 
 
 class Validator:
-    """Applies the rules to one header, in the order of docs/format.md.
+    """Applies the rules to one header, in the order of docs/reference/format.md.
 
     `parts[stack][suffix]` is the full name of a part: a stack's map (suffix "map") or group ("0", "1", ...).
     """

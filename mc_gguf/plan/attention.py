@@ -62,7 +62,7 @@ def build_attention(calibration: Calibration, types: Sequence[str]) -> Attention
     measured or that no row fits.
     """
     model = calibration.model
-    if model is None or not calibration.attention_error.size:
+    if model is None or not calibration.has("attention_error"):
         raise ArtifactError(
             "this calibration has no errors of attention matrices; calibrate again, or leave attention fixed",
             parameter="attention",
@@ -88,19 +88,22 @@ def build_attention(calibration: Calibration, types: Sequence[str]) -> Attention
     return Attention(names, np.where(size > 0, kld, np.inf), size.astype(np.int64))
 
 
-def make_up_errors(model: ModelInfo, types: Sequence[str]) -> tuple[tuple[str, ...], Floats]:
-    """attention_types and attention_error for plan.stand_in: the same error everywhere."""
+def make_up_errors(model: ModelInfo, types: Sequence[str]) -> tuple[tuple[str, ...], Floats | None]:
+    """attention_types and attention_error for plan.stand_in: the same error everywhere.
+
+    The error is None for a model of which a calibration would measure none.
+    """
     shapes = [t.shape for t in model.tensors if t.name in {f"blk.0.attn_{part}.weight" for part in ATTENTION}]
-    names = tuple(n for n in types if any(shape[0] % ggml_type(n).block_size == 0 for shape in shapes))
+    names = tuple(n for n in types if any(ggml_type(n).fits(shape[0]) for shape in shapes))
     if len(shapes) < len(ATTENTION) or model.expert_layers != tuple(range(model.n_layer)):
-        return names, np.zeros(0)
+        return names, None
     return names, np.ones((len(model.expert_layers), len(ATTENTION), len(names)))
 
 
 def _file_size(spec: TensorSpec, name: str) -> int:
     """Bytes of the tensor in this type with its padding; 0 where it cannot have the type."""
     cols, rows = spec.shape
-    if cols % ggml_type(name).block_size:
+    if not ggml_type(name).fits(cols):
         return 0
     n_byte: int = rows * ggml_type(name).row_bytes(cols)
     return -(-n_byte // _ALIGNMENT) * _ALIGNMENT

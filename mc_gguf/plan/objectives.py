@@ -47,7 +47,7 @@ def kld(calibration: Calibration, types: Sequence[str]) -> Floats:
     It is the relative error times its price: the divergence at the model's output that one unit of relative
     error in this layer was measured to cause (calibrate/sensitivity.py).
     """
-    price = _required(calibration, "kld_per_error")
+    price = calibration.kld_per_error
     return np.asarray(relative(calibration, types) * price[:, None, None, None])
 
 
@@ -58,8 +58,8 @@ def hessian(calibration: Calibration, types: Sequence[str]) -> Floats:
     backward pass nor a Hutchinson estimate is needed.
     """
     tokens = calibration.frequency.sum(axis=1) / _n_used(calibration)
-    price = _required(calibration, "kld_per_error") / np.maximum(tokens, 1.0)
-    trace = _required(calibration, "hessian_trace") * price[:, None, None]
+    price = calibration.kld_per_error / np.maximum(tokens, 1.0)
+    trace = calibration.hessian_trace * price[:, None, None]
     return np.asarray(measured(calibration, types, "weight_error") * trace[..., None])
 
 
@@ -99,7 +99,7 @@ def bsp(calibration: Calibration, types: Sequence[str]) -> Floats:
     The score is 1 minus the mean cosine between the hidden states before and after the feed-forward block,
     the same for all experts of a layer. The paper trains a predictor of that cosine; here it is measured.
     """
-    score = _required(calibration, "block_score")
+    score = calibration.block_score
     return _rated(calibration, types, np.broadcast_to(score[:, None], calibration.frequency.shape))
 
 
@@ -120,19 +120,15 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def measured(calibration: Calibration, types: Sequence[str], name: str) -> Floats:
-    """The calibration's array [L, E, 3, T] for `types`, with nan for types that it did not measure."""
-    values = _required(calibration, name)
+    """The calibration's array [L, E, 3, T] for `types`, with nan for types that it did not measure.
+
+    Raises ArtifactError when it did not measure the array at all.
+    """
+    values: Floats = getattr(calibration, name)
     known = {kind: i for i, kind in enumerate(calibration.types)}
     missing = np.full((*values.shape[:3], 1), np.nan)
     parts = [values[..., [known[kind]]] if kind in known else missing for kind in types]
     return np.concatenate(parts, axis=-1)
-
-
-def _required(calibration: Calibration, name: str) -> Floats:
-    values: Floats = getattr(calibration, name)
-    if not values.size:
-        raise ArtifactError(f"this objective needs {name}, which this calibration lacks; calibrate again")
-    return values
 
 
 def _n_used(calibration: Calibration) -> int:

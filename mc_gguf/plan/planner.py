@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan
+from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan
 from mc_gguf.common.errors import BudgetError, McError
 from mc_gguf.ggml.types import ATTENTION_CANDIDATES, CANDIDATES, ggml_type
 from mc_gguf.plan import published
@@ -157,7 +157,7 @@ def decides_attention(calibration: Calibration, budget: Budget, strategy: str, o
         and chosen is not None
         and chosen.takes_attention
         and _objective_of(chosen, objective, calibration) == "kld"
-        and calibration.attention_error.size > 0
+        and calibration.has("attention_error")
     )
 
 
@@ -168,25 +168,26 @@ def stand_in(model: ModelInfo, types: Sequence[str] | None) -> Calibration:
     before the model is calibrated.
     """
     wanted = [ggml_type(name).name for name in types or CANDIDATES]
-    names = tuple(dict.fromkeys((*wanted, *published.NOMINAL_TYPES)))
+    names = tuple(dict.fromkeys((*wanted, *NOMINAL_TYPES)))
     each = np.ones((len(model.expert_layers), model.n_expert))
     by_type = np.ones((*each.shape, len(PROJECTIONS), len(names)))
     attention_types, attention_error = make_up_errors(model, ATTENTION_CANDIDATES)
+    statistics = {
+        "frequency": each,
+        "routing_weight": each,
+        "output_sq": each,
+        "nominal_error": np.ones((*each.shape, 3)),
+        "kld_per_error": np.ones(len(each)),
+        "block_score": np.ones(len(each)),
+        "hessian_trace": np.ones((*each.shape, len(PROJECTIONS))),
+        "sq_error": by_type,
+        "relative_error": by_type,
+        "weight_error": by_type,
+    }
+    if attention_error is not None:
+        statistics["attention_error"] = attention_error
     return replace(
-        Calibration.blank(model),
-        types=names,
-        frequency=each,
-        routing_weight=each,
-        output_sq=each,
-        nominal_error=np.ones((*each.shape, 3)),
-        kld_per_error=np.ones(len(each)),
-        block_score=np.ones(len(each)),
-        hessian_trace=np.ones((*each.shape, len(PROJECTIONS))),
-        sq_error=by_type,
-        relative_error=by_type,
-        weight_error=by_type,
-        attention_types=attention_types,
-        attention_error=attention_error,
+        Calibration.blank(model), types=names, statistics=statistics, attention_types=attention_types
     )
 
 
@@ -242,7 +243,7 @@ def _names(is_meant: Callable[[Strategy], bool]) -> str:
 def _objective_of(strategy: Strategy, wanted: str | None, calibration: Calibration) -> str:
     if strategy.objective is not None:
         return strategy.objective
-    return wanted or next((o for o, array in DEFAULT_OBJECTIVES if getattr(calibration, array).size), "block")
+    return wanted or next((o for o, array in DEFAULT_OBJECTIVES if calibration.has(array)), "block")
 
 
 def _decision(task: Task, choice: Choice) -> _Decision:
@@ -274,12 +275,12 @@ def _rows(bits: Ints) -> tuple[tuple[int, ...], ...]:
 def _from_published_statistics(calibration: Calibration, bits_per_layer: int) -> _Decision:
     """Strategy mc without a model: types and rates by name only, no sizes."""
     bits = published.solve_layers(published.published_cost(calibration), bits_per_layer)
-    names = np.array(published.NOMINAL_TYPES, dtype=object)[bits - 1].tolist()
+    names = np.array(NOMINAL_TYPES, dtype=object)[bits - 1].tolist()
     rows = tuple(tuple(row) for row in names)
-    rates = np.array([ggml_type(name).bpw for name in published.NOMINAL_TYPES])
+    rates = np.array([ggml_type(name).bpw for name in NOMINAL_TYPES])
     bpw = float(rates[bits - 1].mean())
     experts = dict.fromkeys(PROJECTIONS, rows)
-    return _Decision(published.NOMINAL_TYPES, experts, bpw, None, None, 0.0, _rows(bits))
+    return _Decision(NOMINAL_TYPES, experts, bpw, None, None, 0.0, _rows(bits))
 
 
 def _sixteen_bit(calibration: Calibration) -> _Decision:

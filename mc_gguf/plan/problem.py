@@ -161,7 +161,7 @@ def build_problem(calibration: Calibration, types: Sequence[str], objective: Obj
     for i, t in zip(*np.nonzero(usable), strict=True):
         size[i, t] = _matrix_bytes(model, PROJECTIONS[i], columns[t])
     error, block_error = (_usable_errors(of(calibration, types), usable) for of in (objective, block))
-    divergence = _usable_errors(kld(calibration, types), usable) if calibration.kld_per_error.size else None
+    divergence = _usable_errors(kld(calibration, types), usable) if calibration.has("kld_per_error") else None
     return Problem(
         model,
         calibration.layers,
@@ -200,17 +200,15 @@ def check_has_model(calibration: Calibration) -> ModelInfo:
 
 def _checked_model(calibration: Calibration) -> ModelInfo:
     model = check_has_model(calibration)
-    expected = (len(calibration.layers), calibration.n_expert, len(PROJECTIONS), len(calibration.types))
-    if calibration.sq_error.shape != expected or not expected[0]:
-        found = calibration.sq_error.shape
-        raise ArtifactError(f"the calibration's errors have shape {found}, not {expected}")
+    if not calibration.layers:
+        raise ArtifactError("the calibration covers no layer; calibrate a Mixture-of-Experts model")
     if np.isnan(calibration.sq_error).any():
         raise ArtifactError("the calibration has errors that are not numbers; calibrate again")
     return model
 
 
 def _fits(model: ModelInfo, projection: str, name: str) -> bool:
-    return model.expert_shape(projection)[1] % ggml_type(name).block_size == 0
+    return ggml_type(name).fits(model.expert_shape(projection)[1])
 
 
 def _matrix_bytes(model: ModelInfo, projection: str, name: str) -> int:

@@ -15,12 +15,10 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import Calibration
+from mc_gguf.artifacts import NOMINAL_BITS, NOMINAL_TYPES, Calibration
 from mc_gguf.common.errors import ArtifactError, BudgetError
 from mc_gguf.plan.solver import Floats, Ints
 
-NOMINAL_BITS = (1, 2, 3)
-NOMINAL_TYPES = ("IQ1_S", "IQ2_XXS", "IQ3_XXS")
 EXPONENTS = (1.0, 1.5, 1.0)  # of phi, w and eps
 # The bit of the state that an expert of 1, 2 or 3 bits sets.
 _FLAGS = (0, 1, 2)
@@ -33,9 +31,7 @@ def bits_range(n_expert: int) -> tuple[int, int]:
 
 def published_cost(calibration: Calibration) -> Floats:
     """Cost [L, E, 3] of giving an expert 1, 2 or 3 bits. Raises ArtifactError when it was not measured."""
-    shape = (*calibration.frequency.shape, len(NOMINAL_BITS))
-    error = calibration.nominal_error
-    if error.shape != shape or not np.isfinite(error).all():
+    if not calibration.has("nominal_error") or not np.isfinite(calibration.nominal_error).all():
         raise ArtifactError(
             "this calibration has no errors for nominal 1, 2 and 3 bits, which strategy mc needs: "
             f"calibrate again with {', '.join(NOMINAL_TYPES)} among the types"
@@ -43,7 +39,7 @@ def published_cost(calibration: Calibration) -> Floats:
     token_share = share(calibration.frequency)
     weight_share = share(calibration.routing_weight)
     a, b, g = EXPONENTS
-    return np.asarray((token_share**a * weight_share**b)[..., None] * error**g)
+    return np.asarray((token_share**a * weight_share**b)[..., None] * calibration.nominal_error**g)
 
 
 def share(values: Floats) -> Floats:

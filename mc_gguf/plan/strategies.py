@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes
+from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Calibration, FixedTypes
 from mc_gguf.common.errors import BudgetError
 from mc_gguf.common.units import format_size
 from mc_gguf.plan import published
@@ -250,7 +250,7 @@ _ALL = (
         mc,
         "as published (Mixture Compressor), layer by layer",
         objective="published",
-        types=published.NOMINAL_TYPES,
+        types=NOMINAL_TYPES,
         takes_nominal_bits=True,
     ),
     Strategy("uniform", uniform, "one type for all experts"),

@@ -31,10 +31,9 @@ class GgmlQuantizer:
         self.checkpoint, self.calibration, self.threads = checkpoint, calibration, threads
 
     def __call__(self, layer: int, projection: str, expert: int, type_name: str) -> NDArray[np.uint8]:
-        table = self.calibration.imatrix_mid if projection == "down" else self.calibration.imatrix_in
-        row: NDArray[np.float32] = table[self.calibration.layers.index(layer), expert]
         weights = self.checkpoint.expert(layer, projection, expert)
-        return quantize_rows(weights, type_name, row if row.any() else np.ones_like(row), self.threads)
+        imatrix = self.calibration.imatrix(layer, projection, expert)
+        return quantize_rows(weights, type_name, imatrix, self.threads)
 
 
 class Matrices:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mc_gguf.artifacts import PROJECTIONS, Floats
 from mc_gguf.refine.matrices import Matrices
-from mc_gguf.source.decoder import CHUNK, Decoder, Expert, Routing
+from mc_gguf.source.decoder import CHUNK, Decoder, Expert, RouterOutput
 
 Ints = NDArray[np.int64]
 # So many tokens at once have their log-probabilities (n_vocab floats each) in memory.
@@ -84,7 +84,7 @@ class Layers:
                     parts.append(made[key])
                 self._push(Expert(*parts), number, x, routing, states)
 
-    def _push(self, expert: Expert, number: int, x: Tensor, routing: Routing, states: Tensor) -> None:
+    def _push(self, expert: Expert, number: int, x: Tensor, routing: RouterOutput, states: Tensor) -> None:
         index, slots = torch.nonzero(routing.experts == number, as_tuple=True)
         for part, rank in zip(torch.split(index, CHUNK), torch.split(slots, CHUNK), strict=True):
             y = expert.hidden(x[part]) @ expert.down.T

@@ -59,7 +59,7 @@ def routing_metadata_from(calibration: Calibration) -> RoutingMetadata | None:
     every token uses only one expert.
     """
     model = calibration.model
-    if model is None or model.n_expert_used < 2 or not calibration.routing_curve.size:
+    if model is None or model.n_expert_used < 2 or not calibration.has("routing_curve"):
         return None
     return default_metadata(RoutingProfile.of(calibration), calibration.fingerprint, model.fingerprint)
 

@@ -68,7 +68,7 @@ class RoutingProfile:
     @classmethod
     def of(cls, calibration: Calibration) -> RoutingProfile:
         """The profile that `calibration` measured. Raises ArtifactError when there is none."""
-        if calibration.model is None or not calibration.routing_curve.size:
+        if calibration.model is None or not calibration.has("routing_curve"):
             raise ArtifactError(
                 "this calibration has no routing statistics; make one with: mc-gguf calibrate SOURCE -o FILE"
             )

@@ -82,13 +82,12 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
     saved = before.save(tmp_path / "c")
     after = Calibration.load(tmp_path / "c")
     assert saved.fingerprint == after.fingerprint == sha256_of(tmp_path / "c")
-    for name in (f.name for f in fields(Calibration) if f.name != "fingerprint"):
-        one, two = getattr(before, name), getattr(after, name)
-        if isinstance(one, np.ndarray):
-            assert one.dtype == two.dtype
-            assert np.array_equal(one, two)
-        else:
-            assert one == two
+    for name in (f.name for f in fields(Calibration) if f.name not in ("fingerprint", "statistics")):
+        assert getattr(before, name) == getattr(after, name)
+    assert set(before.statistics) == set(after.statistics)
+    for name, array in before.statistics.items():
+        assert array.dtype == after.statistics[name].dtype
+        assert np.array_equal(array, after.statistics[name])
 
 
 def test_the_same_calibration_is_the_same_file(tmp_path: Path) -> None:
@@ -154,11 +153,11 @@ def test_what_is_no_calibration_is_refused(tmp_path: Path, content: bytes) -> No
         (None, "format field is None"),
         ("[]", "holds no JSON object"),
         ("{", "not a calibration file"),
-        ('{"format": "mc_gguf.calibration", "version": 1}', "reads version 3; make it again"),
+        ('{"format": "mc_gguf.calibration", "version": 1}', "reads version 3: make the file again"),
         ('{"format": "other", "version": 1}', "format field is 'other'"),
         (
             '{"format": "mc_gguf.calibration", "version": 99}',
-            "format version 99, this mc_gguf reads version 3",
+            "format version 99; this mc_gguf reads version 3",
         ),
     ],
 )
@@ -262,14 +261,14 @@ def _damage(text: str, kind: str) -> str:
     [
         ("truncated", "not a valid plan"),
         ("list", "holds no JSON object"),
-        ("version", "format version 2, this mc_gguf reads version 1"),
+        ("version", "format version 2; this mc_gguf reads version 1"),
         ("format", "format field is 'other'"),
         ("missing", "experts_up"),
         ("unknown", "extra"),
         ("fixed", "extra"),
-        ("short row", "needs 2 names of types"),
-        ("number", "needs 2 names of types"),
-        ("rows", "one row of experts for each of 2 layers"),
+        ("short row", "needs 2 type names"),
+        ("number", "needs 2 type names"),
+        ("rows", "one row of experts for each of its 2 layers"),
     ],
 )
 def test_a_damaged_plan_is_refused(tmp_path: Path, kind: str, message: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from mc_gguf.calibrate import calibrate
 from mc_gguf.calibrate.arguments import CalibrationRequest
-from mc_gguf.calibrate.losses import MAX_ROWS
+from mc_gguf.calibrate.expert_errors import MAX_ROWS
 from mc_gguf.cli import COMMANDS, main
 from mc_gguf.container import update_routing
 from mc_gguf.evaluate import evaluate

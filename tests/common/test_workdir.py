@@ -82,6 +82,16 @@ def test_a_failed_start_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
+def test_a_start_that_cannot_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"), Workdir(tmp_path / "new" / "out", MINE):
+        pass
+    assert names(tmp_path) == set()
+
+
 def test_folders_of_others_stay(tmp_path: Path) -> None:
     fail_after(tmp_path / "new" / "out", lambda work: (tmp_path / "new" / "other").touch())
     assert names(tmp_path / "new") == {"other"}

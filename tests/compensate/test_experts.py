@@ -17,7 +17,7 @@ from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.progress import Progress
 from mc_gguf.compensate.bank import Bank
 from mc_gguf.compensate.experts import Wanted, calibration_text, compensate, open_bank
-from mc_gguf.compensate.hessian import Collector, Tokens, held_out_tokens, run_expert
+from mc_gguf.compensate.hessian import Collector, HessianTokens, held_out_tokens, run_expert
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.source import Checkpoint, open_checkpoint
 from mc_gguf.source.decoder import Decoder
@@ -46,7 +46,10 @@ def calibration(source: Checkpoint, corpus: Corpus) -> Calibration:
     ones = [np.ones((*shape, n), dtype=np.float32) for n in (info.n_embd, info.n_ff)]
     blank = Calibration.blank(info)
     return replace(
-        blank, imatrix_in=ones[0], imatrix_mid=ones[1], fingerprint="1" * 64, corpus=corpus.to_json()
+        blank,
+        statistics={"imatrix_in": ones[0], "imatrix_mid": ones[1]},
+        fingerprint="1" * 64,
+        corpus=corpus.to_json(),
     )
 
 
@@ -110,7 +113,8 @@ def test_the_pass_is_the_decoders_forward(tmp_path: Path) -> None:
     source = open_checkpoint(save_moe(random_moe("Qwen2Moe", num_experts_per_tok=1), tmp_path / "hf"))
     corpus, info, decoder = load_corpus(source, tokens=64, ctx=32), source.info, Decoder(source)
     ones = [np.ones((2, info.n_expert, n), dtype=np.float32) for n in (info.n_embd, info.n_ff)]
-    flat = replace(Calibration.blank(info), imatrix_in=ones[0], imatrix_mid=ones[1], corpus=corpus.to_json())
+    statistics = {"imatrix_in": ones[0], "imatrix_mid": ones[1]}
+    flat = replace(Calibration.blank(info), statistics=statistics, corpus=corpus.to_json())
     bank, states = open_bank(tmp_path / "bank", flat), tmp_path / "states"
     with pytest.raises(Killed):
         compensate(source, flat, want("Q4_0", (1,), (0,)), corpus, bank, 1, Bomb(3), states=states)
@@ -176,15 +180,15 @@ def test_forward_is_the_decoders_and_hessians_add_up(source: Checkpoint, corpus:
         assert int(held_out.sum()) == len(flat) // 8
         used = torch.nonzero(~held_out)[:, 0]
         for number in range(source.info.n_expert):
-            expert, tokens = decoder.expert(0, number), Tokens.of(routing, number, held_out)
-            more = tokens.enough(routing, number, 100_000, held_out)  # more than there are
+            expert, tokens = decoder.expert(0, number), HessianTokens.routed(routing, number, held_out)
+            more = HessianTokens.enough(decoder, routing, number, 100_000, held_out)  # more than there are
             assert len(set(more.index.tolist())) == len(more.index)
             assert set(more.index.tolist()) == set(tokens.index.tolist()) | set(used.tolist())
-            assert float(more.weight[more.n_routed :].max()) < 0.2
+            assert float(more.weights[more.n_routed :].max()) < 0.2
             collector = Collector(expert, True, True)
             run_expert(decoder, expert, flat, norm, more, added, collector)
             x = decoder.norm(flat[more.index], norm)
-            weighted = (expert.hidden(x) * more.weight[:, None]).double()
+            weighted = (expert.hidden(x) * more.weights[:, None]).double()
             inputs = collector.inputs(True)
             assert len(inputs.held_out) == min(int(tokens.held_out.sum()), 512) > 0
             assert inputs.n_tokens == len(used)

@@ -415,8 +415,13 @@ def test_a_plain_file_opens_but_is_not_ours(good: Path, tmp_path: Path) -> None:
         container.validate(tmp_path / "plain.gguf")
 
 
+def test_whose_keys_they_are() -> None:
+    assert container.has_own_keys(["general.name", "mc_gguf.routing.version"])
+    assert not container.has_own_keys(["general.name", "mc_gguf", "llama.mc_gguf.version"])
+
+
 def test_golden_bytes(tmp_path: Path) -> None:
-    """The example of docs/format.md, to the byte: a change here is a change of the format."""
+    """The example of docs/reference/format.md, to the byte: a change here is a change of the format."""
     checkpoint = RandomCheckpoint(1, 2, n_embd=32, n_ff=32)
     experts = {p: [["Q8_0", "Q4_0"]] for p in PROJECTIONS}
     tensors = container.layout(checkpoint.info, experts, FixedTypes())

@@ -213,7 +213,8 @@ def test_a_calibration_made_before_attention_was_measured_is_read(tmp_path: Path
     save_file(arrays, tmp_path / "old", metadata=header)
     old = Calibration.load(tmp_path / "old")
     assert old.attention_types == ()
-    assert old.attention_error.size == old.attention_in.size == old.attention_mid.size == 0
+    assert old.attention_imatrix(0, "q") is None
+    assert not any(old.has(name) for name in ("attention_error", "attention_in", "attention_mid"))
 
 
 def test_the_summary_counts_layers() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -139,10 +138,10 @@ def test_infeasible_real_budgets_say_the_range() -> None:
         make_plan(calibration(), Budget(bpw=1.6), "mc")
 
 
-@pytest.mark.parametrize("errors", [np.zeros(0), np.full((6, 8, 3), np.nan)])
-def test_missing_nominal_errors_say_how_to_get_them(errors: np.ndarray) -> None:
+@pytest.mark.parametrize("errors", [None, np.full((6, 8, 3), np.nan)])
+def test_missing_nominal_errors_say_how_to_get_them(errors: np.ndarray | None) -> None:
     with pytest.raises(ArtifactError, match="calibrate again with IQ1_S, IQ2_XXS, IQ3_XXS"):
-        make_plan(replace(calibration(), nominal_error=errors), Budget(bits_per_layer=16), "mc")
+        make_plan(calibration().with_statistics(nominal_error=errors), Budget(bits_per_layer=16), "mc")
 
 
 def test_rows_that_fit_no_nominal_type_get_a_fallback() -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
-from mc_gguf.calibrate.calibrator import Options as CalibrateOptions
 from mc_gguf.calibrate.calibrator import calibrate
+from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.workdir import workdir_path
 from mc_gguf.compensate.experts import calibration_text, compensate, open_bank, wanted_by
@@ -54,7 +54,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibration(text: Path) -> Calibration:
     checkpoint = small()[1]
     corpus = load_corpus(checkpoint, (text,), 1536, 32)
-    found = calibrate(checkpoint, corpus, CalibrateOptions(types=TYPES, threads=1), quiet=True)
+    found = calibrate(checkpoint, corpus, CalibrationOptions(types=TYPES, threads=1), quiet=True)
     return replace(found, fingerprint="d" * 64)
 
 

@@ -160,7 +160,7 @@ def test_sizes_are_exact(checkpoint: RandomCheckpoint, tmp_path: Path) -> None:
 
 
 def test_golden_bytes() -> None:
-    """The example of docs/format.md, to the byte: a change here is a change of the format."""
+    """The example of docs/reference/format.md, to the byte: a change here is a change of the format."""
     layers = np.array([[[0, 0.25, 1]]])
     small = RoutingProfile((0,), 1, layers, np.array([0.5]), np.array([[0, 1.0, 4]]))
     kv = routing_kv(choose_thresholds(default_metadata(small), quantile=0.5, protect=0.5))
@@ -437,7 +437,7 @@ def calibrations(checkpoint: RandomCheckpoint, folder: Path) -> dict[str, Calibr
         "wider": make_calibration(RandomCheckpoint(N_LAYER, 3, n_embd=64).info, folder / "w.safetensors"),
         "deeper": make_calibration(RandomCheckpoint(N_LAYER + 1, 3).info, folder / "d.safetensors"),
         "more experts": make_calibration(RandomCheckpoint(N_LAYER, 4).info, folder / "e.safetensors"),
-        "without routing": replace(mine, routing_curve=np.zeros(0)),
+        "without routing": mine.with_statistics(routing_curve=None),
     }
 
 
@@ -474,9 +474,8 @@ def test_no_routing_where_none_was_measured_or_none_is_possible(
     assert routing_metadata_from(replace(mine, model=None)) is None
     assert routing_metadata_from(Calibration.blank(checkpoint.info)) is None
     single = replace(checkpoint.info, n_expert_used=1)
-    assert (
-        routing_metadata_from(replace(mine, model=single, ratio_quantiles=np.zeros((N_LAYER, 0, 11)))) is None
-    )
+    without_ranks = {**mine.statistics, "ratio_quantiles": np.zeros((N_LAYER, 0, 101))}
+    assert routing_metadata_from(replace(mine, model=single, statistics=without_ranks)) is None
 
 
 def test_choose_thresholds(tmp_path: Path) -> None:

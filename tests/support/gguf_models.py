@@ -177,22 +177,17 @@ def make_calibration(info: ModelInfo, path: Path, unused: Sequence[tuple[int, in
     )
     for place in unused:
         wide[place] = mid[place] = 0
-    flat, none = np.ones((n_layer, n_expert)), np.zeros(0)
-    calibration = Calibration(
-        model=info,
-        layers=info.expert_layers,
-        types=("Q2_K",),
-        corpus={},
-        frequency=flat,
-        routing_weight=flat,
-        sq_error=np.ones((n_layer, n_expert, 3, 1)),
-        output_sq=flat,
-        imatrix_in=wide,
-        imatrix_mid=mid,
+    flat = np.ones((n_layer, n_expert))
+    statistics = {
+        "frequency": flat,
+        "routing_weight": flat,
+        "sq_error": np.ones((n_layer, n_expert, 3, 1)),
+        "output_sq": flat,
+        "imatrix_in": wide,
+        "imatrix_mid": mid,
         **synthetic_routing(n_layer),
-        nominal_error=none,
-    )
-    return calibration.save(path)
+    }
+    return Calibration(info, info.expert_layers, ("Q2_K",), {}, statistics).save(path)
 
 
 @dataclass(frozen=True)

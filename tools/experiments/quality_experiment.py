@@ -107,14 +107,17 @@ class Workshop:
 
     def calibration(self, seed: int) -> Any:
         from mc_gguf.artifacts import Calibration
-        from mc_gguf.calibrate.calibrator import Options, calibrate_to_file
+        from mc_gguf.calibrate.calibrator import calibrate_to_file
+        from mc_gguf.calibrate.options import CalibrationOptions
         from mc_gguf.source.text import load_corpus
 
         if seed not in self.calibrations:
             path = self.folder / f"seed-{seed}.calib.safetensors"
             if not path.exists():
                 text = load_corpus(self.checkpoint, seed=seed)
-                calibrate_to_file(self.checkpoint, text, path, Options(seed=seed, threads=self.threads))
+                calibrate_to_file(
+                    self.checkpoint, text, path, CalibrationOptions(seed=seed, threads=self.threads)
+                )
             self.calibrations[seed] = Calibration.load(path)
         return self.calibrations[seed]
 
@@ -232,14 +235,14 @@ def _plain_bank(folder: Path, checkpoint: Any, calibration: Any, plan: Any, thre
 
     info = checkpoint.info
     bank = Bank(folder / "bank", bank_key(info.fingerprint, calibration.fingerprint, "ggml"))
-    for index, layer in enumerate(plan.layers):
+    for layer in plan.layers:
         for expert in range(info.n_expert):
             for projection in PROJECTIONS:
                 name = plan.type_of(layer, expert, projection)
                 if bank.get(layer, projection, expert, name) is None:
-                    table = calibration.imatrix_mid if projection == "down" else calibration.imatrix_in
                     weights = checkpoint.expert(layer, projection, expert)
-                    blocks = quantize_rows(weights, name, table[index, expert], threads)
+                    imatrix = calibration.imatrix(layer, projection, expert)
+                    blocks = quantize_rows(weights, name, imatrix, threads)
                     bank.put(layer, projection, expert, name, blocks)
     return bank
 
