@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mc_gguf.common.arguments import Names, Paths, to_paths, to_types
+from mc_gguf.common.errors import about
 from mc_gguf.source.text import DEFAULT_CTX, DEFAULT_TOKENS, Corpus, load_corpus
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class CalibrationRequest:
     def corpus(self, checkpoint: Checkpoint) -> Corpus:
         """The token rows. Raises SourceError for a text that cannot be read or is too short."""
         length = checkpoint.hparams.get("context_length")
-        return load_corpus(checkpoint, to_paths(self.text), self.tokens, self.ctx, self.seed, length)
+        with about("text"):
+            return load_corpus(checkpoint, to_paths(self.text), self.tokens, self.ctx, self.seed, length)
 
     def options(self) -> CalibrationOptions:
         """The options of the library that these arguments stand for."""

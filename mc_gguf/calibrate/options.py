@@ -54,8 +54,8 @@ def measured_types(info: ModelInfo, wanted: Sequence[str] | None) -> tuple[str, 
     for projection, width in widths.items():
         if not any(TYPES[n].fits(width) for n in usable):
             raise McError(
-                f"none of the types {', '.join(names)} fits rows of {width} weights ({projection}); "
-                "try --types F16"
+                f"none of the types {', '.join(names)} fits rows of {width} weights ({projection}); try F16",
+                parameter="types",
             )
     return tuple(sorted(usable, key=lambda n: (TYPES[n].bpw, n)))
 

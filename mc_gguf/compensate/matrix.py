@@ -105,7 +105,8 @@ def quantize_compensated(
     rows, n = weights.shape
     row_bytes = kind.row_bytes(n)
     if not supports(kind.name):
-        raise McError(f"{kind.name} cannot be quantized with error compensation; use --no-compensate")
+        message = f"{kind.name} cannot be quantized with error compensation; do without it"
+        raise McError(message, parameter="compensate")
     form = Form(torch.as_tensor(hessian), options.damping)
     if form.hessian.shape != (n, n):
         raise McError(f"the Hessian is {tuple(form.hessian.shape)}, the rows have {n} weights")
@@ -173,7 +174,8 @@ def upper_factor(h: Tensor) -> Tensor:
             own = h[start:end, start:end]
             lower, failed = torch.linalg.cholesky_ex(own.flip(0, 1))
             if failed:
-                raise McError("the Hessian is not positive definite; use more damping or --no-compensate")
+                message = "the Hessian is not positive definite; do without error compensation"
+                raise McError(message, parameter="compensate")
             own.copy_(lower.flip(0, 1))
             panel = torch.linalg.solve_triangular(own.T, h[:start, start:end], upper=False, left=False)
             h[:start, start:end] = panel

@@ -113,17 +113,14 @@ def _read(files: Sequence[Path]) -> tuple[tuple[str, ...], list[bytes]]:
     try:
         return tuple(f.name for f in files), [f.read_bytes() for f in files]
     except OSError as error:
-        message = f"cannot read {error.filename}: {error.strerror}"
-        raise SourceError(message, parameter="text") from error
+        raise SourceError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def _decode(name: str, data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{name} is not UTF-8 (byte {error.start}); convert it first", parameter="text"
-        ) from error
+        raise SourceError(f"{name} is not UTF-8 (byte {error.start}); convert it first") from error
 
 
 def _bos(tokenizer: Tokenizer) -> list[int]:
@@ -138,8 +135,7 @@ def _windows(
     fitting = stream.size // width
     if fitting == 0:
         raise SourceError(
-            f"{stream.size} tokens of text are fewer than one row of {ctx}; give more text or a smaller ctx",
-            parameter=("text", "ctx"),
+            f"{stream.size} tokens of text are fewer than one row of {ctx}; give more text or a smaller ctx"
         )
     n_rows = min(n_rows, fitting)
     edges = np.linspace(0, stream.size, n_rows + 1).astype(np.int64)

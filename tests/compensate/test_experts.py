@@ -203,7 +203,7 @@ def test_another_text_is_refused(source: Checkpoint, calibration: Calibration, t
     np.testing.assert_array_equal(corpus.rows, load_corpus(source, tokens=TOKENS, ctx=CTX).rows)
     other = tmp_path / "other.txt"
     other.write_text("Another text. " * 20_000)
-    with pytest.raises(ArtifactError, match=r"give it with --text FILE, or use --no-compensate"):
+    with pytest.raises(ArtifactError, match=r"give that one, or do without error compensation"):
         calibration_text(source, calibration, (other,))
 
 
@@ -225,7 +225,7 @@ def test_command_line(tiny_model: Path, tmp_path: Path) -> None:
     plan = tmp_path / "m.plan.json"
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"m.gguf", "m.plan.json", "m.calib.safetensors", "text.txt"}
-    for name, options in (("a", ("--text", text)), ("b", ("--no-compensate",))):
+    for name, options in (("a", ("--calibration-text", text)), ("b", ("--no-compensate",))):
         run("quantize", tiny_model, plan, "-o", tmp_path / name, *options)
     assert (tmp_path / "a").read_bytes() == model.read_bytes()
     assert (tmp_path / "b").stat().st_size == model.stat().st_size
@@ -233,4 +233,4 @@ def test_command_line(tiny_model: Path, tmp_path: Path) -> None:
     assert Plan.load(plan).file_bytes == model.stat().st_size
     result = CliRunner().invoke(main, ["quantize", str(tiny_model), str(plan), "-o", str(tmp_path / "c")])
     assert result.exit_code == 1
-    assert "--no-compensate" in result.output
+    assert "Error: --calibration-text: the calibration was made from another text" in result.output
