@@ -112,7 +112,7 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
     short, binary = tmp_path / "short", tmp_path / "binary"
     short.write_text("too short")
     binary.write_bytes(b"abc\xff")
-    with pytest.raises(SourceError, match="is less than one row of 512"):
+    with pytest.raises(SourceError, match="are fewer than one row of 512"):
         load_corpus(Bytes(), [short])
     with pytest.raises(SourceError, match=r"binary is not UTF-8 \(see byte 3\)"):
         load_corpus(Bytes(), [binary])
