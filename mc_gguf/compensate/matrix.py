@@ -85,8 +85,7 @@ def quantize_compensated(
     threads: int = 1,
     start: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """Blocks (rows, bytes per row) for a matrix. They do not depend on `threads`, given a deterministic
-    matrix product.
+    """Blocks (rows, bytes per row) of a matrix; the same for any `threads` if matrix products are.
 
     Args:
         weights: [rows, n] the matrix.
@@ -94,9 +93,8 @@ def quantize_compensated(
         hessian: [n, n] sum or mean of x x' over the inputs x.
         imatrix: [n] importance matrix that ggml's quantizer gets for its scales.
         options: how the matrix is compensated.
-        threads: number of threads of the quantizers.
-        start: the blocks that ggml's quantizer makes of `weights`, if they are known; only their scales
-            count.
+        threads: number of threads.
+        start: the blocks that ggml's quantizer makes of `weights`, if known; only their scales count.
 
     Raises McError when the type cannot be compensated, a row is not a whole number of blocks, or the weights
     are not finite.

@@ -24,8 +24,9 @@ from mc_gguf.calibrate.statistics import N_QUANTILES
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.source import open_checkpoint
 from mc_gguf.source.text import Corpus, load_corpus
+from tests.support import TINY
 from tests.support.moe_directories import CONFIGS, random_moe, save_moe
-from tests.support.small_models import TINY, MemoryCheckpoint, random_mixtral, tiny_mixtral
+from tests.support.small_models import MemoryCheckpoint, random_mixtral, tiny_mixtral
 
 pytestmark = pytest.mark.native
 MIDDLE = N_QUANTILES // 2

@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from mc_gguf.artifacts import Calibration
-from mc_gguf.cli import main
+from tests.support.command_line import invoke
 
 pytestmark = pytest.mark.native
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["calibrate", *map(str, arguments)])
+    return invoke("calibrate", *arguments)
 
 
 def test_calibrates_the_bundled_model(tiny_model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mc_gguf.container import read_routing
 from mc_gguf.quantize.writer import quantize
 from mc_gguf.routing.metadata import choose_thresholds, routing_metadata_from
 from mc_gguf.source import open_checkpoint
+from tests.support.command_line import fails_with, invoke
 from tests.support.gguf_models import (
     RandomCheckpoint,
     make_calibration,
@@ -32,17 +34,11 @@ TYPES = {p: [["Q8_0", "Q4_0", "Q8_0"], *[["Q4_0"] * 3] * 3] for p in PROJECTIONS
 
 
 def run(*args: object) -> Result:
-    return CliRunner().invoke(main, ["routing", *map(str, args)])
+    return invoke("routing", *args)
 
 
 def fails(message: str, *args: object) -> None:
-    """One line on stderr with this text, exit code 1."""
-    result = run(*args)
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    assert result.stderr.startswith("Error: ")
-    assert message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    fails_with(re.escape(message), "routing", *args)
 
 
 @pytest.fixture

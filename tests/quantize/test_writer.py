@@ -21,35 +21,15 @@ from mc_gguf.routing.metadata import routing_metadata_from
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.runtime.packages import load_gguf
 from mc_gguf.source import open_checkpoint
-from tests.support.gguf_models import (
-    ONES,
-    TINY,
-    RandomCheckpoint,
-    make_calibration,
-    make_plan,
-    mixed,
-    uniform,
-)
+from tests.support import TINY
+from tests.support.gguf_models import ONES, RandomCheckpoint, make_calibration, make_plan, mixed, uniform
+from tools.common import RELATIVE_ERROR
 
 FAST = ("Q2_K", "Q3_K", "Q4_K", "IQ4_XS")
-# Relative squared error on Gaussian rows, measured once per type: a quantizer that lost its scale is far off.
-RATES = {
-    "IQ1_S": 0.251,
-    "IQ1_M": 0.222,
-    "IQ2_XXS": 0.123,
-    "IQ2_XS": 0.096,
-    "IQ2_S": 0.065,
-    "Q2_K": 0.074,
-    "IQ3_XXS": 0.036,
-    "IQ3_S": 0.020,
-    "Q3_K": 0.021,
-    "IQ4_XS": 0.0058,
-    "Q4_K": 0.0051,
-    "Q8_0": 3e-5,
-    "Q6_K": 3e-4,
-    "F16": 5e-8,
-    "BF16": 3e-6,
-}
+# A quantizer that lost its scale is far off.
+RATES = {name: RELATIVE_ERROR[name] for name in (*FAST, "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S")}
+RATES |= {name: RELATIVE_ERROR[name] for name in ("IQ3_XXS", "IQ3_S", "Q5_K", "Q6_K", "Q8_0")}
+RATES |= {"F16": 5e-8, "BF16": 3e-6}
 
 
 def gaussian(rows: int, cols: int, seed: int = 0) -> np.ndarray:

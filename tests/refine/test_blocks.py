@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
 from mc_gguf.calibrate.calibrator import calibrate
@@ -29,17 +27,13 @@ from mc_gguf.refine.search import Search
 from mc_gguf.source.text import load_corpus
 from tests.support.refine_models import TYPES, small
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_torch_thread")]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Matrices are too small for two. One size up and down, so that there are types which are not near."""
+def _few_near_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One size up and down, so that there are types which are not near."""
     monkeypatch.setattr(blocks, "NEAR", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def test_routing_ops(runtime: Runtime) -> None:
     program = compile_program(runtime, SOURCES / "test-routing-ops.cpp", "test-routing-ops")
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
-    assert done.stdout.splitlines()[-1] == "passed 82 failed 0"
+    assert re.fullmatch(r"passed [1-9]\d+ failed 0", done.stdout.splitlines()[-1])
 
 
 def test_backend_ops_cases_pass(runtime: Runtime) -> None:
@@ -39,7 +40,14 @@ def test_backend_ops_cases_pass(runtime: Runtime) -> None:
     command: list[str | Path] = [program, "test", "-b", "CPU", "-o", "MUL_MAT_ID_GROUPED,MC_QK_RECEIVED"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
-    assert "100/100 tests passed" in done.stdout
+    assert_all_passed(done.stdout)
+
+
+def assert_all_passed(output: str) -> None:
+    """Of the cases that were asked for at least one ran, and none failed."""
+    counts = [(int(n), int(of)) for n, of in re.findall(r"(\d+)/(\d+) tests passed", output)]
+    assert counts, output[-2000:]
+    assert all(n == of > 0 for n, of in counts), counts
 
 
 def test_upstreams_own_cases_still_pass(runtime: Runtime) -> None:
@@ -48,3 +56,4 @@ def test_upstreams_own_cases_still_pass(runtime: Runtime) -> None:
     command: list[str | Path] = [program, "test", "-b", "CPU", "-o", "MUL_MAT_ID,MUL_MAT,GLU", "-p", shapes]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
+    assert_all_passed(done.stdout)

@@ -26,10 +26,8 @@ from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.routing import RoutingMetadata
 from mc_gguf.runtime.packages import load_gguf
 from mc_gguf.source.base import fingerprint, measure_metadata
-from tests.support import ROOT
 from tests.support.synthetic_calibration import synthetic_routing
 
-TINY = ROOT / "models" / "tiny-mixtral"
 ONES = hashlib.sha256(b"1").hexdigest()
 TWOS = hashlib.sha256(b"2").hexdigest()
 
