@@ -93,7 +93,8 @@ def load_corpus(
     ctx = min(ctx, max_ctx or ctx)
     if ctx < 2 or tokens < ctx:
         raise SourceError(
-            f"cannot make rows of {ctx} tokens out of {tokens}: ctx must be at least 2, tokens at least ctx",
+            f"cannot cut {tokens} tokens into rows of {ctx}: a row needs 2 tokens or more, and there must be "
+            "tokens for one row at least",
             parameter=("tokens", "ctx"),
         )
     names, texts = _read(files)
@@ -113,14 +114,16 @@ def _read(files: Sequence[Path]) -> tuple[tuple[str, ...], list[bytes]]:
     try:
         return tuple(f.name for f in files), [f.read_bytes() for f in files]
     except OSError as error:
-        raise SourceError(f"cannot read {error.filename}: {error.strerror}") from error
+        raise SourceError(f"cannot read the text {error.filename}: {error.strerror}") from error
 
 
 def _decode(name: str, data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SourceError(f"{name} is not UTF-8 (byte {error.start}); convert it first") from error
+        raise SourceError(
+            f"the text {name} is not UTF-8 (see byte {error.start}); convert it to UTF-8"
+        ) from error
 
 
 def _bos(tokenizer: Tokenizer) -> list[int]:
@@ -147,7 +150,7 @@ def _windows(
 
 def _warn(found: int, asked: int, ctx: int) -> None:
     if found + ctx <= asked:
-        log.warning("the calibration text gives only %d of the %d tokens asked for; give more", found, asked)
+        log.warning("the text has only %d of the %d tokens asked for; add more", found, asked)
     if found < MIN_TOKENS:
         log.warning(
             "%d tokens of text are few: statistics of experts will be noisy, and 1- and 2-bit types suffer "

@@ -85,8 +85,8 @@ def test_own_text_and_progress(tiny_model: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--types", "Q9_K"], "unknown ggml type 'Q9_K'"),
-        (["--text", "missing.txt"], "Error: --text: cannot read missing.txt"),
-        (["--tokens", 100, "--ctx", 200], "Error: --tokens, --ctx: cannot make rows of 200 tokens"),
+        (["--text", "missing.txt"], "Error: --text: cannot read the text missing.txt"),
+        (["--tokens", 100, "--ctx", 200], "Error: --tokens, --ctx: cannot cut 100 tokens into rows of 200"),
     ],
 )
 def test_errors_are_one_line(tiny_model: Path, tmp_path: Path, arguments: list[object], message: str) -> None:

@@ -112,11 +112,11 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
     short, binary = tmp_path / "short", tmp_path / "binary"
     short.write_text("too short")
     binary.write_bytes(b"abc\xff")
-    with pytest.raises(SourceError, match="are fewer than one row of 512"):
+    with pytest.raises(SourceError, match="is less than one row of 512"):
         load_corpus(Bytes(), [short])
     with pytest.raises(SourceError, match=r"binary is not UTF-8 \(see byte 3\)"):
         load_corpus(Bytes(), [binary])
     with pytest.raises(SourceError, match="missing"):
         load_corpus(Bytes(), [tmp_path / "missing"])
-    with pytest.raises(SourceError, match="--tokens"):
+    with pytest.raises(SourceError, match="cannot cut 10 tokens into rows of 20"):
         load_corpus(Bytes(), [short], tokens=10, ctx=20)
