@@ -47,6 +47,7 @@ test: setup static
 
 docs: setup
 	$(BIN)/python -m tools.make_cli_docs
+	$(BIN)/python -m tools.make_calibration_docs
 
 clean:
 	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache .coverage

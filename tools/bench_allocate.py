@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import click
@@ -54,29 +54,19 @@ def made_up(n_layer: int, n_expert: int, n_embd: int = 7168, n_ff: int = 2048, s
     stacks = [(expert_tensor_name(i, p), shapes[p]) for i in range(n_layer) for p in PROJECTIONS]
     tensors = tuple(TensorSpec(name, stack, "BF16") for name, stack in stacks)
     model = ModelInfo("deepseek2", n_layer, n_expert, 8, n_embd, n_ff, "0" * 64, 1 << 20, 40, tensors)
-    blank = Calibration.blank(model)
-    return Calibration(
-        **{
-            **{name: getattr(blank, name) for name in blank.__dataclass_fields__},
-            "types": TYPES,
-            "frequency": use,
-            "routing_weight": use,
-            "sq_error": error,
-            "output_sq": spread,
-        }
-    )
+    statistics = {"frequency": use, "routing_weight": use, "sq_error": error, "output_sq": spread}
+    return replace(Calibration.blank(model), types=TYPES, statistics=statistics)
 
 
 def measure(name: str, n_layer: int, n_expert: int, bpw: float, as_file: bool = False) -> Result:
     """Time plan() for one budget; with `as_file` the budget is the size of the whole file."""
-    from mc_gguf.artifacts import FixedTypes
     from mc_gguf.container import file_bytes
 
     source = made_up(n_layer, n_expert)
     start = time.perf_counter()
     if as_file:
         assert source.model is not None
-        size = partial(file_bytes, source.model, fixed=FixedTypes())
+        size = partial(file_bytes, source.model)
         limit = int(bpw / 8 * source.model.n_ff * source.model.n_embd * 3 * n_layer * n_expert) + (4 << 20)
         found = plan(source, Budget(size_bytes=limit), file_bytes=size, objective="block")
     else:

@@ -29,7 +29,7 @@ from mc_gguf.artifacts import PROJECTIONS, Calibration
 from mc_gguf.common.files import sha256_of
 from mc_gguf.common.progress import progress
 from mc_gguf.compensate.experts import compensate, open_bank
-from mc_gguf.compensate.matrix import Options, quantize_compensated
+from mc_gguf.compensate.matrix import CompensationOptions, quantize_compensated
 from mc_gguf.compensate.products import add_squares, mirror
 from mc_gguf.ggml.quantizers import dequantize_rows, init, quantize_rows
 from mc_gguf.source import Checkpoint, open_checkpoint
@@ -82,7 +82,8 @@ def importance(decoder: Decoder, corpus: Corpus) -> Calibration:
                     total[layer, number] += values.square().sum(0).numpy() / len(tokens)
         decoder.feed_forward(layer, hidden)
     blank = Calibration.blank(info)
-    return replace(blank, imatrix_in=sums[0], imatrix_mid=sums[1], fingerprint=corpus.sha256)
+    statistics = {"imatrix_in": sums[0], "imatrix_mid": sums[1]}
+    return replace(blank, statistics=statistics, fingerprint=corpus.sha256)
 
 
 def plain_weights(checkpoint: Checkpoint, calibration: Calibration, name: str, threads: int) -> Weights:
@@ -90,10 +91,9 @@ def plain_weights(checkpoint: Checkpoint, calibration: Calibration, name: str, t
     for layer in range(checkpoint.info.n_layer):
         for expert in range(checkpoint.info.n_expert):
             for p in PROJECTIONS:
-                table = calibration.imatrix_mid if p == "down" else calibration.imatrix_in
                 rows, cols = checkpoint.info.expert_shape(p)
                 blocks = quantize_rows(
-                    checkpoint.expert(layer, p, expert), name, table[layer, expert], threads
+                    checkpoint.expert(layer, p, expert), name, calibration.imatrix(layer, p, expert), threads
                 )
                 weights[layer, expert, p] = dequantize_rows(blocks, name, cols, rows)
     return weights
@@ -175,8 +175,8 @@ def first_rows(checkpoint: Checkpoint, path: Path, tokens: int, ctx: int) -> NDA
 @click.option("--type", "name", default="Q2_K", show_default=True)
 @click.option("--rows", default=14336, show_default=True)
 @click.option("--cols", default=4096, show_default=True)
-@click.option("--passes", default=Options().passes, show_default=True)
-@click.option("--sweeps", default=Options().sweeps, show_default=True)
+@click.option("--passes", default=CompensationOptions().passes, show_default=True)
+@click.option("--sweeps", default=CompensationOptions().sweeps, show_default=True)
 @click.option("--tokens", default=8192, show_default=True, help="Inputs that make up the Hessian.")
 @click.option("--threads", default=2, show_default=True)
 def speed(name: str, rows: int, cols: int, passes: int, sweeps: int, tokens: int, threads: int) -> None:
@@ -194,7 +194,7 @@ def speed(name: str, rows: int, cols: int, passes: int, sweeps: int, tokens: int
     plain = quantize_rows(weights, name, diagonal, threads)
     middle = time.monotonic()
     cpu.append(time.process_time())
-    options = Options(passes=passes, sweeps=sweeps)
+    options = CompensationOptions(passes=passes, sweeps=sweeps)
     ours = quantize_compensated(weights, name, hessian, diagonal, options, threads, plain)
     end = time.monotonic()
     cpu.append(time.process_time())

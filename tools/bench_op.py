@@ -26,7 +26,8 @@ from pathlib import Path
 
 import click
 
-from mc_gguf import runtime as runtimes
+from mc_gguf.runtime import require
+from mc_gguf.runtime.builder import compile_program
 
 SOURCE = Path(__file__).resolve().parent / "native" / "bench-op.cpp"
 SINGLE = ("Q2_K", "IQ2_XXS", "IQ3_XXS")
@@ -118,11 +119,11 @@ def main(
     repack: bool,
     as_json: bool,
 ) -> None:
-    patched, unpatched = runtimes.require(), runtimes.require(patched=False)
+    patched, unpatched = require(), require(patched=False)
     cols, rows = numbers(shape)
     bench = Bench(
-        runtimes.compile_program(unpatched, SOURCE, "bench-op"),
-        runtimes.compile_program(patched, SOURCE, "bench-op"),
+        compile_program(unpatched, SOURCE, "bench-op"),
+        compile_program(patched, SOURCE, "bench-op"),
         seconds,
         (cols, rows),
         repack,

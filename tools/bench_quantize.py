@@ -55,24 +55,11 @@ def make_calibration(info: ModelInfo, path: Path) -> Calibration:
     """A calibration that holds random importance matrices."""
     rng = np.random.default_rng(0)
     shape = len(info.expert_layers), info.n_expert
-    none = np.zeros(0)
-    calibration = Calibration(
-        model=info,
-        layers=info.expert_layers,
-        types=(),
-        corpus={},
-        frequency=np.ones(shape),
-        routing_weight=np.ones(shape),
-        sq_error=none,
-        output_sq=none,
-        imatrix_in=rng.random((*shape, info.n_embd), dtype=np.float32) + np.float32(0.01),
-        imatrix_mid=rng.random((*shape, info.n_ff), dtype=np.float32) + np.float32(0.01),
-        ratio_quantiles=none,
-        routing_sensitivity=none,
-        routing_curve=none,
-        nominal_error=none,
-    )
-    return calibration.save(path)
+    statistics = {
+        "imatrix_in": rng.random((*shape, info.n_embd), dtype=np.float32) + np.float32(0.01),
+        "imatrix_mid": rng.random((*shape, info.n_ff), dtype=np.float32) + np.float32(0.01),
+    }
+    return Calibration(info, info.expert_layers, (), {}, statistics).save(path)
 
 
 def ours(
@@ -115,10 +102,10 @@ def upstream_imatrix(llama_cpp: Any, info: ModelInfo, calibration: Calibration) 
     """The calibration as a null-terminated array of llama_model_imatrix_data, one per expert stack."""
     kind = llama_cpp.llama_model_imatrix_data
     entries = []
-    for index, layer in enumerate(info.expert_layers):
+    for layer in info.expert_layers:
         for projection in PROJECTIONS:
-            table = calibration.imatrix_mid if projection == "down" else calibration.imatrix_in
-            data = np.ascontiguousarray(table[index]).reshape(-1)
+            rows = [calibration.imatrix(layer, projection, e) for e in range(info.n_expert)]
+            data = np.concatenate([row for row in rows if row is not None])
             name = expert_tensor_name(layer, projection).encode()
             pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
             entries.append(kind(name, pointer, data.size))

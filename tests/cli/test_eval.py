@@ -97,12 +97,19 @@ def test_table_without_a_reference(tiny_gguf: Path, texts: list[Path]) -> None:
 
 
 def test_refused_before_anything_is_computed(tiny_gguf: Path, texts: list[Path], tmp_path: Path) -> None:
-    fails("there is nothing to evaluate on: give --text FILE", tiny_gguf)
-    fails("--reference is compared on a text", tiny_gguf, "--reference", tiny_gguf, "--tasks", "x")
+    fails("Error: --text, --tasks: there is nothing to evaluate on", tiny_gguf)
+    fails(
+        "Error: --reference: a reference is compared on a text",
+        tiny_gguf,
+        "--reference",
+        tiny_gguf,
+        "--tasks",
+        "x",
+    )
     fails("no such file", tmp_path / "none.gguf", "--text", texts[0])
     fails("cannot read the text .*none", tiny_gguf, "--text", tmp_path / "none")
     fails("not a GGUF", texts[0], "--text", texts[0])
-    fails("policy", tiny_gguf, "--text", texts[0], "--routing", "nope")
+    fails("Error: --routing: .*policy", tiny_gguf, "--text", texts[0], "--routing", "nope")
     fails("name of a file in a folder", tiny_gguf, "--text", texts[0], "-o", tmp_path)
     fails("name of a file in a folder", tiny_gguf, "--text", texts[0], "-o", tmp_path / "no" / "r.html")
     missing = ("--reference", tmp_path / "none")
@@ -112,7 +119,12 @@ def test_refused_before_anything_is_computed(tiny_gguf: Path, texts: list[Path],
 
 def test_tasks_without_lm_eval(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    fails("pip install lm_eval", tiny_gguf, "--tasks", "hellaswag")
+    fails(
+        r"this needs lm_eval, which is not installed; run: pip install 'mc-gguf\[tasks\]'",
+        tiny_gguf,
+        "--tasks",
+        "hellaswag",
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from mc_gguf.refine.expansion import expand
 from mc_gguf.refine.matrices import Matrices
 from mc_gguf.refine.passes import Assignment, Evaluator, Layers
 from mc_gguf.source import Checkpoint, open_checkpoint
-from mc_gguf.source.decoder import ARCHITECTURES, Decoder
+from mc_gguf.source.architecture import ARCHITECTURES
+from mc_gguf.source.decoder import Decoder
 from tests.support.moe_directories import CONFIGS, random_moe, save_moe
 from tests.support.refine_models import divergence, slice_of
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mc_gguf import runtime as runtimes
 from mc_gguf.runtime import Runtime
+from mc_gguf.runtime.builder import build_tests, compile_program
 from tests.support import ROOT
 
 pytestmark = pytest.mark.native
@@ -19,9 +19,7 @@ SOURCES = ROOT / "tests" / "native"
 
 @pytest.mark.parametrize("tiled", ["0", "1"])
 def test_op_equals_mul_mat_id_bit_for_bit(runtime: Runtime, tiled: str) -> None:
-    program = runtimes.compile_program(
-        runtime, SOURCES / "test-mul-mat-id-grouped.cpp", "test-mul-mat-id-grouped"
-    )
+    program = compile_program(runtime, SOURCES / "test-mul-mat-id-grouped.cpp", "test-mul-mat-id-grouped")
     env = os.environ | {"GGML_CPU_TILED_MM": tiled}
     done = subprocess.run([program], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
@@ -31,14 +29,14 @@ def test_op_equals_mul_mat_id_bit_for_bit(runtime: Runtime, tiled: str) -> None:
 
 
 def test_routing_ops(runtime: Runtime) -> None:
-    program = runtimes.compile_program(runtime, SOURCES / "test-routing-ops.cpp", "test-routing-ops")
+    program = compile_program(runtime, SOURCES / "test-routing-ops.cpp", "test-routing-ops")
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert re.fullmatch(r"passed [1-9]\d+ failed 0", done.stdout.splitlines()[-1])
 
 
 def test_backend_ops_cases_pass(runtime: Runtime) -> None:
-    program = runtimes.build_tests(runtime)
+    program = build_tests(runtime)
     command: list[str | Path] = [program, "test", "-b", "CPU", "-o", "MUL_MAT_ID_GROUPED,MC_QK_RECEIVED"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
@@ -53,7 +51,7 @@ def assert_all_passed(output: str) -> None:
 
 
 def test_upstreams_own_cases_still_pass(runtime: Runtime) -> None:
-    program = runtimes.build_tests(runtime)
+    program = build_tests(runtime)
     shapes = "m=512,n=(1|32|129),k=256"  # the shapes of whole models take minutes and gigabytes
     command: list[str | Path] = [program, "test", "-b", "CPU", "-o", "MUL_MAT_ID,MUL_MAT,GLU", "-p", shapes]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration
-from mc_gguf.calibrate.calibrator import Options, calibrate
+from mc_gguf.calibrate.calibrator import calibrate
+from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.compensate.bank import Bank
 from mc_gguf.ggml.quantizers import dequantize_rows
 from mc_gguf.refine.matrices import GgmlQuantizer, Matrices
@@ -32,7 +33,7 @@ def small() -> tuple[Any, MemoryCheckpoint, Calibration]:
     calibration = calibrate(
         checkpoint,
         Corpus(rows(24, seed=9), ("random",), "0" * 64, 768, 0),
-        Options(types=TYPES, threads=1),
+        CalibrationOptions(types=TYPES, threads=1),
         quiet=True,
     )
     return model, checkpoint, calibration

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mc_gguf.artifacts import Floats
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.routing.thresholds import damages
+from mc_gguf.routing.thresholds import predict_damages
 
 
 def predicted_drop(profile: RoutingProfile, quantiles: Floats) -> float:
@@ -14,4 +14,4 @@ def predicted_drop(profile: RoutingProfile, quantiles: Floats) -> float:
 
 def predicted_damage(profile: RoutingProfile, quantiles: Floats) -> float:
     """The expected damage of all layers, in nats per token."""
-    return float(damages(profile, quantiles).sum())
+    return float(predict_damages(profile, quantiles).sum())

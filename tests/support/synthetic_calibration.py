@@ -68,30 +68,28 @@ def calibration(
     for p, projection in enumerate(PROJECTIONS):
         if model.expert_shape(projection)[1] % 256:
             error[:, :, p] = np.inf
-    return Calibration(
-        model=model,
-        layers=tuple(range(n_layer)),
-        types=tuple(types),
-        corpus={"sha256": "0" * 64},
-        frequency=rng.integers(1, 1000, shape).astype(np.float64),
-        routing_weight=rng.uniform(1, 500, shape),
-        sq_error=error,
-        output_sq=output_sq,
-        imatrix_in=np.ones((*shape, n_embd), dtype=np.float32),
-        imatrix_mid=np.ones((*shape, n_ff), dtype=np.float32),
+    statistics = {
+        "frequency": rng.integers(1, 1000, shape).astype(np.float64),
+        "routing_weight": rng.uniform(1, 500, shape),
+        "sq_error": error,
+        "output_sq": output_sq,
+        "imatrix_in": np.ones((*shape, n_embd), dtype=np.float32),
+        "imatrix_mid": np.ones((*shape, n_ff), dtype=np.float32),
         **synthetic_routing(n_layer),
-        nominal_error=np.sqrt(output_sq)[..., None]
+        "nominal_error": np.sqrt(output_sq)[..., None]
         * np.array([0.5, 0.35, 0.2])
         * rng.uniform(0.9, 1.1, (*shape, 3)),
-        relative_error=error * 1e-3,
-        weight_error=error * 1e-4,
-        hessian_trace=np.ones((*shape, 3)),
-        kld_per_error=np.full(n_layer, 0.3),
-        block_score=np.linspace(0.5, 0.1, n_layer),
-        hidden_max=np.full(n_layer, 10.0),
-        hidden_median=np.ones(n_layer),
-        down_max=np.ones(shape),
-        fingerprint="c" * 64,
+        "relative_error": error * 1e-3,
+        "weight_error": error * 1e-4,
+        "hessian_trace": np.ones((*shape, 3)),
+        "kld_per_error": np.full(n_layer, 0.3),
+        "block_score": np.linspace(0.5, 0.1, n_layer),
+        "hidden_max": np.full(n_layer, 10.0),
+        "hidden_median": np.ones(n_layer),
+        "down_max": np.ones(shape),
+    }
+    return Calibration(
+        model, tuple(range(n_layer)), tuple(types), {"sha256": "0" * 64}, statistics, fingerprint="c" * 64
     )
 
 
@@ -100,10 +98,9 @@ def with_attention(source: Calibration, types: Sequence[str], seed: int = 0) -> 
     assert source.model is not None
     rng, shape = np.random.default_rng(seed), (len(source.layers), len(ATTENTION))
     spread = rng.lognormal(-2, 1, (*shape, 1)) * rng.lognormal(0, 0.05, (*shape, len(types)))
-    return replace(
-        source,
-        attention_types=tuple(types),
-        attention_error=spread * np.array([RELATIVE_ERROR[t] for t in types]),
-        attention_in=np.ones((shape[0], source.model.n_embd), dtype=np.float32),
-        attention_mid=np.ones((shape[0], source.model.n_embd), dtype=np.float32),
-    )
+    attention = {
+        "attention_error": spread * np.array([RELATIVE_ERROR[t] for t in types]),
+        "attention_in": np.ones((shape[0], source.model.n_embd), dtype=np.float32),
+        "attention_mid": np.ones((shape[0], source.model.n_embd), dtype=np.float32),
+    }
+    return replace(source, attention_types=tuple(types), statistics={**source.statistics, **attention})

@@ -78,6 +78,11 @@ def test_make_cli_docs(tmp_path: Path) -> None:
     assert "## mc-gguf convert" in (tmp_path / "new" / "cli.md").read_text(encoding="utf-8")
 
 
+def test_make_calibration_docs(tmp_path: Path) -> None:
+    run("make_calibration_docs", tmp_path / "new" / "calibration.md")
+    assert "| `frequency` |" in (tmp_path / "new" / "calibration.md").read_text(encoding="utf-8")
+
+
 def test_make_model(model: Path) -> None:
     assert {"config.json", "tokenizer.json"} < {path.name for path in model.iterdir()}
     assert [path.name for path in model.glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]

@@ -147,7 +147,7 @@ class Bench:
         from mc_gguf.common.progress import progress
         from mc_gguf.refine.passes import Evaluator
         from mc_gguf.refine.search import Search
-        from mc_gguf.refine.state import State
+        from mc_gguf.refine.state import SearchState
 
         self.warm()
         began = time.process_time()
@@ -160,7 +160,7 @@ class Bench:
                 one.generation(self.assignment)
             return one.choice, {"rounds": one.generations, "accepted": one.kept}
         folder.mkdir(parents=True, exist_ok=True)
-        state = State("bench", True, self.start.copy())
+        state = SearchState(self.start.copy())
         search = Search(
             self.scope,
             evaluator,

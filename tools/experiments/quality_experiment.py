@@ -117,14 +117,15 @@ class Workshop:
 
     def calibration(self, seed: int) -> Any:
         from mc_gguf.artifacts import Calibration
-        from mc_gguf.calibrate.calibrator import Options, calibrate_to_file
+        from mc_gguf.calibrate.calibrator import calibrate_to_file
+        from mc_gguf.calibrate.options import CalibrationOptions
         from mc_gguf.source.text import DEFAULT_TOKENS, load_corpus
 
         if seed not in self.calibrations:
             path = self.folder / f"seed-{seed}.calib.safetensors"
             if not path.exists():
                 text = load_corpus(self.checkpoint, tokens=self.tokens or DEFAULT_TOKENS, seed=seed)
-                options = Options(types=self.types, seed=seed, threads=self.threads)
+                options = CalibrationOptions(types=self.types, seed=seed, threads=self.threads)
                 calibrate_to_file(self.checkpoint, text, path, options)
             self.calibrations[seed] = Calibration.load(path)
         return self.calibrations[seed]
@@ -158,14 +159,17 @@ class Workshop:
         return path
 
     def _plan(self, budget: Any, strategy: str, seed: int, calibration: Any, types: Any = None) -> Any:
-        from mc_gguf.artifacts import FixedTypes
-        from mc_gguf.cli.options import PlanOptions
+        from mc_gguf.pipeline import file_bytes_for
+        from mc_gguf.plan.request import PlanRequest
 
         base = strategy.removesuffix("-attention")
-        attention = () if base != strategy else None
-        options = PlanOptions(budget, base, types, FixedTypes(), seed, attention=attention)
+        attention = "fixed" if base == strategy else "auto"
+        request = PlanRequest(
+            bpw=budget.bpw, size=budget.size_bytes, strategy=base, types=types, seed=seed, attention=attention
+        )
         name = "-".join([strategy, str(seed), *(f"{v:g}" for v in budget.to_json().values()), *(types or ())])
-        return options.plan(calibration).save(self.folder / f"{name}.plan.json")
+        plan = request.plan(calibration, file_bytes_for(calibration))
+        return plan.save(self.folder / f"{name}.plan.json")
 
     def _bank(self, plan: Any, arm: Arm) -> Any:
         """The plan's matrices, quantized with or without compensation."""
@@ -240,14 +244,14 @@ def _plain_bank(folder: Path, checkpoint: Any, calibration: Any, plan: Any, thre
 
     info = checkpoint.info
     bank = Bank(folder / "bank", bank_key(info.fingerprint, calibration.fingerprint, "ggml"))
-    for index, layer in enumerate(plan.layers):
+    for layer in plan.layers:
         for expert in range(info.n_expert):
             for projection in PROJECTIONS:
                 name = plan.type_of(layer, expert, projection)
                 if bank.get(layer, projection, expert, name) is None:
-                    table = calibration.imatrix_mid if projection == "down" else calibration.imatrix_in
                     weights = checkpoint.expert(layer, projection, expert)
-                    blocks = quantize_rows(weights, name, table[index, expert], threads)
+                    imatrix = calibration.imatrix(layer, projection, expert)
+                    blocks = quantize_rows(weights, name, imatrix, threads)
                     bank.put(layer, projection, expert, name, blocks)
     return bank
 
