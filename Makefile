@@ -46,8 +46,8 @@ test: setup static
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --numprocesses 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 docs: setup
-	$(BIN)/python -m tools.make_cli_docs
-	$(BIN)/python -m tools.make_calibration_docs
+	$(BIN)/python -m tools.reference.cli
+	$(BIN)/python -m tools.reference.calibration
 
 clean:
 	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache .coverage

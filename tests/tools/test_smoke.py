@@ -73,13 +73,13 @@ def test_bench_allocate() -> None:
     run("bench_allocate", "--layers", 1, "--experts", 8, "--bpw", 2.2, "--size")
 
 
-def test_make_cli_docs(tmp_path: Path) -> None:
-    run("make_cli_docs", tmp_path / "new" / "cli.md")
+def test_reference_cli(tmp_path: Path) -> None:
+    run("reference.cli", tmp_path / "new" / "cli.md")
     assert "## mc-gguf convert" in (tmp_path / "new" / "cli.md").read_text(encoding="utf-8")
 
 
-def test_make_calibration_docs(tmp_path: Path) -> None:
-    run("make_calibration_docs", tmp_path / "new" / "calibration.md")
+def test_reference_calibration(tmp_path: Path) -> None:
+    run("reference.calibration", tmp_path / "new" / "calibration.md")
     assert "| `frequency` |" in (tmp_path / "new" / "calibration.md").read_text(encoding="utf-8")
 
 
