@@ -16,7 +16,7 @@ from mc_gguf.source.text import MIN_TOKENS, load_corpus
 
 @dataclass
 class Bytes:
-    """One token a byte."""
+    """One token per byte."""
 
     bos_id: int | None = 1000
     add_bos: bool = True
