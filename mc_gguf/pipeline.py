@@ -294,9 +294,10 @@ class Conversion:
             quiet=request.quiet,
         )
 
-    def discard(self) -> None:
-        """Remove what plan() keeps for write()."""
-        forget_work(self.output)
+    def discard(self, plan: Plan) -> None:
+        """Remove what the search for `plan` keeps for write(), if there was one."""
+        if plan.refinement is not None:
+            forget_work(self.output)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:

@@ -36,6 +36,7 @@ answers = section("Answers")
 )
 @o.routing_option
 @o.threads_option
+@o.quiet_option
 def command(
     model: Path,
     prompt: str | None,
@@ -45,6 +46,7 @@ def command(
     ctx: int,
     routing: str,
     threads: int | None,
+    quiet: bool,
 ) -> None:
     """Chat with MODEL, or complete one prompt.
 
@@ -54,4 +56,5 @@ def command(
     """
     from mc_gguf.run.chat import Sampling, chat
 
-    chat(model, prompt, Sampling(max_tokens, temp, seed), n_ctx=ctx, n_threads=threads, routing=routing)
+    sampling = Sampling(max_tokens, temp, seed)
+    chat(model, prompt, sampling, n_ctx=ctx, n_threads=threads, routing=routing, quiet=quiet)

@@ -53,7 +53,7 @@ def command(source: Path, output: Path, dry_run: bool, as_json: bool, **options:
         summary = summarize(plan)
         found.add({"plan": summary.to_json()}, "\n".join(summary.lines()))
         if dry_run:
-            work.discard()
+            work.discard(plan)
         else:
             model = work.write(plan)
             found.add(file_facts(output, model), file_line(output, model))

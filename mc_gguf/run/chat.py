@@ -32,11 +32,12 @@ def chat(
     n_ctx: int = DEFAULT_CONTEXT,
     n_threads: int | None = None,
     routing: str = "off",
+    quiet: bool = False,
 ) -> None:
     """Load the model and answer `prompt` on stdout; without a prompt, talk until the user leaves.
 
     At the end, one line on stderr says what dynamic routing saved, unless `routing` (see Routing.parse) is
-    off.
+    off, or `quiet` is set.
     """
     from mc_gguf.run.llama import Llama
 
@@ -48,7 +49,7 @@ def chat(
             else:
                 talk(conversation, sys.stdout)
         finally:
-            if llm.routing.policy != "off":
+            if llm.routing.policy != "off" and not quiet:
                 with contextlib.suppress(McError):  # it would hide why the chat ended
                     sys.stderr.write(f"{saving(llm)}\n")
 

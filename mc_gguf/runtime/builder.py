@@ -88,11 +88,16 @@ class Build:
 
 
 def build(
-    backend: str = "cpu", jobs: int | None = None, force: bool = False, patched: bool = True
+    backend: str = "cpu",
+    jobs: int | None = None,
+    force: bool = False,
+    patched: bool = True,
+    quiet: bool = False,
 ) -> Runtime:
     """Build the runtime unless it is there already, and return it.
 
-    `jobs` files are compiled at once (None: one for each usable core); `force` builds again from nothing.
+    `jobs` files are compiled at once (None: one for each usable core); `force` builds again from nothing;
+    `quiet` shows no progress on stderr.
     Raises RuntimeBuildError for an unknown backend, a missing tool, too little space, a wrong hash, or a step
     that failed (the message names the log).
     """
@@ -108,15 +113,15 @@ def build(
             shutil.rmtree(task.work, ignore_errors=True)
         elif (task.target / MANIFEST).is_file():  # another process built it while this one waited
             return task.runtime()
-        _build_locked(task)
+        _build_locked(task, quiet)
     return task.runtime()
 
 
-def _build_locked(task: Build) -> None:
+def _build_locked(task: Build, quiet: bool) -> None:
     task.work.mkdir(parents=True, exist_ok=True)
     task.log.path.parent.mkdir(parents=True, exist_ok=True)
     task.log.path.write_text(f"{task.key}\n")
-    with progress(f"runtime {task.backend}") as bar:
+    with progress(f"runtime {task.backend}", quiet=quiet) as bar:
         bar.say(f"log: {task.log.path}")
         bar.say("fetching, checking and patching the source")
         tree = sources.prepare(task.work, task.patched, task.log)

@@ -138,7 +138,8 @@ def _windows(
     fitting = stream.size // width
     if fitting == 0:
         raise SourceError(
-            f"{stream.size} tokens of text are fewer than one row of {ctx}; give more text or a smaller ctx"
+            f"the text has {stream.size} tokens, which is less than one row of {ctx}; add text, or make the "
+            "rows shorter"
         )
     n_rows = min(n_rows, fitting)
     edges = np.linspace(0, stream.size, n_rows + 1).astype(np.int64)

@@ -81,7 +81,7 @@ def test_who_computes_has_threads_and_who_prints_a_result_json() -> None:
         having.setdefault(option.opts[-1], set()).add(path)
     computing = {"convert", "calibrate", "refine", "quantize", "eval"}
     assert having["--threads"] == computing | {"chat"}
-    assert having["--quiet"] == computing | {"routing set"}
+    assert having["--quiet"] == computing | {"chat", "routing set", "runtime build"}
     assert having["--json"] == computing | {"plan", "inspect", "routing show", "routing set", "runtime info"}
 
 

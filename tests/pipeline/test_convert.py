@@ -88,15 +88,20 @@ def test_other_text_makes_a_new_calibration(converted: Path, tiny_model: Path, t
 
 
 def test_sixteen_bits_need_no_calibration(tiny_model: Path, tmp_path: Path) -> None:
-    result = convert(tiny_model, "-o", tmp_path / "m.gguf", "--bpw", "16", "--quiet")
+    result = convert(tiny_model, "-o", tmp_path / "m.gguf", "--bpw", "16", "--quiet", "--json")
     assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["file_bytes"] == found["plan"]["file_bytes"] == (tmp_path / "m.gguf").stat().st_size
     assert {path.name for path in tmp_path.iterdir()} == {"m.gguf", "m.plan.json"}
     model = MixedGguf.open(tmp_path / "m.gguf")
     assert not model.is_mixed
     assert model.expert_bpw == 16
     assert model.calibration_fingerprint == NO_CALIBRATION
     plan = ["quantize", str(tiny_model), str(tmp_path / "m.plan.json"), "-o", str(tmp_path / "n.gguf")]
-    assert CliRunner().invoke(main, plan).exit_code == 0
+    quantized = CliRunner().invoke(main, [*plan, "--json"])
+    assert quantized.exit_code == 0
+    same = {"output": str(tmp_path / "n.gguf"), "file_bytes": found["file_bytes"], "expert_bpw": 16.0}
+    assert json.loads(quantized.stdout) == same
     assert (tmp_path / "n.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
 
 

@@ -166,6 +166,7 @@ def test_what_routing_saved_is_said_at_the_end(tiny_gguf: Path) -> None:
     assert 40 < float(err.split(", ")[-1].split("%")[0]) <= 60
     assert out != run(tiny_gguf, *prompt)[1]
     assert run(tiny_gguf, *prompt, "--routing", "off")[2] == ""
+    assert run(tiny_gguf, *prompt, "--routing", "odp:threshold=0.5", "--quiet")[2] == ""
 
 
 def test_stats_on_the_way(tiny_gguf: Path) -> None:
