@@ -20,7 +20,7 @@ from tests.support.documents import Block, blocks, documents
 from tests.support.mixed_files import first_layers
 
 BLOCKS = {path: [*blocks(path, "python")] for path in documents()}
-N_LAYER = 2
+N_LAYER = 1
 
 
 @pytest.mark.parametrize("block", [b for found in BLOCKS.values() for b in found], ids=lambda b: str(b.line))
@@ -49,7 +49,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, calibration: Path) -> Path:
+def workplace(tmp_path: Path, calibration: Path, own_cache: Path) -> Path:
     shutil.copy(calibration, lay_out(tmp_path) / "demo")
     return tmp_path
 
