@@ -4,8 +4,8 @@
     python -m tools.bench_quantize memory /tmp/m2 --types Q3_K,Q4_K          # peak resident set, seconds
     python -m tools.bench_quantize speed /tmp/m2 --type Q2_K [--imatrix]     # both sides from one 16-bit GGUF
 
-Every measurement runs in a process of its own; `speed` alternates the two sides and compares the experts'
-bytes, which must be equal. The 16-bit GGUF and the outputs go to --work and are removed.
+Every measurement runs in a process of its own. `speed` alternates the two sides and compares the experts'
+bytes, which must be equal. The 16-bit GGUF and the outputs lie in --work for a while and are removed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FTYPES = {"Q4_0": 2, "Q8_0": 7, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, 
 
 
 def make_plan(info: ModelInfo, types: Sequence[str], fixed: FixedTypes, path: Path) -> Plan:
-    """The types in turn over the experts, for any source."""
+    """A plan that gives the experts the types in turn; it is for any source."""
     row = tuple(types[e % len(types)] for e in range(info.n_expert))
     plan = Plan(
         strategy="bench",
@@ -52,33 +52,20 @@ def make_plan(info: ModelInfo, types: Sequence[str], fixed: FixedTypes, path: Pa
 
 
 def make_calibration(info: ModelInfo, path: Path) -> Calibration:
-    """Random importance matrices."""
+    """A calibration that holds random importance matrices."""
     rng = np.random.default_rng(0)
     shape = len(info.expert_layers), info.n_expert
-    none = np.zeros(0)
-    calibration = Calibration(
-        model=info,
-        layers=info.expert_layers,
-        types=(),
-        corpus={},
-        frequency=np.ones(shape),
-        routing_weight=np.ones(shape),
-        sq_error=none,
-        output_sq=none,
-        imatrix_in=rng.random((*shape, info.n_embd), dtype=np.float32) + np.float32(0.01),
-        imatrix_mid=rng.random((*shape, info.n_ff), dtype=np.float32) + np.float32(0.01),
-        ratio_quantiles=none,
-        routing_sensitivity=none,
-        routing_curve=none,
-        nominal_error=none,
-    )
-    return calibration.save(path)
+    statistics = {
+        "imatrix_in": rng.random((*shape, info.n_embd), dtype=np.float32) + np.float32(0.01),
+        "imatrix_mid": rng.random((*shape, info.n_ff), dtype=np.float32) + np.float32(0.01),
+    }
+    return Calibration(info, info.expert_layers, (), {}, statistics).save(path)
 
 
 def ours(
     source: Path, types: Sequence[str], fixed: FixedTypes, imatrix: bool, output: Path, threads: int
 ) -> float:
-    """Seconds of opening and quantizing."""
+    """Seconds that opening and quantizing take."""
     from mc_gguf.ggml.quantizers import init
     from mc_gguf.quantize.writer import quantize
     from mc_gguf.source import open_checkpoint
@@ -93,7 +80,7 @@ def ours(
 
 
 def theirs(source: Path, type_name: str, imatrix: bool, output: Path, threads: int) -> float:
-    """Seconds of llama_model_quantize with every matrix in one type."""
+    """Seconds that llama_model_quantize takes with every matrix in one type."""
     from mc_gguf.runtime import use_in_llama_cpp
     from mc_gguf.source import open_checkpoint
 
@@ -115,10 +102,10 @@ def upstream_imatrix(llama_cpp: Any, info: ModelInfo, calibration: Calibration) 
     """The calibration as a null-terminated array of llama_model_imatrix_data, one per expert stack."""
     kind = llama_cpp.llama_model_imatrix_data
     entries = []
-    for index, layer in enumerate(info.expert_layers):
+    for layer in info.expert_layers:
         for projection in PROJECTIONS:
-            table = calibration.imatrix_mid if projection == "down" else calibration.imatrix_in
-            data = np.ascontiguousarray(table[index]).reshape(-1)
+            rows = [calibration.imatrix(layer, projection, e) for e in range(info.n_expert)]
+            data = np.concatenate([row for row in rows if row is not None])
             name = expert_tensor_name(layer, projection).encode()
             pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
             entries.append(kind(name, pointer, data.size))
@@ -127,7 +114,7 @@ def upstream_imatrix(llama_cpp: Any, info: ModelInfo, calibration: Calibration) 
 
 @dataclass(frozen=True)
 class Cost:
-    """Wall-clock and CPU seconds of a call, peak resident memory of its process."""
+    """Wall-clock and CPU seconds of a call, and the peak resident memory of its process."""
 
     seconds: float
     cpu_seconds: float
@@ -159,9 +146,7 @@ def _measured(queue: Any, call: Callable[..., float], args: Sequence[Any]) -> No
 
 
 def same_experts(one: Path, other: Path) -> bool:
-    """Whether two files hold the same bytes for every expert (theirs keeps our keys, so it is no file of
-    ours).
-    """
+    """Whether two files hold the same bytes for every expert."""
     from mc_gguf.ggml.gguf_file import read_header
 
     a, b = (read_header(path) for path in (one, other))
@@ -175,16 +160,15 @@ def same_experts(one: Path, other: Path) -> bool:
     return True
 
 
-@click.group()
-def main() -> None:
-    """Measure quantize."""
+@click.group(help=__doc__)
+def main() -> None: ...
 
 
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--types", default="Q3_K,Q4_K", show_default=True)
 @click.option("--threads", default=2, show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), help="Where the output goes for a while.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for the output.")
 def memory(source: Path, types: str, threads: int, work: Path | None) -> None:
     """Peak memory and time of one quantize run."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
@@ -197,10 +181,10 @@ def memory(source: Path, types: str, threads: int, work: Path | None) -> None:
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--type", "type_name", type=click.Choice(sorted(FTYPES)), default="Q2_K", show_default=True)
-@click.option("--imatrix", is_flag=True, help="With a (random) importance matrix on both sides.")
+@click.option("--imatrix", is_flag=True, help="Use a (random) importance matrix on both sides.")
 @click.option("--repeat", default=2, show_default=True)
 @click.option("--threads", default=2, show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), help="Where the files go for a while.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for the files.")
 def speed(source: Path, type_name: str, imatrix: bool, repeat: int, threads: int, work: Path | None) -> None:
     """Time against llama_model_quantize, every matrix in one type, from the same 16-bit GGUF."""
     fixed = FixedTypes(type_name, type_name, type_name, type_name)

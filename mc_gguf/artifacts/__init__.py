@@ -2,8 +2,8 @@
 
     calibrate -> Calibration (safetensors) -> plan -> Plan (JSON) -> quantize
 
-Both carry a format version and the fingerprints of what they were made from. They are written to a temporary
-name and renamed.
+Both files carry a format version and the fingerprints of what they were made from. They are written under a
+temporary name and then renamed.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from __future__ import annotations
 from mc_gguf.artifacts.calibration import NO_CALIBRATION, Calibration
 from mc_gguf.artifacts.model import ATTENTION, PROJECTIONS, Floats, ModelInfo, TensorSpec, expert_tensor_name
 from mc_gguf.artifacts.plan import FixedTypes, Plan
+from mc_gguf.artifacts.published import NOMINAL_BITS, NOMINAL_TYPES
+from mc_gguf.artifacts.statistics import Statistic, Statistics
 
 __all__ = [
     "ATTENTION",
+    "NOMINAL_BITS",
+    "NOMINAL_TYPES",
     "NO_CALIBRATION",
     "PROJECTIONS",
     "Calibration",
@@ -21,6 +25,8 @@ __all__ = [
     "Floats",
     "ModelInfo",
     "Plan",
+    "Statistic",
+    "Statistics",
     "TensorSpec",
     "expert_tensor_name",
 ]

@@ -1,12 +1,14 @@
 """Calibration: the statistics of every expert that calibrate measured, from which plan and quantize work.
 
-A safetensors file (arrays) whose header holds one JSON document (everything else).
+The file is in safetensors format: the arrays of the table (statistics.py), and a header with one JSON
+document that holds everything else (docs/reference/calibration.md).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,137 +18,116 @@ from numpy.typing import NDArray
 
 from mc_gguf import __version__
 from mc_gguf.artifacts.header import check_header
-from mc_gguf.artifacts.model import Floats, ModelInfo
-from mc_gguf.artifacts.published import PublishedStatistics, is_published
+from mc_gguf.artifacts.model import ATTENTION, PROJECTIONS, ModelInfo
+from mc_gguf.artifacts.published import NOMINAL_BITS, PublishedStatistics, is_published
+from mc_gguf.artifacts.statistics import Statistics, check_statistics
 from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.files import atomic_write, sha256_of
 
 CALIBRATION_VERSION = 3
 NO_CALIBRATION = hashlib.sha256(b"").hexdigest()  # fingerprint where nothing had to be measured: 16-bit files
-
-
-def _nothing() -> Floats:
-    return np.zeros(0)
-
-
-def _nothing32() -> NDArray[np.float32]:
-    return np.zeros(0, dtype=np.float32)
+_FORMAT = "mc_gguf.calibration"
+_NOT_MEASURED = (0,)  # shape of an array in a file that stands for "not measured"
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration:
-    """Statistics of every expert on a calibration text. L layers with experts, E experts, T candidate types.
+class Calibration(Statistics):
+    """Statistics of every expert of a model on a calibration text.
 
-    frequency [L, E]            tokens routed to the expert
-    routing_weight [L, E]       sum of the routing weights (softmax over all experts, before renormalisation)
-    sq_error [L, E, 3, T]       squared error of the gate-weighted block output, summed over all its tokens,
-                                when only this projection (gate, up, down) of only this expert has this type
-    output_sq [L, E]            squared norm of the gate-weighted expert output, summed over its tokens
-    imatrix_in [L, E, n_embd]   mean squared input of gate and up; zeros when no token came
-    imatrix_mid [L, E, n_ff]    mean squared input of down
-    ratio_quantiles [L, K-1, Q] quantiles 0..1 of w_j / w_0 for the ranks j = 1..K-1 (K = n_expert_used)
-    routing_sensitivity [L]     increase of the mean KL divergence (nats a token) of the model's output when
-                                only this layer drops the experts with w_j / w_0 below its medians
-    routing_curve [L, Q]        squared error of the MoE block's output when all below quantile q is dropped,
-                                relative to that at the median
-    nominal_error [L, E, 3]     Frobenius norm at nominal 1, 2, 3 bits; published statistics have only this
-    relative_error [L, E, 3, T] as sq_error, but every token's error divided by the squared norm of its hidden
-                                state after the expert
-    weight_error [L, E, 3, T]   squared change of the matrix's own weights under this type
-    hessian_trace [L, E, 3]     trace of half the Hessian of the relative error with respect to the matrix, a
-                                weight on average
-    kld_per_error [L]           increase of the mean KL divergence (nats a token) of the model's output for a
-                                unit of relative error a token, when all experts of this layer are rounded
-    block_score [L]             1 - mean cosine of the hidden states before and after the feed-forward block
-    hidden_max [L]              largest magnitude in the hidden states after the layer
-    hidden_median [L]           median magnitude in them
-    down_max [L, E]             largest magnitude in the outputs of the expert's down projection
-    attention_error [L, 4, A]   squared error of the attention block's output, relative to the squared norm of
-                                the hidden state after it, a token on average, when only this matrix
-                                (ATTENTION) has this one of `attention_types`
-    attention_in [L, n_embd]    mean squared input of q, k and v
-    attention_mid [L, n]        mean squared input of the attention's output matrix
+    Each array of the table in `Statistics` is an attribute (`calibration.frequency`); `has` tells which were
+    measured.
 
-    The attention's arrays are empty in files made before they were measured.
-    Published statistics have `model` None and empty arrays for what they do not carry.
+    Attributes:
+        model: the calibrated model; None for published statistics.
+        layers: numbers of the layers with experts, ascending. Arrays count these layers from 0.
+        types: names of the candidate types whose errors were measured.
+        corpus: the text: sources, SHA-256, seed, rows, and under "measured" all that the result depends on.
+        statistics: what was measured, by name. Raises ArtifactError when an array does not fit the table, the
+            model or the other arrays.
+        attention_types: names of the types whose errors were measured for attention matrices.
+        fingerprint: SHA-256 of the file.
+        tool: what made the file, with its version.
     """
 
     model: ModelInfo | None
     layers: tuple[int, ...]
     types: tuple[str, ...]
     corpus: dict[str, Any]
-    frequency: Floats
-    routing_weight: Floats
-    sq_error: Floats
-    output_sq: Floats
-    imatrix_in: NDArray[np.float32]
-    imatrix_mid: NDArray[np.float32]
-    ratio_quantiles: Floats
-    routing_sensitivity: Floats
-    routing_curve: Floats
-    nominal_error: Floats
-    relative_error: Floats = field(default_factory=_nothing)
-    weight_error: Floats = field(default_factory=_nothing)
-    hessian_trace: Floats = field(default_factory=_nothing)
-    kld_per_error: Floats = field(default_factory=_nothing)
-    block_score: Floats = field(default_factory=_nothing)
-    hidden_max: Floats = field(default_factory=_nothing)
-    hidden_median: Floats = field(default_factory=_nothing)
-    down_max: Floats = field(default_factory=_nothing)
+    statistics: Mapping[str, NDArray[Any]]
     attention_types: tuple[str, ...] = ()
-    attention_error: Floats = field(default_factory=_nothing)
-    attention_in: NDArray[np.float32] = field(default_factory=_nothing32)
-    attention_mid: NDArray[np.float32] = field(default_factory=_nothing32)
     fingerprint: str = ""
     tool: str = field(default=f"mc_gguf {__version__}")
 
+    def __post_init__(self) -> None:
+        sizes = {"layer": len(self.layers), "type": len(self.types), "projection": len(PROJECTIONS)}
+        sizes |= {"attention_part": len(ATTENTION), "attention_type": len(self.attention_types)}
+        sizes |= {"bits": len(NOMINAL_BITS)}
+        if self.model is not None:
+            sizes |= {"expert": self.model.n_expert, "rank": self.model.n_expert_used - 1}
+            sizes |= {"n_embd": self.model.n_embd, "n_ff": self.model.n_ff}
+        check_statistics(self.table(), self.statistics, sizes)
+
     @property
     def n_expert(self) -> int:
-        return int(self.frequency.shape[1])
+        """Routed experts per layer."""
+        return int(self.frequency.shape[1]) if self.model is None else self.model.n_expert
+
+    def imatrix(self, layer: int, projection: str, expert: int) -> NDArray[np.float32] | None:
+        """The importance matrix of one expert's matrix: the mean squared input of each of its columns.
+
+        Args:
+            layer: number of the layer in the model.
+            projection: one of PROJECTIONS.
+            expert: number of the expert in the layer.
+
+        Returns:
+            float32 [n_embd] for gate and up, [n_ff] for down. All zeros when no token of the text was routed
+            to the expert; quantizers treat that like ones. None when the calibration measured no importance
+            matrices.
+        """
+        return self._row("imatrix_mid" if projection == "down" else "imatrix_in", layer, expert)
+
+    def attention_imatrix(self, layer: int, part: str) -> NDArray[np.float32] | None:
+        """The importance matrix of one attention matrix, `part` of ATTENTION in the model's layer `layer`.
+
+        Returns:
+            float32 [n_embd] for q, k and v, [attention_width] for output. None when it was not measured.
+        """
+        return self._row("attention_mid" if part == "output" else "attention_in", layer)
+
+    def _row(self, name: str, layer: int, *place: int) -> NDArray[np.float32] | None:
+        if not self.has(name):
+            return None
+        if layer not in self.layers:
+            raise ArtifactError(
+                f"the calibration has no layer {layer}; calibrate the model that is used here"
+            )
+        row: NDArray[np.float32] = self.statistics[name][(self.layers.index(layer), *place)]
+        return row
+
+    def with_statistics(self, **arrays: NDArray[Any] | None) -> Calibration:
+        """This calibration with some arrays replaced, added or (None) left out."""
+        changed = {**self.statistics, **arrays}
+        return replace(self, statistics={name: a for name, a in changed.items() if a is not None})
 
     @classmethod
     def blank(cls, model: ModelInfo) -> Calibration:
         """No statistics at all: enough to plan a 16-bit file of `model`."""
-        layers = model.expert_layers
-        empty, none = np.zeros((len(layers), model.n_expert)), np.zeros(0)
-        empty32 = np.zeros(0, dtype=np.float32)
-        return cls(
-            model=model,
-            layers=layers,
-            types=(),
-            corpus={},
-            frequency=empty,
-            routing_weight=empty,
-            sq_error=empty,
-            output_sq=empty,
-            imatrix_in=empty32,
-            imatrix_mid=empty32,
-            ratio_quantiles=none,
-            routing_sensitivity=none,
-            routing_curve=none,
-            nominal_error=empty,
-            fingerprint=NO_CALIBRATION,
-        )
+        return cls(model, model.expert_layers, (), {}, {}, fingerprint=NO_CALIBRATION)
 
     @classmethod
     def from_published(cls, published: PublishedStatistics, fingerprint: str) -> Calibration:
         """A calibration without a model: only what strategy mc needs."""
-        none, none32 = np.zeros(0), np.zeros(0, dtype=np.float32)
         return cls(
             model=None,
             layers=tuple(range(len(published.frequency))),
             types=(),
             corpus={"about": published.about},
-            frequency=published.frequency,
-            routing_weight=published.routing_weight,
-            sq_error=none,
-            output_sq=none,
-            imatrix_in=none32,
-            imatrix_mid=none32,
-            ratio_quantiles=none,
-            routing_sensitivity=none,
-            routing_curve=none,
-            nominal_error=published.nominal_error,
+            statistics={
+                "frequency": published.frequency,
+                "routing_weight": published.routing_weight,
+                "nominal_error": published.nominal_error,
+            },
             fingerprint=fingerprint,
             tool="published",
         )
@@ -156,7 +137,7 @@ class Calibration:
         from safetensors.numpy import save
 
         header = {
-            "format": "mc_gguf.calibration",
+            "format": _FORMAT,
             "version": CALIBRATION_VERSION,
             "tool": self.tool,
             "model": self.model.to_json() if self.model else None,
@@ -165,7 +146,12 @@ class Calibration:
             "corpus": self.corpus,
             "attention_types": self.attention_types,
         }
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in (*_ARRAYS, *_LATER_ARRAYS)}
+        arrays = {
+            line.name: np.ascontiguousarray(
+                self.statistics.get(line.name, np.zeros(_NOT_MEASURED, line.dtype))
+            )
+            for line in self.table()
+        }
         data = save(arrays, metadata={"mc_gguf": json.dumps(header, sort_keys=True)})
         with atomic_write(path) as file:
             file.write(data)
@@ -173,52 +159,47 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """Read a calibration, or the published statistics (JSON). Raises ArtifactError."""
+        """Read a calibration, or the published statistics (JSON).
+
+        Raises ArtifactError when the file is damaged, of another version, or has an array of the wrong shape.
+        """
         fingerprint = sha256_of(path)
         if is_published(path):
             return cls.from_published(PublishedStatistics.load(path), fingerprint)
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         try:
-            with safe_open(path, framework="numpy") as reader:
-                header = json.loads((reader.metadata() or {}).get("mc_gguf", "{}"))
-                check_header(path, header, "mc_gguf.calibration", CALIBRATION_VERSION)
-                names = (*_ARRAYS, *(name for name in _LATER_ARRAYS if name in reader.keys()))
-                arrays = {name: reader.get_tensor(name) for name in names}
-            return cls(
-                model=ModelInfo.from_json(header["model"]) if header["model"] else None,
-                layers=tuple(header["layers"]),
-                types=tuple(header["types"]),
-                corpus=header["corpus"],
-                fingerprint=fingerprint,
-                tool=header["tool"],
-                attention_types=tuple(header.get("attention_types", ())),
-                **arrays,
-            )
+            header, arrays = cls._read(path)
+            model = ModelInfo.from_json(header["model"]) if header["model"] else None
+            named = {name: tuple(header[name]) for name in ("layers", "types")}
+            corpus, tool = header["corpus"], header["tool"]
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
                 f"{path} is not a calibration file ({error!r}); make one with: mc-gguf calibrate"
             ) from error
+        attention_types = tuple(header.get("attention_types", ()))
+        try:
+            return cls(
+                model,
+                **named,
+                corpus=corpus,
+                statistics=arrays,
+                attention_types=attention_types,
+                fingerprint=fingerprint,
+                tool=tool,
+            )
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {error}; make a new one with: mc-gguf calibrate") from error
 
+    @classmethod
+    def _read(cls, path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Header and measured arrays of a file; arrays that are not in the table are ignored."""
+        from safetensors import safe_open
 
-_ARRAYS = (
-    "frequency",
-    "routing_weight",
-    "sq_error",
-    "output_sq",
-    "imatrix_in",
-    "imatrix_mid",
-    "ratio_quantiles",
-    "routing_sensitivity",
-    "routing_curve",
-    "nominal_error",
-    "relative_error",
-    "weight_error",
-    "hessian_trace",
-    "kld_per_error",
-    "block_score",
-    "hidden_max",
-    "hidden_median",
-    "down_max",
-)
-_LATER_ARRAYS = ("attention_error", "attention_in", "attention_mid")  # not in the first files of this version
+        with safe_open(path, framework="numpy") as reader:
+            header = json.loads((reader.metadata() or {}).get("mc_gguf", "{}"))
+            check_header(path, header, _FORMAT, CALIBRATION_VERSION)
+            stored = set(reader.keys())
+            names = [line.name for line in cls.table() if not line.optional or line.name in stored]
+            arrays = {name: reader.get_tensor(name) for name in names}
+        return header, {name: array for name, array in arrays.items() if array.shape != _NOT_MEASURED}

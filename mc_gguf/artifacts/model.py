@@ -1,4 +1,4 @@
-"""ModelInfo: what planning and writing need to know of a source model without opening its weights."""
+"""ModelInfo: what planning and writing need to know about a source model without opening its weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PROJECTIONS: tuple[str, ...] = ("gate", "up", "down")
-ATTENTION: tuple[str, ...] = ("q", "k", "v", "output")  # matrices of an attention block: blk.N.attn_*.weight
+ATTENTION: tuple[str, ...] = ("q", "k", "v", "output")  # the matrices blk.N.attn_*.weight
 
 Floats = NDArray[np.float64]
 
@@ -22,7 +22,7 @@ def expert_tensor_name(layer: int, projection: str) -> str:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of the source: GGUF name, shape in ggml order (fastest first), and its 16/32-bit type."""
+    """A tensor of the source: GGUF name, shape in ggml order (fastest first), type of 16 or 32 bits."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,11 +31,19 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What planning needs to know of the source model, so that it never opens the weights.
+    """What planning needs to know about the source model, so that it never opens the weights.
 
-    `kv_bytes` and `n_kv` count the GGUF metadata that the output copies from the source (mc_gguf's own keys
-    not included); `tensors` lists every tensor in file order, expert stacks included. `fingerprint`
-    identifies the source.
+    Attributes:
+        architecture: the GGUF name.
+        n_layer: number of layers, with and without experts.
+        n_expert: routed experts per layer.
+        n_expert_used: experts per token.
+        n_embd: width of the hidden states.
+        n_ff: width of an expert.
+        fingerprint: identifies the source.
+        kv_bytes: bytes of the GGUF metadata that the output copies from the source.
+        n_kv: number of its keys.
+        tensors: every tensor in file order, including expert stacks.
     """
 
     architecture: str
@@ -51,7 +59,7 @@ class ModelInfo:
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
-        """Layers that have routed experts, ascending."""
+        """Numbers of the layers that have routed experts, ascending."""
         names = {t.name for t in self.tensors}
         return tuple(i for i in range(self.n_layer) if expert_tensor_name(i, "down") in names)
 
@@ -60,9 +68,11 @@ class ModelInfo:
         return (self.n_embd, self.n_ff) if projection == "down" else (self.n_ff, self.n_embd)
 
     def to_json(self) -> dict[str, Any]:
+        """As a JSON document."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelInfo:
+        """The inverse of `to_json`."""
         tensors = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["type"]) for t in data["tensors"])
         return cls(**{**data, "tensors": tensors})

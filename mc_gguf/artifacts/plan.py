@@ -1,5 +1,5 @@
-"""Plan: the type of every expert and projection, as JSON, one line per row of experts, sorted and stable so
-that it can be read and diffed.
+"""Plan: the type of every expert and projection. Its file is JSON with one line per row of experts, sorted
+and stable, so that it can be read and diffed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,18 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class FixedTypes:
-    """Types of the tensors that are not experts; the router and everything 1-D stay F32.
+    """Types of the tensors that are not experts; the router and everything one-dimensional stay F32.
 
-    K and V are small and every token depends on them; Q, output projection and embeddings cost little at 6.6
-    bits. `attention`, where not empty, overrides `attn` and `attn_kv`: a row for every layer with the types
-    of its matrices, in the order of ATTENTION.
+    K and V are small and every token depends on them, so they have more bits than Q, the attention's output
+    matrix and the embeddings, which cost little at 6.6 bits.
+
+    Attributes:
+        attn_kv: type of K and V.
+        attn: type of Q, the attention's output matrix and all other matrices.
+        token_embd: type of the token embeddings.
+        output: type of the output matrix.
+        attention: overrides `attn` and `attn_kv` where it is not empty: the types of each layer's matrices,
+            in the order of ATTENTION.
     """
 
     attn_kv: str = "Q8_0"
@@ -35,7 +42,7 @@ class FixedTypes:
     attention: tuple[tuple[str, ...], ...] = ()
 
     def attention_type(self, layer: int, part: str) -> str:
-        """Of the matrix `part` (one of ATTENTION) in `layer`."""
+        """The type of the matrix `part` (one of ATTENTION) in `layer`."""
         if self.attention:
             return self.attention[layer][ATTENTION.index(part)]
         return self.attn_kv if part in ("k", "v") else self.attn
@@ -45,13 +52,32 @@ class FixedTypes:
 class Plan:
     """The type of every expert and projection, with what it was decided from and what it will cost.
 
-    `experts[projection][i][expert]` is a ggml type name, i counting `layers`. `file_bytes` is exact when the
-    calibration knows the model, else None. `predicted_error` is the sum over experts of the squared output
-    errors divided by the same sum of squared outputs (None for published statistics); `predicted_kld` is in
-    nats a token, None when the calibration did not measure it. `objective` is what was minimised, and
-    `layer_ratio` its value relative to the best plan with one type per layer and projection in the same bytes
-    (strategy pmq only). `bits` is set by strategy `mc` only; `refinement` by refine: mean KL divergences
-    (nats a token) before and after, and what the search was asked for.
+    Attributes:
+        strategy: how it was decided.
+        budget: the limit, by name.
+        layers: numbers of the layers with experts, ascending.
+        experts: `experts[projection][i][expert]` is the name of a ggml type; i counts `layers`.
+        fixed: types of all other tensors.
+        types: the candidates.
+        model_fingerprint: of the model; empty for published statistics.
+        calibration_fingerprint: SHA-256 of the calibration file.
+        expert_bpw: average bits per weight of the experts.
+        expert_bytes: bytes of all experts.
+        file_bytes: exact size of the file that the plan makes; None when the calibration does not know the
+            model.
+        predicted_error: squared output errors divided by squared outputs, each summed over the experts; None
+            for published statistics.
+        optimality_gap: relative gap that the solver proved; None where nothing was solved.
+        seed: random seed of strategy random.
+        bits: nominal bits of each expert (strategy mc only).
+        objective: what was minimised.
+        predicted_kld: in nats per token; None when the calibration did not measure it.
+        layer_ratio: the objective relative to the best plan with one type per layer and projection in the
+            same bytes (strategy pmq only).
+        refinement: set by refine: mean KL divergences (nats per token) before and after, and the search's
+            settings.
+        tool: what made the plan, with its version.
+        fingerprint: SHA-256 of the file.
     """
 
     strategy: str
@@ -77,10 +103,11 @@ class Plan:
     fingerprint: str = ""
 
     def type_of(self, layer: int, expert: int, projection: str) -> str:
+        """The type of one expert's matrix; `layer` is the number of the layer in the model."""
         return self.experts[projection][self.layers.index(layer)][expert]
 
     def to_text(self) -> str:
-        """The file's text: sorted keys, one line per row of experts."""
+        """The text of the file: sorted keys, one line per row of experts."""
         body = {k: v for k, v in asdict(self).items() if k not in ("fingerprint", "experts", "bits")}
         body["fixed"] = {k: v for k, v in body["fixed"].items() if k != "attention"}
         body |= {"format": "mc_gguf.plan", "version": PLAN_VERSION}
@@ -134,12 +161,17 @@ class Plan:
 
 
 def _check_rows(path: Path, plan: Plan) -> None:
-    rows = [row for table in plan.experts.values() for row in table]
-    if any(len(table) != len(plan.layers) for table in plan.experts.values()) or not rows:
-        raise ArtifactError(f"{path}: not one row of experts for each of {len(plan.layers)} layers")
+    """Raises ArtifactError unless every table of the plan is complete."""
+    again = "make it again with: mc-gguf plan"
+    tables, n_layer = plan.experts.values(), len(plan.layers)
+    rows = [row for table in tables for row in table]
+    if any(len(table) != n_layer for table in tables) or not rows:
+        raise ArtifactError(f"{path} needs one row of experts for each of its {n_layer} layers; {again}")
     if any(len(row) != len(rows[0]) or not all(isinstance(name, str) for name in row) for row in rows):
-        raise ArtifactError(f"{path}: every row of experts needs {len(rows[0])} names of types")
+        raise ArtifactError(f"{path}: every row of experts needs {len(rows[0])} type names; {again}")
     attention = plan.fixed.attention
     named = all(len(r) == len(ATTENTION) and all(isinstance(n, str) for n in r) for r in attention)
     if attention and not (named and plan.layers == tuple(range(len(attention)))):
-        raise ArtifactError(f"{path}: attention needs one row of {len(ATTENTION)} types for each layer")
+        raise ArtifactError(
+            f"{path}: attention needs one row of {len(ATTENTION)} types for each layer; {again}"
+        )

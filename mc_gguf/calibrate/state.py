@@ -1,136 +1,88 @@
 """What calibrate keeps on disk after every layer, so that a killed run can continue.
 
-    .calib.safetensors.partial/stats.safetensors   statistics of the layers done; header: identity of the run
-    .calib.safetensors.partial/hidden-7.npy        hidden states [n_rows, ctx, n_embd] after 7 layers
-    .calib.safetensors.partial/branches-7/         those of sensitivity.Branches, one file each
-    .calib.safetensors.partial/working/            the branches in layer 7, which is under way
+    stats.safetensors   statistics of the layers done
+    hidden-7.npy        hidden states [n_rows, ctx, n_embd] after 7 layers
+    branches-7/         those of sensitivity.Branches, one file each
+    working/            the branches in layer 7, which is under way
 
-The hidden states and branches are written first, the statistics second, all to a temporary name and renamed;
-then those of the layer before are deleted. So whatever is killed when, statistics of n layers find the states
-after n. Disk: the hidden states twice, the branches up to three times (sensitivity.py). A run that shall not
-be continued keeps the branches only, in a temporary directory.
+These lie in the output's working directory (common/workdir.py). The hidden states and branches are written
+first, the statistics second, all to a temporary name and renamed; then those of the layer before are deleted.
+So whenever a run is killed, statistics of n layers find the states after n. Disk: the hidden states twice,
+the branches up to three times (sensitivity.py). A run that need not be continued keeps the branches only, in
+a temporary directory.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mc_gguf import __version__
-from mc_gguf.artifacts import PROJECTIONS, Floats, ModelInfo
-from mc_gguf.calibrate.attention import AttentionStats
-from mc_gguf.calibrate.sensitivity import WORKING, branches_directory
+from mc_gguf.artifacts import ModelInfo
+from mc_gguf.calibrate.sensitivity import WORKING, branch_rows, branches_directory
+from mc_gguf.calibrate.statistics import LayerStatistics, stack_layers, unstack_layers
 from mc_gguf.common.files import atomic_write
+from mc_gguf.common.workdir import keep_only
 
-N_QUANTILES = 1001  # odd: the median is one of them
 STATE_VERSION = 5
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class LayerStats:
-    """One layer's share of a Calibration, float64; the names and last dimensions are those of Calibration."""
-
-    frequency: Floats
-    routing_weight: Floats
-    sq_error: Floats
-    relative_error: Floats
-    weight_error: Floats
-    hessian_trace: Floats
-    output_sq: Floats
-    imatrix_in: Floats
-    imatrix_mid: Floats
-    ratio_quantiles: Floats
-    routing_curve: Floats
-    rounding_error: Floats
-    block_score: Floats
-    hidden_max: Floats
-    hidden_median: Floats
-    down_max: Floats
-    attention_error: Floats
-    attention_in: Floats
-    attention_mid: Floats
-
-    @classmethod
-    def empty(cls, info: ModelInfo, n_types: int, attention: AttentionStats) -> LayerStats:
-        e, p = info.n_expert, len(PROJECTIONS)
-        one = ("rounding_error", "block_score", "hidden_max", "hidden_median")
-        shapes: dict[str, tuple[int, ...]] = {
-            "frequency": (e,),
-            "routing_weight": (e,),
-            "output_sq": (e,),
-            "down_max": (e,),
-            "imatrix_in": (e, info.n_embd),
-            "imatrix_mid": (e, info.n_ff),
-            "ratio_quantiles": (info.n_expert_used - 1, N_QUANTILES),
-            "routing_curve": (N_QUANTILES,),
-            "hessian_trace": (e, p),
-            **dict.fromkeys(one, ()),
-            **dict.fromkeys(("sq_error", "relative_error", "weight_error"), (e, p, n_types)),
-        }
-        zeros = {name: np.zeros(shape) for name, shape in shapes.items()}
-        measured = {f.name: np.asarray(getattr(attention, f.name), np.float64) for f in fields(attention)}
-        return cls(**zeros, **measured)
-
-
-_NAMES = tuple(f.name for f in fields(LayerStats))
 _STATS = "stats.safetensors"
 
 
-class State:
-    """Statistics of the layers done and, after a resume, the hidden states that the next one needs; the
-    branches are in `directory`.
+class CalibrationState:
+    """Statistics of the layers that are done and, after a resume, the hidden states that the next layer
+    needs. The branches are in `directory`.
 
-    A context: at its end only what a resumed run needs stays in the directory, nothing of a temporary one.
+    This is a context manager: at its end, only what a resumed run needs stays in the directory, and a
+    temporary directory is removed.
     """
 
-    def __init__(self, directory: Path | None, fingerprint: str) -> None:
-        self.temporary, self.fingerprint = directory is None, fingerprint
+    def __init__(self, directory: Path | None) -> None:
+        self.temporary = directory is None
         self.directory = directory or Path(tempfile.mkdtemp(prefix="mc-gguf-"))
-        self.layers: list[LayerStats] = []
+        self.layers: list[LayerStatistics] = []
         self.hidden: Tensor | None = None
 
     @classmethod
-    def resume(cls, directory: Path | None, identity: Mapping[str, object]) -> State:
-        """The state in `directory` if it is of the run that `identity` describes, else an empty one."""
-        document = json.dumps({"state": STATE_VERSION, "tool": __version__, **identity}, sort_keys=True)
-        state = cls(directory, hashlib.sha256(document.encode()).hexdigest())
+    def resume(cls, directory: Path | None) -> CalibrationState:
+        """The state in `directory` if there is a whole one, else an empty one."""
+        state = cls(directory)
         if (state.directory / _STATS).exists():
             state._load()
-        state.directory.mkdir(parents=True, exist_ok=True)
         state._tidy()
         return state
 
-    def __enter__(self) -> State:
+    def __enter__(self) -> CalibrationState:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Not _tidy: an interrupt can have come between a layer's statistics and its place in `layers`.
-        useless = self.temporary or not (self.directory / _STATS).exists()
-        shutil.rmtree(self.directory if useless else self.directory / WORKING, ignore_errors=True)
+        if self.temporary:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        elif (self.directory / _STATS).exists():
+            # Not _tidy: an interrupt can have come between a layer's statistics and its place in `layers`.
+            shutil.rmtree(self.directory / WORKING, ignore_errors=True)
+        else:
+            keep_only(self.directory, ())
 
     def _load(self) -> None:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self.directory / _STATS, framework="numpy") as file:
-                if (file.metadata() or {}).get("fingerprint") != self.fingerprint:
-                    raise ValueError("of another model, text or set of options")
-                arrays = {name: file.get_tensor(name) for name in _NAMES}
+                arrays = {line.name: file.get_tensor(line.name) for line in LayerStatistics.lines()}
             done = len(arrays["frequency"])
             for branch in range(2 * done + 1):
                 np.load(branches_directory(self.directory, done) / f"{branch}.npy", allow_pickle=False)
@@ -140,34 +92,38 @@ class State:
         except (OSError, ValueError, SafetensorError) as error:
             log.warning("not continuing from %s (%s); starting anew", self.directory, error)
             return
-        self.layers = [LayerStats(**{name: arrays[name][i] for name in _NAMES}) for i in range(done)]
+        self.layers = unstack_layers(arrays)
         log.info("continuing after %d layers", done)
 
-    def add(self, stats: LayerStats, hidden: Tensor) -> None:
-        """One more layer is done; `hidden` is what comes out of it. The branches are in the directory."""
+    def add(self, stats: LayerStatistics, hidden: Tensor) -> None:
+        """Record one more layer. `hidden` is its output; its branches are in the directory already."""
         layers = [*self.layers, stats]
         if not self.temporary:
             self._save(layers, hidden)
         self.layers = layers
         self._tidy()
 
-    def _save(self, layers: Sequence[LayerStats], hidden: Tensor) -> None:
+    def _save(self, layers: Sequence[LayerStatistics], hidden: Tensor) -> None:
         from safetensors.numpy import save
 
         with atomic_write(self.directory / f"hidden-{len(layers)}.npy") as file:
             np.save(file, hidden.numpy(), allow_pickle=False)
-        arrays = {name: np.stack([getattr(layer, name) for layer in layers]) for name in _NAMES}
         with atomic_write(self.directory / _STATS) as file:
-            file.write(save(arrays, metadata={"fingerprint": self.fingerprint}))
+            file.write(save(stack_layers(layers)))
 
     def _tidy(self) -> None:
-        """Removes what is not of the layers done, as of the one before or of one that a kill ended."""
+        """Remove what does not belong to the layers that are done: files of the layer before, or of one that
+        was interrupted.
+        """
         done = len(self.layers)
-        needed = {_STATS, f"hidden-{done}.npy", branches_directory(self.directory, done).name}
-        for path in self.directory.iterdir():
-            if done and path.name in needed:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        needed = (_STATS, f"hidden-{done}.npy", branches_directory(self.directory, done).name)
+        keep_only(self.directory, needed if done else ())
+
+
+def state_bytes(info: ModelInfo, rows: NDArray[np.int32], sensitivity_tokens: int) -> int:
+    """The most bytes that a calibration on `rows` [n_rows, ctx] keeps on disk: float32 states of n_embd
+    numbers per token, twice for all tokens and three times for the branches.
+    """
+    n_branch = 2 * info.n_layer + 1
+    n_token = 2 * rows.size + 3 * n_branch * branch_rows(rows, sensitivity_tokens).size
+    return 4 * info.n_embd * int(n_token)

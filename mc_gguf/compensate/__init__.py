@@ -1,3 +1,3 @@
-"""Error compensation for whole models: Hessians of the experts' inputs, the blocks that lose least on
-them, and the bank that keeps the blocks.
+"""Error compensation for whole models: the Hessians of the experts' inputs, the blocks that lose least on
+these inputs, and the bank that keeps the blocks.
 """

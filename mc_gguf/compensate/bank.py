@@ -1,4 +1,4 @@
-"""Quantized expert matrices on disk, by content, so that nothing is quantized twice.
+"""Quantized expert matrices on disk, found by what they were made from, so that nothing is quantized twice.
 
     bank = Bank(folder, bank_key(model.fingerprint, calibration.fingerprint, "ggml"))
     blocks = bank.get(layer, "down", expert, "IQ2_S")               # None: not there, or damaged
@@ -6,47 +6,50 @@
 
     <folder>/<key, 16 digits>/<layer>/<projection>-<type>/<expert>.blocks
 
-One file a matrix: a header with the CRC-32 of everything, then the blocks. A file appears by a rename, so two
-processes may store the same matrix at the same time. It is not synced to the disk: a file that a power cut
-left incomplete fails its check, counts as missing and is made again. The whole key is in the header: blocks
-of another model, calibration or quantizer are never taken.
+There is one file per matrix: a header with the CRC-32 of everything, then the blocks. A file appears by a
+rename, so two processes may store the same matrix at the same time. It is not synced to the disk: a file that
+a power cut left incomplete fails its check, counts as missing and is made again. The header identifies the
+whole key, so blocks of another model, calibration or quantizer are never taken.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
-import tempfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_gguf.common.files import atomic_write
 from mc_gguf.ggml.types import ggml_type
 
 _MAGIC = b"MCBANK1\n"
-_HEADER = struct.Struct("<8s32sIQQ")  # magic, SHA-256 of the identity, CRC-32, rows, bytes of a row
+_HEADER = struct.Struct("<8s32sIQQ")  # magic, SHA-256 of the identity, CRC-32, rows, bytes per row
 
 
 def bank_key(model_fingerprint: str, calibration_fingerprint: str, quantizer: str) -> str:
-    """The key of a Bank: all that blocks depend on. `quantizer` names it with its version and options."""
+    """The key of a Bank: all that blocks depend on. `quantizer` names the quantizer with its version and
+    options.
+    """
     document = json.dumps([model_fingerprint, calibration_fingerprint, quantizer])
     return hashlib.sha256(document.encode()).hexdigest()
 
 
 class Bank:
-    """Blocks of expert matrices; `layer` counts model layers, blocks are (rows, bytes of a row) uint8."""
+    """Blocks of expert matrices: uint8 (rows, bytes per row). `layer` is the number of the layer in the
+    model.
+    """
 
     def __init__(self, folder: Path, key: str) -> None:
-        """`key`: fingerprint of model, calibration and the quantizer's options (see bank_key)."""
+        """`key` identifies model, calibration and quantizer (see bank_key)."""
         self.key = key
         self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def get(self, layer: int, projection: str, expert: int, type_name: str) -> NDArray[np.uint8] | None:
-        """The blocks that were put; None when there are none, or what is there is damaged."""
+        """The blocks that were stored; None when there are none or the file is damaged."""
         path = self._path(layer, projection, expert, type_name)
         try:
             data = path.read_bytes()
@@ -66,22 +69,15 @@ class Bank:
     def put(
         self, layer: int, projection: str, expert: int, type_name: str, blocks: NDArray[np.uint8]
     ) -> None:
-        """Store `blocks`, in place of what there is. Raises OSError when the disk is full."""
+        """Store `blocks`, replacing what there is. Raises OSError when the disk is full."""
         if blocks.ndim != 2 or blocks.dtype != np.uint8:
-            raise ValueError(f"blocks are (rows, bytes of a row) uint8, not {blocks.shape} {blocks.dtype}")
+            raise ValueError(f"blocks are (rows, bytes per row) uint8, not {blocks.shape} {blocks.dtype}")
         path, data = self._path(layer, projection, expert, type_name), blocks.tobytes()
         identity, (rows, row_bytes) = self._identity(layer, projection, expert, type_name), blocks.shape
         crc = _crc(identity, rows, row_bytes, data)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(_HEADER.pack(_MAGIC, identity, crc, rows, row_bytes))
-                file.write(data)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with atomic_write(path, sync=False) as file:
+            file.write(_HEADER.pack(_MAGIC, identity, crc, rows, row_bytes))
+            file.write(data)
 
     def _path(self, layer: int, projection: str, expert: int, type_name: str) -> Path:
         kind = ggml_type(type_name).name

@@ -1,20 +1,20 @@
 """Error compensation for a model: the experts' blocks of a plan, put into a Bank, layer by layer.
 
-The token rows that the calibration was made from go through the model once more, in 16 bits. Every expert
-gives the Hessians of its own routed inputs (hessian.py), every matrix is quantized with and without
-compensation, and the one with less squared error on held-out tokens goes into the bank. What
-the bank has already is not made again; the hidden states after each layer are kept beside it, so that a
-killed run goes on where it was.
+The token rows that the calibration was made from go through the model once more, with its 16-bit weights. The
+Hessians of every expert are those of its own routed inputs (hessian.py). Every matrix is quantized with and
+without compensation, and the result with less squared error on held-out tokens goes into the bank. What the
+bank has already is not made again. The hidden states after each layer are kept in a folder, so that a killed
+run continues where it was.
 
-Memory: the hidden states (16 KB a token at n_embd 4096), one expert in float32, and the Hessian of down
-with its factor and copies of both (822 MB each at n_ff 14336: about 4 GB).
+Memory holds the hidden states (16 KB per token at n_embd 4096), one expert in float32, and the Hessian of
+down with its factor and copies of both (822 MB each at n_ff 14336: about 4 GB).
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,21 +26,24 @@ from torch import Tensor
 
 from mc_gguf import __version__
 from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, Plan
-from mc_gguf.common.errors import ArtifactError
+from mc_gguf.artifacts.matching import check_inputs
+from mc_gguf.common.errors import ArtifactError, about
 from mc_gguf.common.files import atomic_write
 from mc_gguf.common.progress import Progress, progress
+from mc_gguf.common.workdir import Workdir, keep_only
 from mc_gguf.compensate.bank import Bank, bank_key
-from mc_gguf.compensate.hessian import Collector, Inputs, Tokens, held_out_tokens, run_expert
-from mc_gguf.compensate.matrix import DEFAULT, Options, quantize_compensated, supports
+from mc_gguf.compensate.hessian import Collector, HessianTokens, Inputs, held_out_tokens, run_expert
+from mc_gguf.compensate.matrix import DEFAULT, CompensationOptions, quantize_compensated, supports
 from mc_gguf.compensate.products import exact_products, fast_products
 from mc_gguf.ggml.quantizers import dequantize_rows, init, quantize_rows
-from mc_gguf.quantize.writer import check_inputs
 from mc_gguf.runtime.upstream import patchset_digest
 from mc_gguf.source import Checkpoint
-from mc_gguf.source.decoder import Decoder, Expert, Routing
+from mc_gguf.source.decoder import Decoder, Expert, RouterOutput
 from mc_gguf.source.text import Corpus, load_corpus
 
-_REVISION = 2
+_REVISION = 3  # of what makes the blocks besides the patch set: a bank of another revision is not used
+# In a working directory: the bank, and the hidden states of a pass that fills it.
+BANK, STATES = "bank", "states"
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +53,21 @@ Wanted = Mapping[tuple[int, int], frozenset[tuple[str, str]]]
 
 @dataclass
 class Outcome:
-    """What the pass did: matrices compensated, and those where the plain quantizer was better."""
+    """What the pass did.
+
+    Attributes:
+        compensated: number of matrices that are compensated.
+        plain: number of matrices for which ggml's quantizer was better.
+        ratios: squared error on held-out tokens with compensation, divided by that without, for each matrix.
+    """
 
     compensated: int = 0
     plain: int = 0
-    ratios: list[float] = field(default_factory=list)  # held-out squared error, compensated / plain
+    is_complete: bool = True
+    ratios: list[float] = field(default_factory=list)
 
     def text(self) -> str:
-        """One line for the user."""
+        """The outcome in one line for the user."""
         count = self.compensated + self.plain
         return (
             f"error compensation: squared error on held-out tokens {np.median(self.ratios):.2f} of ggml's "
@@ -76,32 +86,32 @@ def wanted_by(plan: Plan) -> Wanted:
     }
 
 
-def open_bank(folder: Path, calibration: Calibration, options: Options = DEFAULT) -> Bank:
+def open_bank(folder: Path, calibration: Calibration, options: CompensationOptions = DEFAULT) -> Bank:
     """The bank of compensated blocks of this calibration, model and set of options, under `folder`."""
     assert calibration.model is not None
-    # The kernel is in the patch set; _REVISION counts changes of what is around it.
     quantizer = f"compensated {__version__} {patchset_digest()} {_REVISION} {options}"
     return Bank(folder, bank_key(calibration.model.fingerprint, calibration.fingerprint, quantizer))
 
 
 def calibration_text(
-    checkpoint: Checkpoint, calibration: Calibration, files: tuple[Path, ...] = (), option: str = "--text"
+    checkpoint: Checkpoint, calibration: Calibration, files: tuple[Path, ...] = ()
 ) -> Corpus:
-    """The token rows that the calibration was made from, of the bundled text or `files` (`option` of the
-    command line).
+    """The token rows that the calibration was made from, out of the bundled text or `files`.
 
-    Raises ArtifactError when these are not the calibration's.
+    Raises ArtifactError when the calibration was made from another text.
     """
     recorded = calibration.corpus
-    corpus = load_corpus(checkpoint, files, recorded["tokens"], recorded["ctx"], recorded["seed"])
+    with about("calibration_text"):
+        corpus = load_corpus(checkpoint, files, recorded["tokens"], recorded["ctx"], recorded["seed"])
     if corpus.sha256 != recorded["sha256"]:
         names = ", ".join(recorded["sources"])
         raise ArtifactError(
             f"the calibration was made from another text ({names}); error compensation needs the same one: "
-            f"give it with {option} FILE, or use --no-compensate"
+            "give that one, or do without error compensation",
+            parameter="calibration_text",
         )
     if corpus.rows.shape != (recorded["rows"], recorded["ctx"]):
-        raise ArtifactError("the text gives other rows than the calibration had; calibrate again")
+        raise ArtifactError("this text gives other token rows than the calibration has; calibrate again")
     return corpus
 
 
@@ -113,10 +123,18 @@ def compensate(
     bank: Bank,
     threads: int,
     bar: Progress | None = None,
-    options: Options = DEFAULT,
+    options: CompensationOptions = DEFAULT,
+    states: Path | None = None,
+    keep_going: Callable[[int, int], bool] | None = None,
 ) -> Outcome:
     """Fill `bank` with the wanted matrices: the same bytes for any number of `threads`, however often it was
     interrupted.
+
+    The hidden states after each layer are kept in the folder `states`, which belongs to one model and
+    calibration; without one, a pass that was interrupted starts at the first layer again.
+
+    `keep_going` is asked after every expert, with the number of matrices made and of all; when it returns
+    False, the pass ends and the outcome is not complete.
     """
     outcome = Outcome()
     missing = {key: left for key, kinds in wanted.items() if (left := _missing(bank, key, kinds))}
@@ -127,36 +145,33 @@ def compensate(
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode(), fast_products(checkpoint.info.n_embd):
-            run = _Pass(Decoder(checkpoint), calibration, missing, bank, threads, options, outcome)
+            run = _Pass(
+                Decoder(checkpoint), calibration, missing, bank, threads, options, outcome, states, keep_going
+            )
             run.run(corpus.rows, bar)
     finally:
         torch.set_num_threads(before)
     return outcome
 
 
-def bank_folder(output: Path) -> Path:
-    """Where the compensated blocks of an output are kept until it is complete."""
-    return output.parent / f".{output.name}.bank"
-
-
 def compensated_bank(
     checkpoint: Checkpoint,
     calibration: Calibration | None,
     plan: Plan,
-    output: Path,
+    work: Workdir,
     files: tuple[Path, ...] = (),
     threads: int = 1,
     quiet: bool = False,
     folder: Path | None = None,
 ) -> Bank | None:
-    """A bank with the compensated blocks that `plan` needs, in `folder` or beside `output`. `files`: the
-    calibration's text, unless it was the bundled one.
+    """A bank with the compensated blocks that `plan` needs, in `folder` or in `work`, the output's working
+    directory. `files`: the calibration's text, unless it was the bundled one.
 
     None where nothing can be compensated: a plan of 16 bits, or statistics without a text.
     """
     if calibration is None or calibration.fingerprint == NO_CALIBRATION:
         return None
-    check_inputs(checkpoint, calibration, plan)
+    check_inputs(checkpoint.info, calibration, plan)
     wanted = wanted_by(plan)
     if not any(wanted.values()):
         return None
@@ -164,17 +179,12 @@ def compensated_bank(
         log.warning("the calibration does not say what its text was; quantizing without error compensation")
         return None
     corpus = calibration_text(checkpoint, calibration, files)
-    bank = open_bank(folder or bank_folder(output), calibration)
+    bank, states = open_bank(folder or work.path(BANK), calibration), work.path(STATES)
     with progress("compensate", unit="matrices", quiet=quiet) as bar:
-        outcome = compensate(checkpoint, calibration, wanted, corpus, bank, threads, bar)
+        outcome = compensate(checkpoint, calibration, wanted, corpus, bank, threads, bar, states=states)
         if outcome.ratios:
             bar.say(outcome.text())
     return bank
-
-
-def forget_bank(output: Path) -> None:
-    """Removes what compensated_bank() kept for `output`."""
-    shutil.rmtree(bank_folder(output), ignore_errors=True)
 
 
 def _missing(
@@ -190,14 +200,16 @@ class _Pass:
     missing: Wanted
     bank: Bank
     threads: int
-    options: Options
+    options: CompensationOptions
     outcome: Outcome
+    states: Path | None
+    keep_going: Callable[[int, int], bool] | None
 
     def run(self, rows: NDArray[np.int32], bar: Progress | None) -> None:
-        """Layer after layer, as far as something is missing."""
+        """Go through the layers up to the last one with a missing matrix."""
         last = max(layer for layer, _ in self.missing)
         done, hidden = self._resume(min(layer for layer, _ in self.missing), rows)
-        total = sum(len(kinds) for kinds in self.missing.values())
+        total, made = sum(len(kinds) for kinds in self.missing.values()), 0
         for layer in range(done, last + 1):
             self.decoder.attention(layer, hidden)
             flat = hidden.view(-1, hidden.shape[-1])
@@ -209,11 +221,16 @@ class _Pass:
             for expert in range(self.decoder.shape.n_expert):
                 kinds = self.missing.get((layer, expert), frozenset())
                 self._expert(layer, expert, kinds, flat, norm, routing, held_out, added)
+                made += len(kinds)
                 if bar:
-                    bar.update(bar.done + len(kinds), total, note=f"layer {layer}")
+                    bar.update(made, total, note=f"layer {layer}")
+                if self.keep_going and not self.keep_going(made, total):
+                    self.outcome.is_complete = False
+                    return
             flat += added
             self._save(layer + 1, hidden)
-        self._save(None, hidden)
+        if self.states:
+            shutil.rmtree(self.states)
 
     def _expert(
         self,
@@ -222,14 +239,14 @@ class _Pass:
         kinds: frozenset[tuple[str, str]],
         flat: Tensor,
         norm: Tensor,
-        routing: Routing,
+        routing: RouterOutput,
         held_out: Tensor,
         added: Tensor,
     ) -> None:
         expert, collector = self.decoder.expert(layer, number), None
-        tokens = Tokens.of(routing, number, held_out)
+        tokens = HessianTokens.routed(routing, number, held_out)
         if kinds:
-            tokens = tokens.enough(routing, number, max(expert.gate.shape), held_out)
+            tokens = HessianTokens.enough(self.decoder, routing, number, max(expert.gate.shape), held_out)
             projections = {p for p, _ in kinds}
             collector = Collector(expert, bool(projections & {"gate", "up"}), "down" in projections)
         run_expert(self.decoder, expert, flat, norm, tokens, added, collector)
@@ -242,10 +259,9 @@ class _Pass:
     def _matrix(
         self, layer: int, number: int, projection: str, name: str, expert: Expert, inputs: Inputs
     ) -> NDArray[np.uint8]:
-        """The better blocks on held-out inputs; where there are none, the compensated ones."""
+        """The blocks that are better on held-out inputs; if there are none, the compensated blocks."""
         weights: NDArray[np.float32] = getattr(expert, projection).numpy()
-        table = self.calibration.imatrix_mid if projection == "down" else self.calibration.imatrix_in
-        importance = table[self.calibration.layers.index(layer), number]
+        importance = self.calibration.imatrix(layer, projection, number)
         plain = quantize_rows(weights, name, importance, self.threads)
         options = self.options.for_tokens(inputs.n_tokens, weights.shape[1])
         best = quantize_compensated(weights, name, inputs.hessian, importance, options, self.threads, plain)
@@ -258,31 +274,34 @@ class _Pass:
         self.outcome.compensated += 1
         return best
 
-    def _path(self, layer: int) -> Path:
-        return self.bank.folder / f"hidden-{layer}.npy"
-
     def _resume(self, first: int, rows: NDArray[np.int32]) -> tuple[int, Tensor]:
-        """(layers done, hidden states after them): the last kept ones that layer `first` can start from."""
-        for layer in range(first, 0, -1):
-            with suppress(OSError, ValueError):
-                # Copied into torch's own memory: alignment can change the last bit of a product.
-                return layer, torch.from_numpy(np.load(self._path(layer), allow_pickle=False)).clone()
+        """(number of layers done, hidden states after them): the last kept states that layer `first` can
+        start from.
+        """
+        if self.states is not None:
+            for layer in range(first, 0, -1):
+                with suppress(OSError, ValueError):
+                    # Copied into torch's own memory: alignment can change the last bit of a product.
+                    return layer, torch.from_numpy(np.load(self._path(layer), allow_pickle=False)).clone()
         return 0, self.decoder.embed(rows)
 
-    def _save(self, layer: int | None, hidden: Tensor) -> None:
-        """Keep the states before `layer`, and none of others."""
-        if layer is not None:
-            with atomic_write(self._path(layer)) as file:
-                np.save(file, hidden.numpy(), allow_pickle=False)
-        for path in self.bank.folder.glob("hidden-*.npy"):
-            if layer is None or path != self._path(layer):
-                path.unlink(missing_ok=True)
+    def _save(self, layer: int, hidden: Tensor) -> None:
+        """Keep the states before `layer` and delete all others."""
+        if self.states is None:
+            return
+        with atomic_write(self._path(layer)) as file:
+            np.save(file, hidden.numpy(), allow_pickle=False)
+        keep_only(self.states, [self._path(layer).name])
+
+    def _path(self, layer: int) -> Path:
+        assert self.states is not None
+        return self.states / f"hidden-{layer}.npy"
 
 
 def output_error(
     weights: NDArray[np.float32], blocks: NDArray[np.uint8], type_name: str, inputs: Tensor
 ) -> float:
-    """|(W - Q) x|^2 summed over inputs x [tokens, n]."""
+    """|(W - Q) x|^2, summed over the inputs x [tokens, n]."""
     rows, cols = weights.shape
     error = torch.from_numpy(dequantize_rows(blocks, type_name, cols, rows)).sub_(torch.from_numpy(weights))
     return float((inputs @ error.T).square().sum(dtype=torch.float64))

@@ -1,27 +1,29 @@
-"""Error compensation while rounding: one matrix into blocks that lose least on given inputs (GPTQ, LDLQ).
+"""Error compensation while rounding: turns one matrix into the blocks that lose least on given inputs (GPTQ,
+LDLQ).
 
-Minimises tr((W - Q) H (W - Q)') with H the second moment of the matrix' inputs, where a plain quantizer
-knows the diagonal of H only. With H = R R', R upper triangular, that is |(W - Q) R|^2: block B of 256
-columns sees
+It minimises tr((W - Q) H (W - Q)'), where H is the second moment of the matrix's inputs; a plain quantizer
+knows only the diagonal of H. With H = R R', R upper triangular, this is |(W - Q) R|^2: block B of 256 columns
+sees
 
     (W_B - Q_B + A inv(R_BB)) R_BB,  A = sum over blocks j before B of (W_j - Q_j) R_jB
 
-so it is quantized to W_B + A inv(R_BB) in the metric R_BB R_BB', and what the blocks before could not hold
-is made up for as far as a linear map can. Inside a block the native kernel (native.py) goes on column by
-column, or entry by entry of a codebook; ggml's own quantizer, run on the compensated weights (of SLOW types:
-on the weights), gives the scales to start from. `sweeps` then revisit every block with all others fixed: the
-target is W_B + (sum over j of (W_j - Q_j) H_jB) inv(H_BB), the metric H_BB.
+so it is quantized to W_B + A inv(R_BB) in the metric R_BB R_BB', and the error of the blocks before is made
+up for as far as a linear map can. Inside a block the native library (ggml/compensation_library.py) goes on
+column by column, or codebook entry by codebook entry. The scales to start from come from ggml's own
+quantizer, run on the compensated weights (for slow types: on the weights themselves). `sweeps` then revisit
+every block with all others
+fixed: the target is W_B + (sum over j of (W_j - Q_j) H_jB) inv(H_BB), and the metric is H_BB.
 
-At that minimum the error is orthogonal to Q's own outputs, so these are too small: by 2 % for IQ2_XXS, and
-an expert multiplies three such matrices. Such a loss of gain is the same for all tokens, adds up over
-layers and does more harm than its squared error says, so every row's scale is then set to make w H w' = q H
-w' (`unbiased`).
+At that minimum the error is orthogonal to Q's own outputs, so these are too small: by 2 % for IQ2_XXS, and an
+expert multiplies three such matrices. This loss of gain is the same for all tokens, adds up over the layers
+and does more harm than its squared error says. Therefore the scale of every row is finally set to make w H w'
+= q H w' (`unbiased`).
 
-Cost of a matrix [rows, n]: n^3 / 3 for R in float32; rows n^2 for A, 2 rows n^2 a sweep and 2 rows n^2 for
-the gains, as products.py has it; the kernel is linear in n. Memory: R beside the given H (n = 14336: 822 MB
-each), W, Q and the error.
+The cost of a matrix [rows, n] is n^3 / 3 for R in float32, and rows n^2 for A, 2 rows n^2 per sweep and 2
+rows n^2 for the gains in the precision of products.py; the library is linear in n. Memory holds R beside the
+given H (n = 14336: 822 MB each), W, Q and the error.
 
-Frantar et al., GPTQ (arXiv 2210.17323); Chee et al., QuIP (2307.13304) for LDLQ.
+Sources: Frantar et al., GPTQ (arXiv 2210.17323); Chee et al., QuIP (arXiv 2307.13304) for LDLQ.
 """
 
 from __future__ import annotations
@@ -39,18 +41,20 @@ from mc_gguf.ggml.compensation_library import BLOCK, Metric, scale_rows, support
 from mc_gguf.ggml.quantizers import quantize_rows
 from mc_gguf.ggml.types import ggml_type
 
-__all__ = ["DEFAULT", "Options", "quantize_compensated", "supports"]
+__all__ = ["DEFAULT", "CompensationOptions", "quantize_compensated", "supports"]
 
-MAX_GAIN = 1.5  # a row that lost more is noise
-# ggml's own quantizers of these take longer than all else, and scales for the compensated weights instead of
-# the weights gain 0.3 % of squared error; of the other types 1 %.
-SLOW = frozenset(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M"))
+MAX_GAIN = 1.5  # a row that lost more than this is noise
 
 
 @dataclass(frozen=True)
-class Options:
-    """`damping` times the mean of the Hessian's diagonal is added to it. `passes` of coordinate descent
-    inside a block of columns, `sweeps` over the blocks of wider matrices.
+class CompensationOptions:
+    """How a matrix is compensated.
+
+    Attributes:
+        damping: multiple of the mean of the Hessian's diagonal that is added to the diagonal.
+        passes: passes of coordinate descent inside a block of columns.
+        sweeps: further sweeps over the blocks of a matrix that has more than one.
+        unbiased: whether the scale of every row is set so that its outputs keep their size.
     """
 
     damping: float = 0.1
@@ -58,16 +62,18 @@ class Options:
     sweeps: int = 1
     unbiased: bool = True
 
-    def for_tokens(self, n_tokens: int, n_cols: int) -> Options:
-        """More damping where the Hessian was estimated from few tokens: its error goes with columns / tokens.
+    def for_tokens(self, n_tokens: int, n_cols: int) -> CompensationOptions:
+        """More damping where the Hessian was estimated from few tokens: its error grows with columns /
+        tokens.
 
-        Measured on the bundled model, Q2_K: from 15,000 tokens an expert on, 0.01 to 0.3 are alike; with 900
-        tokens 0.01 does harm (divergence 1.14 of ggml's quantizers) and 0.3 to 1 are best (0.64, 0.62).
+        Measured on the bundled model with Q2_K: from 15,000 tokens per expert on, 0.01 to 0.3 are alike; with
+        900 tokens 0.01 does harm (the divergence is 1.14 of that of ggml's quantizers), and 0.3 to 1 are best
+        (0.64 and 0.62).
         """
         return replace(self, damping=self.damping + n_cols / max(1, n_tokens))
 
 
-DEFAULT = Options()
+DEFAULT = CompensationOptions()
 
 
 def quantize_compensated(
@@ -75,22 +81,30 @@ def quantize_compensated(
     type_name: str,
     hessian: Tensor | NDArray[np.float32],
     imatrix: NDArray[np.float32] | None,
-    options: Options = DEFAULT,
+    options: CompensationOptions = DEFAULT,
     threads: int = 1,
     start: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """Blocks (rows, bytes of a row) for `weights` [rows, n]; `hessian` [n, n] is the sum or mean of x x' over
-    the inputs x, `imatrix` [n] what ggml's quantizer gets for its scales. `start`: the blocks that it makes
-    of `weights`, if they are known; only their scales count.
+    """Blocks (rows, bytes per row) of a matrix; the same for any `threads` if matrix products are.
 
-    The bytes do not depend on `threads`, given a deterministic matrix product. Raises McError when the type
-    cannot be compensated, the rows are no whole blocks or the weights are not finite.
+    Args:
+        weights: [rows, n] the matrix.
+        type_name: the ggml type of the blocks.
+        hessian: [n, n] sum or mean of x x' over the inputs x.
+        imatrix: [n] importance matrix that ggml's quantizer gets for its scales.
+        options: how the matrix is compensated.
+        threads: number of threads.
+        start: the blocks that ggml's quantizer makes of `weights`, if known; only their scales count.
+
+    Raises McError when the type cannot be compensated, a row is not a whole number of blocks, or the weights
+    are not finite.
     """
     kind = ggml_type(type_name)
     rows, n = weights.shape
     row_bytes = kind.row_bytes(n)
     if not supports(kind.name):
-        raise McError(f"{kind.name} cannot be quantized with error compensation; use --no-compensate")
+        message = f"{kind.name} cannot be quantized with error compensation; do without it"
+        raise McError(message, parameter="compensate")
     form = Form(torch.as_tensor(hessian), options.damping)
     if form.hessian.shape != (n, n):
         raise McError(f"the Hessian is {tuple(form.hessian.shape)}, the rows have {n} weights")
@@ -116,7 +130,11 @@ def quantize_compensated(
 
 
 class Form:
-    """The Hessian over the mean of its diagonal (the identity if that is zero), plus `damping`."""
+    """The Hessian divided by the mean of its diagonal, plus `damping` times the identity.
+
+    The squares of inputs can underflow, when an expert has hardly any weight in all of its tokens; a Hessian
+    of zeros counts as the identity.
+    """
 
     def __init__(self, hessian: Tensor, damping: float) -> None:
         mean = float(hessian.diagonal().mean())
@@ -126,7 +144,7 @@ class Form:
         self.scale, self.damping = 1 / mean if mean > 0 else 1.0, damping
 
     def columns(self, part: slice) -> Tensor:
-        """A copy of some columns, [n, columns]."""
+        """A copy of some columns: [n, columns]."""
         found = self.hessian[:, part] * self.scale
         found[part].diagonal().add_(self.damping)
         return found
@@ -136,7 +154,7 @@ class Form:
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """The form, whole."""
+    """The whole matrix of the form."""
     return Form(hessian, damping).whole()
 
 
@@ -154,7 +172,8 @@ def upper_factor(h: Tensor) -> Tensor:
             own = h[start:end, start:end]
             lower, failed = torch.linalg.cholesky_ex(own.flip(0, 1))
             if failed:
-                raise McError("the Hessian is not positive definite; use more damping or --no-compensate")
+                message = "the Hessian is not positive definite; do without error compensation"
+                raise McError(message, parameter="compensate")
             own.copy_(lower.flip(0, 1))
             panel = torch.linalg.solve_triangular(own.T, h[:start, start:end], upper=False, left=False)
             h[:start, start:end] = panel
@@ -166,7 +185,7 @@ def upper_factor(h: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Matrix:
-    """One matrix in the making: `blocks` and the `values` that they stand for."""
+    """A matrix that is being quantized: its `blocks` and the `values` that they stand for."""
 
     weights: NDArray[np.float32]
     type_name: str
@@ -175,7 +194,7 @@ class _Matrix:
     threads: int
     blocks: NDArray[np.uint8]
     values: NDArray[np.float32]
-    error: Tensor  # weights - values, of the type that products take; zero where nothing is chosen yet
+    error: Tensor  # weights - values, in the dtype of products; zero where nothing is chosen yet
 
     def columns(self) -> list[slice]:
         n = self.weights.shape[1]
@@ -187,7 +206,7 @@ class _Matrix:
         return self.blocks[:, first:last]
 
     def first_pass(self, form: Form) -> None:
-        """Block after block, the error of those before made up for."""
+        """Quantize block after block, making up for the error of those before."""
         parts = self.columns()
         if len(parts) == 1:
             self._fit(parts[0], self.weights, form.whole(), greedy=True)
@@ -198,7 +217,8 @@ class _Matrix:
             carried = self.error[:, : part.start] @ r[: part.start, part].to(self.error.dtype)
             carried = torch.linalg.solve_triangular(own, carried.float(), upper=True, left=False)
             target = self.weights[:, part] + carried.numpy()
-            if ggml_type(self.type_name).name not in SLOW:
+            # New scales gain 1 % of squared error, but only 0.3 % for the types whose quantizers are slow.
+            if not ggml_type(self.type_name).is_slow:
                 importance = None if self.imatrix is None else self.imatrix[part]
                 self.block_bytes(part)[:] = quantize_rows(target, self.type_name, importance, self.threads)
             with exact_products():
@@ -206,7 +226,7 @@ class _Matrix:
             self._fit(part, target, metric, greedy=True)
 
     def sweep(self, form: Form) -> None:
-        """Every block again, all others as they are."""
+        """Quantize every block again, with all others fixed."""
         for part in self.columns():
             h = form.columns(part)
             own = h[part].clone()
@@ -216,9 +236,7 @@ class _Matrix:
             self._fit(part, target, own, greedy=False)
 
     def gains(self, form: Form) -> NDArray[np.float32]:
-        """w H w' / q H w' of every row: what its outputs have to be multiplied by to be as large as they
-        were.
-        """
+        """w H w' / q H w' of every row: the factor that makes its outputs as large as they were."""
         size, kept = np.zeros(len(self.weights)), np.zeros(len(self.weights))
         weights = torch.from_numpy(self.weights).to(self.error.dtype)
         for part in self.columns():

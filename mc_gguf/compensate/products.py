@@ -1,11 +1,10 @@
-"""Matrix products of error compensation at the machine's speed: in bfloat16 where the CPU multiplies it (AMX,
-AVX512_BF16: 3 to 6 times the speed of float32), sums in float32.
+"""Matrix products of error compensation at the machine's speed: in bfloat16 where the CPU multiplies it in
+hardware (AMX, AVX512_BF16: 3 to 6 times the speed of float32), with sums in float32.
 
-What is lost is 2^-9 of a factor, at random, and once more of what a product of errors gives: of the errors to
-make up for (their own size is a per cent or more of the weights), of the inputs of a Hessian, which stays a
-sum of squares, and of the hidden states that experts and attention of the pass over the text work on. The
-router, factors, metrics and inverses are exact (`exact_products`). The result depends on the CPU, as it does
-in float32.
+Every factor is rounded by up to 2^-9 of its size, at random. That concerns the errors to make up for (which
+are themselves a per cent or more of the weights), the inputs of a Hessian, which stays a sum of squares, and
+the hidden states in the experts and the attention of the pass over the text. The router, factors, metrics and
+inverses are computed in float32 (`exact_products`). The result depends on the CPU, as it does in float32.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-WIDE = 1024  # columns from which on a product is worth it
-STRIP = 2048
+WIDE = 1024  # columns from which on bfloat16 is worth it
+STRIP = 2048  # columns that add_squares and mirror work on at once
 
 
 @cache
@@ -33,20 +32,20 @@ def _supports(name: str) -> bool:
 
 
 def product_type(n: int) -> torch.dtype:
-    """Of the factors of a product over n columns."""
+    """The dtype of the factors of a product over `n` columns."""
     return torch.bfloat16 if n >= WIDE and has_bfloat16() else torch.float32
 
 
 @contextmanager
 def fast_products(n: int) -> Iterator[None]:
-    """float32 products may round their factors to bfloat16 meanwhile, if they are over n columns."""
+    """Inside this context, float32 products over `n` columns may round their factors to bfloat16."""
     with _precision("medium" if n >= WIDE and has_bfloat16() else "highest"):
         yield
 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """float32 products are just that meanwhile."""
+    """Inside this context, float32 products do not round their factors."""
     with _precision("highest"):
         yield
 
@@ -62,7 +61,7 @@ def _precision(name: str) -> Iterator[None]:
 
 
 def add_squares(total: Tensor, x: Tensor) -> None:
-    """total [n, n] += x' x on and above the diagonal, x [tokens, n]; `mirror` does the rest."""
+    """Add x' x of x [tokens, n] to `total` [n, n] on and above the diagonal; `mirror` does the rest."""
     n = x.shape[1]
     for start in range(0, n, STRIP):
         end = min(start + STRIP, n)
@@ -70,7 +69,7 @@ def add_squares(total: Tensor, x: Tensor) -> None:
 
 
 def mirror(total: Tensor) -> None:
-    """What is above the diagonal to below it, in place."""
+    """Copy what is above the diagonal of `total` [n, n] to below it, in place."""
     n = len(total)
     for start in range(0, n, STRIP):
         end = min(start + STRIP, n)

@@ -1,4 +1,6 @@
-"""Laying out a mixed-expert GGUF: which tensors, in which order, at which offsets, and the header's bytes."""
+"""The layout of a mixed-expert GGUF: which tensors it has, in which order, at which offsets, and the bytes of
+its header.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,9 @@ from mc_gguf.container.keys import (
     KEY_VERSION,
 )
 from mc_gguf.container.routing import routing_bytes, routing_kv
-from mc_gguf.ggml.gguf_file import BY_ID, DEFAULT_ALIGNMENT, pad
+from mc_gguf.ggml.gguf_file import DEFAULT_ALIGNMENT, pad
 from mc_gguf.ggml.gguf_writer import add_values
-from mc_gguf.ggml.types import MAX_GROUPS, SIXTEEN_BIT, TYPES, GgmlType, ggml_type
+from mc_gguf.ggml.types import MAP_TYPE, MAX_GROUPS, SIXTEEN_BIT, TYPES, GgmlType, ggml_type
 from mc_gguf.routing.metadata import RoutingMetadata
 
 _FINGERPRINT_BYTES = 64
@@ -39,30 +41,6 @@ _OWN_KEYS = {
     KEY_CALIBRATION: 8 + _FINGERPRINT_BYTES,
 }
 _QUANTIZATION_VERSION = 2
-# llama_ftype of a file that is mostly of one type; 1024 is LLAMA_FTYPE_GUESSED.
-_FILE_TYPES = {
-    "F32": 0,
-    "F16": 1,
-    "Q4_0": 2,
-    "Q8_0": 7,
-    "Q5_0": 8,
-    "Q2_K": 10,
-    "Q3_K": 12,
-    "Q4_K": 15,
-    "Q5_K": 17,
-    "Q6_K": 18,
-    "IQ2_XXS": 19,
-    "IQ2_XS": 20,
-    "IQ3_XXS": 23,
-    "IQ1_S": 24,
-    "IQ4_NL": 25,
-    "IQ3_S": 26,
-    "IQ2_S": 28,
-    "IQ4_XS": 30,
-    "IQ1_M": 31,
-    "BF16": 32,
-}
-_GUESSED = 1024
 
 _ATTENTION = re.compile(rf"blk\.(\d+)\.attn_({'|'.join(ATTENTION)})\.weight")
 
@@ -70,7 +48,7 @@ ExpertTypes = Mapping[str, Sequence[Sequence[str]]]
 
 
 class MetadataSource(Protocol):
-    """The part of a source model that goes into a header: what it is, and the metadata that is copied."""
+    """What a header needs of a source model: its ModelInfo, and the metadata that is copied."""
 
     info: ModelInfo
 
@@ -79,11 +57,11 @@ class MetadataSource(Protocol):
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of an output: what to write and where. `experts` in the order of their slices; None: no
-    experts.
+    """One tensor of an output: what to write, and where.
 
-    `map` holds (group, position) of every expert when the tensor is a map. Shape in ggml order, offset in the
-    file.
+    `shape` is in ggml order, `offset` counts from the start of the file, `source` is the tensor that it is
+    made from. `experts` lists the experts of a stack in the order of their slices (None: no stack), `map` the
+    (group, position) of every expert (None: no map).
     """
 
     name: str
@@ -102,9 +80,8 @@ class OutputTensor:
 def layout(
     info: ModelInfo, experts: ExpertTypes, fixed: FixedTypes, routing: RoutingMetadata | None = None
 ) -> tuple[OutputTensor, ...]:
-    """All tensors of the output in file order, with their offsets. `experts` is indexed like Plan.experts.
-
-    `routing` is the routing metadata that the header will carry; here its size counts.
+    """All tensors of the output in file order, with their offsets. `experts` is indexed like Plan.experts;
+    `routing` is the metadata that the header will carry, whose size moves the tensors.
 
     Raises McError when a type is unknown or does not fit the rows, or a row of `experts` is missing.
     """
@@ -140,7 +117,7 @@ def _expert_row(info: ModelInfo, experts: ExpertTypes, projection: str, index: i
 
 
 def _expert_tensors(spec: TensorSpec, row: Sequence[GgmlType]) -> list[OutputTensor]:
-    """The stock tensor when all experts share a type, else the map and one tensor per type, ascending ids."""
+    """The stock tensor when all experts share a type, else the map and a tensor per type, by ascending id."""
     cols, rows, n_expert = spec.shape
     kinds = sorted(set(row), key=lambda kind: kind.id)
     if len(kinds) == 1:
@@ -154,7 +131,7 @@ def _expert_tensors(spec: TensorSpec, row: Sequence[GgmlType]) -> list[OutputTen
         OutputTensor(f"{spec.name}.{g}", (cols, rows, len(group)), kinds[g], 0, spec, group)
         for g, group in enumerate(members)
     ]
-    return [OutputTensor(f"{spec.name}.map", (2, n_expert), BY_ID[26], 0, spec, None, table), *groups]
+    return [OutputTensor(f"{spec.name}.map", (2, n_expert), MAP_TYPE, 0, spec, None, table), *groups]
 
 
 def attention_place(name: str) -> tuple[int, str] | None:
@@ -166,8 +143,9 @@ def attention_place(name: str) -> tuple[int, str] | None:
 def fixed_type(spec: TensorSpec, fixed: FixedTypes, keep_f32: bool = True) -> GgmlType:
     """The type of a tensor that is not an expert stack.
 
-    F32: one-dimensional, the router, biases, and (`keep_f32`, for 16-bit sources) whatever the source holds
-    as F32. Rows that are no whole number of blocks fall back to Q8_0, then to F16.
+    F32 for one-dimensional tensors, the router, biases, and (with `keep_f32`, for 16-bit sources) whatever
+    the source holds as F32. Where the rows are not whole blocks of the wanted type, Q8_0; where they are not
+    of that either, F16.
     """
     if (
         len(spec.shape) == 1
@@ -183,7 +161,7 @@ def fixed_type(spec: TensorSpec, fixed: FixedTypes, keep_f32: bool = True) -> Gg
     else:
         wanted = fixed.attn_kv if spec.name.endswith(("attn_k.weight", "attn_v.weight")) else fixed.attn
     for name in (wanted, "Q8_0"):
-        if spec.shape[0] % ggml_type(name).block_size == 0:
+        if ggml_type(name).fits(spec.shape[0]):
             return ggml_type(name)
     return TYPES["F16"]
 
@@ -191,40 +169,42 @@ def fixed_type(spec: TensorSpec, fixed: FixedTypes, keep_f32: bool = True) -> Gg
 def header_bytes(
     info: ModelInfo, tensors: Sequence[OutputTensor], routing: RoutingMetadata | None = None
 ) -> int:
-    """Size of the header with its padding: the offset of the first tensor."""
+    """Bytes of the header with its padding, which is the offset of the first tensor."""
     own = sum(8 + len(key) + 4 + size for key, size in _OWN_KEYS.items()) + routing_bytes(routing)
     infos = sum(8 + len(t.name.encode()) + 4 + 8 * len(t.shape) + 4 + 8 for t in tensors)
     return pad(24 + info.kv_bytes + own + infos, DEFAULT_ALIGNMENT)
 
 
 def total_bytes(tensors: Sequence[OutputTensor]) -> int:
-    """Size of the file that `layout` describes."""
+    """Bytes of the file that `layout` describes."""
     return tensors[-1].offset + pad(tensors[-1].n_bytes, DEFAULT_ALIGNMENT)
 
 
 def file_bytes(
     info: ModelInfo, experts: ExpertTypes, fixed: FixedTypes, routing: RoutingMetadata | None = None
 ) -> int:
-    """Exact size of the file that quantize writes for these types and a calibration that gives `routing`
-    (mc_gguf.routing.of_calibration). Raises McError like `layout`.
+    """The exact bytes of the file that quantize writes for these types, with the routing metadata `routing`.
+    Raises McError, like `layout`.
     """
     return total_bytes(layout(info, experts, fixed, routing))
 
 
 def expert_bpw(tensors: Sequence[OutputTensor]) -> float:
-    """Average storage bits of the routed experts' weights, maps not counted."""
+    """Storage bits per weight of the routed experts; maps do not count."""
     groups = [t for t in tensors if t.experts is not None]
     return 8 * sum(t.n_bytes for t in groups) / sum(math.prod(t.shape) for t in groups)
 
 
-def header(
+def encode_header(
     source: MetadataSource,
     tensors: Sequence[OutputTensor],
     plan: str,
     calibration: str,
     routing: RoutingMetadata | None = None,
 ) -> bytes:
-    """The header's bytes, padded to the first tensor. `plan` and `calibration` are SHA-256 fingerprints."""
+    """The bytes of the header, padded up to the first tensor. `plan` and `calibration` are SHA-256
+    fingerprints; anything else raises FormatError.
+    """
     for key, value in ((KEY_PLAN, plan), (KEY_CALIBRATION, calibration)):
         if not FINGERPRINT.fullmatch(value):
             raise FormatError(f"key {key}: {value!r} is not a SHA-256 fingerprint")
@@ -266,4 +246,4 @@ def _file_type(tensors: Sequence[OutputTensor]) -> int:
         if t.experts is not None:
             weights[t.type.name] = weights.get(t.type.name, 0) + math.prod(t.shape)
     major = max(sorted(weights), key=lambda name: weights[name])
-    return _FILE_TYPES.get(major, _GUESSED)
+    return TYPES[major].file_type

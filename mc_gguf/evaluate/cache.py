@@ -1,8 +1,8 @@
-"""Stored references of the user's models: found, or made, in <cache>/references.
+"""Stored references of the user's models, found or made in <cache>/references.
 
-A file's name carries a key over the content of the model file, the text, the context, the number of tokens
-and the runtime, so a changed file never meets an old reference; and whoever uses one compares its tokens with
-those of the model that is evaluated. References are always computed with routing off.
+A reference's name has a key of the contents of model and text, the context, the number of tokens and the
+runtime, so that a changed file never meets an old reference. Whoever uses a reference also compares its
+tokens with those of the model that is evaluated. References are always computed with routing off.
 """
 
 from __future__ import annotations
@@ -24,22 +24,31 @@ from mc_gguf.evaluate.text import Text
 from mc_gguf.runtime import upstream
 
 SPARE_BYTES = 256 << 20  # left free on the disk
-FORMAT = 1  # raised when the same inputs would give another file
+FORMAT = 1  # raise it when the same inputs would give another file
 
 
 def references(
-    source: Path, texts: Sequence[Text], n_ctx: int = 512, n_tokens: int | None = None, n_threads: int = 0
+    source: Path,
+    texts: Sequence[Text],
+    n_ctx: int = 512,
+    n_tokens: int | None = None,
+    n_threads: int = 0,
+    quiet: bool = False,
 ) -> list[Reference]:
-    """One open reference for each text. `source`: the reference model, a GGUF, whose log-probabilities are
-    computed unless they are stored; or, for a single text, a file of stored ones, llama-perplexity's too.
+    """One open reference for each text.
 
-    Raises McError, before anything is computed, when the disk lacks the space.
+    `source` is the reference model, a GGUF, whose log-probabilities are computed unless they are stored
+    already; or, for a single text, a file of stored log-probabilities, which llama-perplexity may have
+    written. Raises ArtifactError when there is no such file, and McError, before anything is computed, when
+    the disk is too full.
     """
     if not source.is_file():
         raise ArtifactError(f"{source}: no such file; give a 16-bit GGUF, or stored log-probabilities")
     if is_reference(source):
         if len(texts) != 1:
-            raise McError(f"{source} belongs to one text, but {len(texts)} are given: evaluate them apart")
+            raise McError(
+                f"{source} belongs to one text, but {len(texts)} are given: evaluate on one at a time"
+            )
         return [Reference.open(source)]
     found = []
     with ExitStack() as stack:
@@ -48,17 +57,17 @@ def references(
             path = cached_path(source, text, n_ctx, n_tokens)
             if not path.is_file():
                 scorer = scorer or stack.enter_context(Scorer(source, n_ctx, n_threads=n_threads))
-                store(scorer, text, n_tokens, path)
+                store(scorer, text, n_tokens, path, quiet)
             found.append(Reference.open(path))
     return found
 
 
-def store(scorer: Scorer, text: Text, n_tokens: int | None, path: Path) -> None:
-    """Computes and writes one reference, after a word about its size."""
+def store(scorer: Scorer, text: Text, n_tokens: int | None, path: Path, quiet: bool = False) -> None:
+    """Compute and write one reference, after saying how large it will be."""
     chunks = scorer.cut(text, n_tokens)
     size = file_size(scorer.n_ctx, scorer.llm.vocabulary, len(chunks))
     check_space(path.parent, size)
-    with progress(f"reference on {text.name}", chunks.size, "tokens") as bar:
+    with progress(f"reference on {text.name}", chunks.size, "tokens", quiet) as bar:
         bar.say(f"storing log-probabilities of {scorer.model.name}, {format_size(size)}, in {path}")
         scorer.store(chunks, path, bar.advance)
 
@@ -73,11 +82,11 @@ def cached_path(model: Path, text: Text, n_ctx: int, n_tokens: int | None) -> Pa
 
 
 def check_space(folder: Path, size: int) -> None:
-    """McError unless the disk has room for `size` bytes and a little more."""
+    """Raises McError unless the disk has room for `size` bytes and SPARE_BYTES more."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if size + SPARE_BYTES > free:
         raise McError(
             f"the reference's log-probabilities need {format_size(size)}, but only {format_size(free)} are "
-            f"free under {existing}: score fewer tokens (--tokens), or set MC_GGUF_CACHE to another disk"
+            f"free in {existing}: score fewer tokens, or set MC_GGUF_CACHE to another disk"
         )

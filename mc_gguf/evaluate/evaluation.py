@@ -1,17 +1,10 @@
-"""How close a GGUF is to its 16-bit model: perplexity, KL divergence, tasks.
+"""One model on texts: perplexity, and the KL divergence from stored references.
 
-    texts = [Text.read(Path("wiki.test.raw"))]
-    stored = references(Path("bf16.gguf"), texts, n_ctx=512)    # computed once, then read from the cache
-    for file in files:
-        for result in evaluate(file, texts, stored, n_ctx=512):
-            print(result.model, result.mean_kld, result.mean_kld_se)
-
-- text.py       a text and its chunks            - kernels.py    logits to numbers; stored rows
-- sequences.py  a Llama with several sequences   - scorer.py     a loaded model that scores chunks
-- reference.py  stored log-probabilities         - cache.py      where they are kept, when they are made
-- result.py     Result, table                    - report.py     the HTML report
-- files.py      a model's files and their hash   - command.py    what `mc-gguf eval` does
-- tasks.py      lm-evaluation-harness: harness.py is the model class, branches.py the computing behind it
+texts = [Text.read(Path("wiki.test.raw"))]
+stored = references(Path("bf16.gguf"), texts, n_ctx=512)    # computed once, then read from the cache
+for file in files:
+    for result in evaluate(file, texts, stored, n_ctx=512):
+        print(result.model, result.mean_kld, result.mean_kld_se)
 """
 
 from __future__ import annotations
@@ -24,26 +17,12 @@ from typing import Any
 
 from mc_gguf.common.errors import McError
 from mc_gguf.common.progress import progress
-from mc_gguf.evaluate.cache import references
 from mc_gguf.evaluate.files import file_bytes, fingerprint
 from mc_gguf.evaluate.reference import Reference
-from mc_gguf.evaluate.result import Result, statistics, table
-from mc_gguf.evaluate.scorer import Scorer, Scores
+from mc_gguf.evaluate.result import Result, statistics
+from mc_gguf.evaluate.scorer import Scorer
 from mc_gguf.evaluate.text import Text
 from mc_gguf.routing import Routing
-
-__all__ = [
-    "Perplexity",
-    "Reference",
-    "Result",
-    "Scorer",
-    "Scores",
-    "Text",
-    "evaluate",
-    "perplexity",
-    "references",
-    "table",
-]
 
 
 def evaluate(
@@ -58,15 +37,25 @@ def evaluate(
     with_hash: bool = False,
     quiet: bool = False,
 ) -> list[Result]:
-    """One result for each text; against `references`, open ones in the order of the texts, where given.
+    """One result for each text.
 
-    n_tokens: how many tokens to score, rounded up to whole chunks; as many as there are when the text (or
-    the reference) has fewer, or with None. n_threads 0: all cores. Progress is on stderr unless quiet.
-    Raises what Llama raises, and McError: a text too short, a reference of another text or vocabulary, logits
-    that are no numbers.
+    Args:
+        model: a GGUF.
+        texts: what to score.
+        references: open references in the order of the texts; None: perplexity only.
+        n_ctx: tokens per chunk.
+        n_tokens: how many tokens to score, rounded up to whole chunks; None, or more than the text or its
+            reference has: all.
+        routing: which experts a token may do without.
+        n_threads: 0: all cores.
+        with_hash: say the SHA-256 of the model, too.
+        quiet: no progress on stderr.
+
+    Raises what Llama raises, and McError when a text is too short, when a reference is of another text or
+    vocabulary, or when logits are not numbers.
     """
     if references is not None and len(references) != len(texts):
-        raise McError(f"{len(texts)} texts need as many references, not {len(references)}")
+        raise McError(f"{len(texts)} texts need as many references, but there are {len(references)}")
     paired: list[Reference | None] = list(references) if references else [None] * len(texts)
     with Scorer(model, n_ctx, routing=routing, n_threads=n_threads) as scorer:
         facts: dict[str, Any] = {
@@ -85,14 +74,14 @@ def evaluate(
 def _measure(
     scorer: Scorer, text: Text, reference: Reference | None, n_tokens: int | None, quiet: bool
 ) -> dict[str, Any]:
-    """The fields of Result that differ from text to text."""
+    """The fields of Result that depend on the text."""
     chunks = scorer.cut(text, n_tokens)
     if reference:
         chunks = chunks[: len(reference.tokens)]
     name, start = scorer.model.name, time.perf_counter()
     with progress(f"{name} on {text.name}", chunks.size, "tokens", quiet) as bar:
         if scorer.n_ctx > scorer.n_ctx_train:
-            bar.say(f"warning: context {scorer.n_ctx}, but {name} was trained on {scorer.n_ctx_train} tokens")
+            bar.say(f"warning: the context is {scorer.n_ctx}, but {name} was trained on {scorer.n_ctx_train}")
         scorer.llm.reset_routing_stats()
         scores = scorer.score(chunks, reference, bar.advance)
     routed = scorer.llm.routing.policy != "off"
@@ -106,7 +95,7 @@ def _measure(
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity with its standard error, and how many tokens were scored at which context."""
+    """Perplexity with its standard error, the number of tokens that were scored, and the context."""
 
     value: float
     standard_error: float
@@ -117,12 +106,13 @@ class Perplexity:
 def perplexity(
     model: Path, text: str, n_ctx: int = 512, n_scored: int | None = None, n_threads: int = 0
 ) -> Perplexity:
-    """Perplexity of the model at `model` on the start of `text`: at least `n_scored` tokens are scored
-    (None: all). McError when the text has too few tokens.
+    """Perplexity of `model` on the beginning of `text`.
+
+    At least `n_scored` tokens are scored (None: all). Raises McError when the text has fewer.
     """
     [found] = evaluate(
         model, [Text("text", text.encode())], n_ctx=n_ctx, n_tokens=n_scored, n_threads=n_threads, quiet=True
     )
     if n_scored is not None and found.tokens < n_scored:
-        raise McError(f"the text has only {found.tokens} tokens to score: give a longer text")
+        raise McError(f"the text has only {found.tokens} tokens to score: give a longer one")
     return Perplexity(found.perplexity, found.perplexity_se, found.tokens, n_ctx)

@@ -1,8 +1,8 @@
 """What identifies a model: the bytes of its file, or of all its shards.
 
 Hashing 90 GB takes minutes, so the SHA-256 of a large file is kept in the user's cache, under the file's
-path, and believed as long as size, times of change (of content, and of anything: a program can set the first
-back, not the second) and inode are the same.
+path. It is believed as long as size, modification time, change time (which no program can set back) and
+inode stay the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mc_gguf.ggml.shards import shard_paths
 from mc_gguf.runtime import upstream
 
 MEMOISED_BYTES = 64 << 20  # smaller files are hashed each time
-SETTLED_SECONDS = 2.0  # a file that was changed just now may change again without a new time stamp
+SETTLED_SECONDS = 2.0  # a file that has just changed may change again within the same time stamp
 
 
 def files_of(model: Path) -> list[Path]:
@@ -48,7 +48,7 @@ def _sha256(path: Path) -> str:
         if known["state"] == before:
             return str(known["sha256"])
     except (OSError, ValueError, KeyError):
-        pass  # none, or damaged: it is made again
+        pass  # there is none, or it is damaged: hash the file
     found = sha256_of(path)
     settled = time.time() - max(before["changed_ns"], before["modified_ns"]) / 1e9 > SETTLED_SECONDS
     if settled and _state(path) == before:

@@ -1,17 +1,18 @@
 """Numbers from logits, by the definitions of llama.cpp's llama-perplexity (tools/perplexity/perplexity.cpp).
 
-A row is the logits at one position, float32 over the vocabulary, V of them. Work is done in blocks of rows
-of a megabyte, without a Python loop over tokens; numpy lets go of the interpreter meanwhile, so blocks run
-on as many threads as the caller's pool has.
+A row holds the logits at one position, float32 over the vocabulary, V of them. The work is done in blocks
+of rows of a megabyte, without a Python loop over tokens. Numpy releases the interpreter meanwhile, so
+blocks run on as many threads as the caller's pool has.
 
 A stored row is llama-perplexity's: float32 scale, float32 smallest log-probability, then V codes, uint16
 (padded to an even number):
 
     log p_i = scale * code_i + smallest,    codes 0..65535 over the 16 nats below the largest logit
 
-so a stored value is off by up to 1.2e-4 nats. Upstream's writer leaves it at that; here `smallest` is
-shifted so that what is stored sums up to the probability that it stands for. The format is the same, but the
-sum over p_i * error_i, which is what the KL divergence would be off by, is gone (docs/eval.md has numbers).
+so a stored value is off by up to 1.2e-4 nats. Upstream's writer leaves it at that. Here `smallest` is
+shifted so that the stored probabilities sum to what they should. The format is the same, but the sum over
+p_i * error_i, by which the KL divergence would be off, is gone (docs/explanation/evaluation.md has
+numbers).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Words = NDArray[np.uint16]
 HEAD = 4  # words before a stored row's codes: two float32
 STORED_NATS = np.float32(16)  # below the largest logit
 IGNORED = np.float32(-16)  # reference log-probabilities from here down count as probability 0
-BLOCK_FLOATS = 1 << 18  # of one array, three are used; smaller ones make threads wait for the interpreter
+BLOCK_FLOATS = 1 << 18  # of one of three arrays; with smaller ones threads wait for the interpreter
 
 
 def row_words(n_vocab: int) -> int:
@@ -38,7 +39,7 @@ def row_words(n_vocab: int) -> int:
 
 
 def log_likelihood(logits: Float32s, targets: NDArray[np.int32]) -> Float32s:
-    """Negative log-likelihood (nats) of `targets` [n] under `logits` [n, V]."""
+    """Negative log-likelihood [n], in nats, of `targets` [n] under `logits` [n, V]."""
     top = logits.max(axis=1, keepdims=True)
     p = logits - top
     np.exp(p, out=p)
@@ -48,8 +49,10 @@ def log_likelihood(logits: Float32s, targets: NDArray[np.int32]) -> Float32s:
 
 
 def compare(logits: Float32s, targets: NDArray[np.int32], stored: Words) -> Float32s:
-    """[4, n]: negative log-likelihood of `targets`, that of the reference, KL divergence from the reference,
-    and 1 where both have the same most probable token. `stored` [n, row_words(V)].
+    """Model and reference compared, [4, n], from `logits` [n, V] and the reference's rows [n, row_words(V)].
+
+    The rows of the result: negative log-likelihood of `targets` [n] in nats, that of the reference, KL
+    divergence from the reference in nats per token, and 1 where both find the same token most probable.
     """
     n_vocab, at = logits.shape[1], targets[:, None]
     mine = logits - logits.max(axis=1, keepdims=True)
@@ -71,7 +74,7 @@ def compare(logits: Float32s, targets: NDArray[np.int32], stored: Words) -> Floa
 
 
 def encode(logits: Float32s, targets: NDArray[np.int32], out: Words) -> Float32s:
-    """Writes the rows to `out` [n, row_words(V)]; returns negative log-likelihoods of `targets`."""
+    """Write the rows to `out` [n, row_words(V)]; returns negative log-likelihoods [n] of `targets`."""
     n_vocab = logits.shape[1]
     top = logits.max(axis=1, keepdims=True)
     low = np.maximum(logits.min(axis=1, keepdims=True), top - STORED_NATS)
@@ -80,7 +83,7 @@ def encode(logits: Float32s, targets: NDArray[np.int32], out: Words) -> Float32s
     log_sum = np.log(p.sum(axis=1, keepdims=True))
     nll: Float32s = (top + log_sum - np.take_along_axis(logits, targets[:, None], axis=1))[:, 0]
     if not np.isfinite(log_sum).all():
-        return nll  # the caller refuses it
+        return nll  # which is not finite: the caller refuses it
     codes = np.maximum(logits - low, 0)
     codes *= np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)
     np.rint(codes, out=codes)
@@ -99,7 +102,7 @@ def encode(logits: Float32s, targets: NDArray[np.int32], out: Words) -> Float32s
 def by_blocks(
     function: Callable[..., Float32s], pool: ThreadPoolExecutor | None, logits: Float32s, *rows: NDArray[Any]
 ) -> Float32s:
-    """`function` of logits and `rows`, which have the same first axis, block by block; results joined."""
+    """`function` of logits and `rows`, applied block by block along their first axis; the results joined."""
     blocks = list(_blocks(*logits.shape))
     parts = (pool.map if pool else map)(lambda b: function(logits[b], *(row[b] for row in rows)), blocks)
     return np.concatenate(list(parts), axis=-1)

@@ -1,12 +1,11 @@
 """Log-probabilities of the reference model, stored once and reused: llama-perplexity's own file format.
 
     "_logits_", int32 n_ctx, n_vocab, n_chunk, then int32 tokens [n_chunk, n_ctx],
-    then rows (kernels.py) [n_chunk, n_ctx - 1 - n_ctx // 2, row_words(n_vocab)]: the scored positions
+    then rows (logprobs.py) [n_chunk, n_ctx - 1 - n_ctx // 2, row_words(n_vocab)]: the scored positions
 
-So `llama-perplexity --kl-divergence-base FILE` writes what Reference.open reads, and its --kl-divergence
-reads what is written here. All little-endian.
-
-Where mc_gguf keeps its own: cache.py.
+All numbers are little-endian. So Reference.open reads what `llama-perplexity --kl-divergence-base FILE`
+writes, and its --kl-divergence reads what is written here. cache.py says where mc_gguf keeps its own
+references.
 """
 
 from __future__ import annotations
@@ -27,8 +26,11 @@ HEADER_BYTES = len(MAGIC) + 3 * 4
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """An open file. tokens int32 [n_chunk, n_ctx] as the text has them (BOS is put in when they are
-    evaluated); rows uint16 [n_chunk, n_scored, row_words], mapped from the disk, read as they are used.
+    """An open file.
+
+    `tokens` int32 [n_chunk, n_ctx] are those of the text; BOS replaces the first of a chunk when it is
+    evaluated. `rows` uint16 [n_chunk, n_scored, row_words] are mapped from the disk and read when they are
+    used.
     """
 
     path: Path
@@ -42,8 +44,8 @@ class Reference:
 
     @classmethod
     def open(cls, path: Path) -> Reference:
-        """Raises ArtifactError when the file is of another kind or incomplete."""
-        hint = "make it again, or give the 16-bit GGUF itself as --reference"
+        """The reference in the file `path`. Raises ArtifactError when it is of another kind or incomplete."""
+        hint = "make it again, or give the 16-bit GGUF itself as the reference"
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
@@ -54,7 +56,7 @@ class Reference:
                 if min(n_ctx - 2, n_vocab, n_chunk) < 1 or size != (
                     wanted := file_size(int(n_ctx), int(n_vocab), int(n_chunk))
                 ):
-                    raise ArtifactError(f"{path} is damaged or was not written to its end: {hint}")
+                    raise ArtifactError(f"{path} is damaged or incomplete: {hint}")
                 tokens = np.fromfile(file, "<i4", n_chunk * n_ctx).reshape(n_chunk, n_ctx)
         except OSError as error:
             raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
@@ -64,26 +66,26 @@ class Reference:
         return cls(path, int(n_vocab), tokens.astype(np.int32), rows)
 
     def check(self, chunks: NDArray[np.int32], n_vocab: int, model: str) -> None:
-        """McError unless the first chunks of this reference are `chunks` [n, n_ctx]."""
+        """Raises McError unless this reference begins with `chunks` [n, n_ctx] and has this vocabulary."""
         if n_vocab != self.n_vocab:
             raise McError(
-                f"{model} has a vocabulary of {n_vocab} tokens, the reference {self.path} one of "
-                f"{self.n_vocab}: they can only be compared when both come from the same model"
+                f"{model} has a vocabulary of {n_vocab} tokens, but the reference {self.path} has one of "
+                f"{self.n_vocab}: only files of the same model can be compared"
             )
         if chunks.shape[1] != self.n_ctx:
             raise McError(
                 f"{self.path} was made with a context of {self.n_ctx} tokens, not {chunks.shape[1]}: "
-                f"give --ctx {self.n_ctx}"
+                f"give the context {self.n_ctx}"
             )
         if len(chunks) > len(self.tokens) or not np.array_equal(chunks, self.tokens[: len(chunks)]):
             raise McError(
-                f"{model} does not have the tokens that are stored in {self.path}: the text or the "
-                "vocabulary is another one; compare models with one tokenizer, on the text of the reference"
+                f"the tokens in {self.path} are not those of {model}: text or tokenizer differ; "
+                "evaluate on the text of the reference, and compare models that share a tokenizer"
             )
 
 
 def is_reference(path: Path) -> bool:
-    """Whether the file begins like a stored reference (and not, for instance, like a GGUF)."""
+    """Whether the file begins like a stored reference, and not, for instance, like a GGUF."""
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
@@ -93,6 +95,6 @@ def file_size(n_ctx: int, n_vocab: int, n_chunk: int) -> int:
 
 
 def header(tokens: NDArray[np.int32], n_vocab: int) -> bytes:
-    """What stands in front of the rows; `tokens` [n_chunk, n_ctx]."""
+    """The bytes in front of the rows; `tokens` [n_chunk, n_ctx]."""
     n_chunk, n_ctx = tokens.shape
     return MAGIC + np.array([n_ctx, n_vocab, n_chunk], "<i4").tobytes() + tokens.astype("<i4").tobytes()

@@ -1,4 +1,4 @@
-"""The report of `mc-gguf eval -o`: one HTML file that needs nothing else, readable in light and dark."""
+"""The report of an evaluation: one HTML file that needs nothing else, readable in light and dark mode."""
 
 from __future__ import annotations
 
@@ -39,21 +39,20 @@ svg text { fill: var(--soft) } svg .name { fill: var(--ink) } svg line { stroke:
 svg circle { fill: var(--mark) } svg .error { stroke: var(--mark) }
 """
 
-DEFINITIONS = """
-<p>Definitions are those of llama.cpp's <code>llama-perplexity --kl-divergence</code>. A text is cut into
-chunks of as many tokens as the context; the second half of each chunk is scored. ± is the standard error of
-the mean. <b>Perplexity</b>: exp of the mean negative log-likelihood. <b>KLD</b>: Kullback-Leibler divergence
-of the model's next-token distribution from the reference's, nats a token: mean, median and 99 % quantile over
-the scored tokens. <b>Same top-1</b>: share of tokens where both find the same token most probable.
-<b>Δp</b>: change of the probability of the right token: mean, 99 % quantile and root mean square.
-<b>Dropped</b>: share of expert activations that dynamic routing left out, over all tokens that were
-computed.</p>
+DEFINITIONS = """ <p>Definitions are those of llama.cpp's <code>llama-perplexity --kl-divergence</code>. A
+text is cut into chunks of as many tokens as the context; the second half of each chunk is scored. ± is the
+standard error of the mean. <b>Perplexity</b>: exp of the mean negative log-likelihood. <b>KLD</b>:
+Kullback-Leibler divergence of the model's next-token distribution from the reference's, nats per token:
+mean, median and 99 % quantile over the scored tokens. <b>Same top-1</b>: share of tokens for which both
+find the same token most probable. <b>Δp</b>: change of the probability of the correct token: mean, 99 %
+quantile and root mean square. <b>Dropped</b>: share of expert activations that dynamic routing skipped,
+over all tokens that were computed.</p>
 """
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a report shows. hashes: SHA-256 by the name of a model, reference or text."""
+    """What a report shows. `hashes` maps the names of models, reference and texts to their SHA-256."""
 
     results: tuple[Result, ...]
     tasks: tuple[TaskResult, ...]
@@ -121,14 +120,14 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: Sequenc
 
 
 def _comparisons(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
-    """By text, where there is something to draw: a divergence above 0."""
+    """The results by text, if there is something to draw: a divergence above 0."""
     compared = [r for r in results if r.mean_kld is not None and r.mean_kld > 0]
     return [(t, [r for r in compared if r.text == t]) for t in dict.fromkeys(r.text for r in compared)]
 
 
 @dataclass(frozen=True)
 class Axes:
-    """Where values stand in a plot: file sizes in MiB linearly, divergences by their logarithm."""
+    """Where values lie in a plot: file sizes in MiB are linear, divergences logarithmic."""
 
     sizes: tuple[float, float]
     powers: tuple[int, int]  # of ten
@@ -154,7 +153,7 @@ def plot(text: str, results: Sequence[Result]) -> str:
         f"<h2>KL divergence and file size, {escape(text)}</h2>",
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="KL divergence against file size">',
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "file size, MiB", "middle"),
-        _text(LEFT, TOP - 8, "mean KLD, nats a token", "start"),
+        _text(LEFT, TOP - 8, "mean KLD, nats per token", "start"),
     ]
     for height, label in ((axes.y(10.0**power), f"{10.0**power:g}") for power in range(low, high + 1)):
         parts += [_line(LEFT, height, WIDTH - RIGHT, height), _text(LEFT - 8, height + 4, label, "end")]
@@ -165,7 +164,7 @@ def plot(text: str, results: Sequence[Result]) -> str:
 
 
 def _point(axes: Axes, model: Path, size: float, kld: float, error: float) -> list[str]:
-    """A dot with its error bar, its name, and its numbers for the mouse."""
+    """A dot with its error bar, its name, and its numbers for the mouse pointer."""
     x, y = axes.x(size), axes.y(kld)
     title = escape(f"{model}: {kld:.5f} ± {error:.5f}, {size:.1f} MiB")
     anchor, shift = ("end", -8) if x > WIDTH * 0.7 else ("start", 8)
@@ -177,7 +176,7 @@ def _point(axes: Axes, model: Path, size: float, kld: float, error: float) -> li
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Three to eight round numbers that enclose low..high."""
+    """Three to eight round numbers that span low..high."""
     span = (high - low) or abs(high) or 1.0
     step = 10.0 ** math.floor(math.log10(span))
     step *= next(f for f in (0.2, 0.5, 1.0, 2.0) if span / (step * f) <= 5)

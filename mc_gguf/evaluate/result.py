@@ -1,4 +1,4 @@
-"""Result: what evaluating one model on one text found. Statistics as in llama-perplexity."""
+"""Result: what the evaluation of one model on one text found. Statistics are those of llama-perplexity."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from mc_gguf.evaluate.scorer import Scores
 
 @dataclass(frozen=True)
 class Result:
-    """One model on one text. KL divergence and log-ratio in nats a token, probabilities and shares 0..1.
+    """One model on one text.
 
-    tokens: those that were scored. perplexity_se: standard error. The fields from base_perplexity to
-    top1_agreement_se compare with the reference and are None without one: ln_ppl_ratio is
-    ln(perplexity / base_perplexity) with the standard error of the paired difference; p01, p99: quantiles;
-    p_diff: change of the probability of the right token (negative: less probable than in the reference).
-    dropped_share: of all slots of routed experts that ran while the text was evaluated, context tokens
-    included; None with routing off. model_sha256: None unless asked for.
+    KL divergence and log-ratio are in nats per token, probabilities and shares from 0 to 1. `tokens` is how
+    many tokens were scored; names that end in _se are standard errors of means. The fields from
+    base_perplexity to top1_agreement_se compare with the reference and are None without one:
+
+    ln_ppl_ratio    ln(perplexity / base_perplexity), with the standard error of the paired difference
+    p_diff          change of the probability of the correct token; negative: less probable than before
+    p01, p99        quantiles
+    top1_agreement  share of tokens for which both find the same token most probable
+
+    `dropped_share` is the share of all slots of routed experts that were dropped while the text was
+    evaluated, context tokens included; None with routing off. `model_sha256` is None unless it was asked
+    for.
     """
 
     model: str
@@ -90,16 +96,16 @@ def statistics(scores: Scores) -> dict[str, Any]:
 
 
 def standard_error(values: NDArray[np.float64]) -> float:
-    """Of the mean; 0 for a single value."""
+    """Standard error of the mean; 0 for a single value."""
     return float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else 0.0
 
 
-# heading, whether it is text (aligned left), and the cell
+# heading, whether the column is text (aligned left), and the cell of a result
 Column = tuple[str, bool, Any]
 
 
 def columns(results: Sequence[Result]) -> list[Column]:
-    """What a table of the results shows: comparisons and routing only where there are any."""
+    """The columns of a table of results: comparisons and routing only where there are any."""
 
     def percent(name: str, digits: int = 2) -> Any:
         return lambda r: _cell(getattr(r, name), lambda v: f"{100 * v:.{digits}f} %")
@@ -130,12 +136,20 @@ def columns(results: Sequence[Result]) -> list[Column]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Aligned text, a line for each result."""
+    """The results as aligned text, one line each."""
     chosen = columns(results)
     rows = [[heading for heading, _, _ in chosen], *([cell(r) for _, _, cell in chosen] for r in results)]
+    return align_columns(rows, [left for _, left, _ in chosen])
+
+
+def align_columns(rows: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
+    """Rows of cells as text; the columns that are not `left` are aligned on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = [
-        [c.ljust(w) if left else c.rjust(w) for c, w, (_, left, _) in zip(row, widths, chosen, strict=True)]
+        [
+            cell.ljust(n) if is_left else cell.rjust(n)
+            for cell, n, is_left in zip(row, widths, left, strict=True)
+        ]
         for row in rows
     ]
     return "\n".join("  ".join(row).rstrip() for row in aligned)

@@ -1,9 +1,10 @@
-"""Scorer: a loaded model that scores texts, alone or against a reference, or becomes one.
+"""Scorer: a loaded model that scores texts, alone or against a reference, or that makes a reference.
 
 Chunks are packed into batches of up to 2,048 tokens as llama-perplexity packs them, each a sequence with a
-cache of its own. With routing one chunk at a time: then importance is ranked within 512 tokens, as in a chat.
-Logits are read where llama.cpp wrote them and are gone with the next batch; at most 1,024 positions are held
-at once (2,048 where n_ctx is larger), so memory does not grow with text or context.
+cache of its own. With routing, one chunk is computed at a time: importance is then ranked within 512
+tokens, as in a chat. Logits are read where llama.cpp wrote them and are gone with the next batch. At most
+1,024 positions are held at once (2,048 if n_ctx is larger), so memory does not grow with the text or the
+context.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from mc_gguf.common.errors import McError
 from mc_gguf.common.files import atomic_write
-from mc_gguf.evaluate import logprobs as kernels
+from mc_gguf.evaluate import logprobs
 from mc_gguf.evaluate.logprobs import Float32s, by_blocks
 from mc_gguf.evaluate.reference import Reference, header
 from mc_gguf.evaluate.sequences import UBATCH, Sequences
@@ -36,7 +37,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Values of every scored token [n], float32, in nats; the last three only against a reference."""
+    """Values of every scored token [n], float32, in nats; the last three need a reference."""
 
     nll: Float32s
     nll_base: Float32s | None = None
@@ -45,7 +46,7 @@ class Scores:
 
     @cached_property
     def p_diff(self) -> Float32s | None:
-        """Change of the probability of the right token."""
+        """Change of the probability of the correct token."""
         return None if self.nll_base is None else np.exp(-self.nll) - np.exp(-self.nll_base)
 
 
@@ -59,9 +60,9 @@ class _Piece:
 
 
 class Scorer:
-    """Loads `model` for chunks of n_ctx tokens. Use it with `with`, or close() it. Raises what Llama raises.
+    """Loads `model` for chunks of n_ctx tokens. Use it in a `with`, or close() it. Raises what Llama raises.
 
-    n_threads 0: all cores. Everything is computed at each call; nothing is remembered between them.
+    n_threads 0: all cores. Each call computes everything; nothing is kept between calls.
     """
 
     def __init__(
@@ -92,18 +93,21 @@ class Scorer:
 
     @property
     def n_ctx_train(self) -> int:
-        """The context that the model was trained with."""
+        """The context with which the model was trained, in tokens."""
         return int(self.llm._model.n_ctx_train())
 
     def cut(self, text: Text, n_tokens: int | None = None) -> Chunks:
-        """The text as chunks of this model's tokens (see text.cut)."""
+        """The text as chunks [n, n_ctx] of this model's tokens (see text.cut)."""
         return cut(self.llm, text, self.n_ctx, n_tokens)
 
     def score(
         self, chunks: Chunks, reference: Reference | None = None, advance: Advance = lambda n: None
     ) -> Scores:
-        """Scores of the chunks [n, n_ctx]; against the reference, which must begin with them. `advance` is
-        called with a number of tokens that are done. McError for NaN, and when the reference does not fit.
+        """Scores of the chunks [n, n_ctx], against the reference, if there is one, which must begin with
+        them.
+
+        `advance` is called with the number of tokens that have just been done. Raises McError for logits
+        that are not numbers, and when the reference does not fit.
         """
         if reference:
             reference.check(chunks, self.llm.vocabulary, str(self.model))
@@ -113,21 +117,23 @@ class Scorer:
             if reference:
                 start = piece.start - self.n_ctx // 2
                 rows = reference.rows[piece.chunk, start : start + len(targets)]
-                found = by_blocks(kernels.compare, self._pool, piece.logits, targets, rows)
+                found = by_blocks(logprobs.compare, self._pool, piece.logits, targets, rows)
             else:
-                found = by_blocks(kernels.log_likelihood, self._pool, piece.logits, targets)[None]
+                found = by_blocks(logprobs.log_likelihood, self._pool, piece.logits, targets)[None]
             parts.append(self._finite(found, piece))
         values = np.concatenate(parts, axis=1)
         return Scores(values[0], values[1], values[2], values[3] > 0) if reference else Scores(values[0])
 
     def store(self, chunks: Chunks, path: Path, advance: Advance = lambda n: None) -> Reference:
-        """Writes the log-probabilities of the chunks' scored positions; the file appears when it is whole."""
+        """Write the log-probabilities at the chunks' scored positions; the file appears once it is
+        complete.
+        """
         with atomic_write(path) as file:
             file.write(header(chunks, self.llm.vocabulary))
             for piece in self._pieces(chunks, advance):
                 targets = self._targets(chunks, piece)
-                rows = np.empty((len(targets), kernels.row_words(self.llm.vocabulary)), dtype=np.uint16)
-                self._finite(by_blocks(kernels.encode, self._pool, piece.logits, targets, rows), piece)
+                rows = np.empty((len(targets), logprobs.row_words(self.llm.vocabulary)), dtype=np.uint16)
+                self._finite(by_blocks(logprobs.encode, self._pool, piece.logits, targets, rows), piece)
                 file.write(rows.data)
         return Reference.open(path)
 
@@ -137,13 +143,13 @@ class Scorer:
     def _finite(self, values: Float32s, piece: _Piece) -> Float32s:
         if not np.isfinite(values).all():
             raise McError(
-                f"{self.model} gives logits that are no numbers in chunk {piece.chunk + 1}: the file is "
-                "damaged, or llama.cpp computes it wrongly on this machine"
+                f"{self.model} gives logits that are not numbers in chunk {piece.chunk + 1}: the file is "
+                "damaged, or llama.cpp computes wrongly on this machine"
             )
         return values
 
     def _pieces(self, chunks: Chunks, advance: Advance) -> Iterator[_Piece]:
-        """Runs the model, batch by batch."""
+        """Run the model, batch by batch."""
         n_ctx, first = self.n_ctx, self.n_ctx // 2
         step = min(self.n_batch, n_ctx)
         for i in range(0, len(chunks), self.n_seq):

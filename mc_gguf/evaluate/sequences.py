@@ -1,7 +1,7 @@
 """Sequences: a Llama whose context holds several sequences, and whose batches are arrays.
 
-llama_cpp.Llama has one sequence and copies logits row by row. Scoring wants several chunks in one batch, the
-logits where llama.cpp wrote them, and flash attention where llama.cpp picks it, as its own tools do.
+llama_cpp.Llama has one sequence and copies logits row by row. Scoring needs several chunks in one batch,
+logits where llama.cpp wrote them, and flash attention where llama.cpp chooses it, as in its own tools.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ UBATCH = 512  # tokens computed at once; llama.cpp's default
 class Sequences(Llama):
     """`n_seq` sequences with room for `n_ctx` tokens each.
 
-    unified: they share one cache, of n_ctx tokens in all, so that a token may belong to several; else each
-    has its own, which is faster when they have nothing in common. as_trained: n_ctx is at most the context
-    that the model was trained with. Raises what Llama raises, McError when memory is lacking.
+    unified     they share one cache, of n_ctx tokens in all, so that a token may belong to several sequences;
+                otherwise each has its own, which is faster when they have nothing in common
+    as_trained  n_ctx is reduced to the context with which the model was trained, if that is less
+
+    Raises what Llama raises, and McError when there is too little memory.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class Sequences(Llama):
         n_threads: int | None = None,
         routing: Routing | str = "off",
     ) -> None:
-        # llama_cpp makes a context with one sequence; a small one, which is replaced.
+        # llama_cpp makes a context with one sequence; it is a small one, because it is replaced.
         super().__init__(model_path, n_ctx=CONTEXT_STEP, n_batch=32, n_threads=n_threads)
         params = self.context_params
         self.n_ctx_seq = min(n_ctx, self._model.n_ctx_train()) if as_trained else n_ctx
@@ -61,8 +63,8 @@ class Sequences(Llama):
         except ValueError as error:
             self.close()
             raise McError(
-                f"{model_path}: llama.cpp cannot make a context of {params.n_ctx} tokens; "
-                "is there enough memory? A smaller --ctx needs less"
+                f"{model_path}: llama.cpp cannot make a context of {params.n_ctx} tokens; there may be too "
+                "little memory, of which a smaller context needs less"
             ) from error
         self._ctx = self._stack.enter_context(contextlib.closing(context))
         self.vocabulary = int(self.n_vocab())
@@ -77,9 +79,9 @@ class Sequences(Llama):
         return bool(self._model.add_bos_token())
 
     def tokens(self, text: bytes) -> NDArray[np.int32]:
-        """The text's tokens, with BOS in front where the model adds one; special tokens are plain text.
+        """The text's tokens, with BOS in front where the model adds one; special tokens count as plain text.
 
-        Llama.tokenize does it twice where there are more than fit its first guess.
+        Llama.tokenize would do the work twice when the text has more tokens than it first guesses.
         """
         found = np.empty(len(text) + 8, dtype=np.int32)
         room = found.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
@@ -92,7 +94,7 @@ class Sequences(Llama):
         return found[:n].copy()
 
     def clear(self) -> None:
-        """Forgets all sequences."""
+        """Forget all sequences."""
         self._ctx.kv_cache_clear()  # type: ignore[no-untyped-call]
 
     def decode(
@@ -102,10 +104,10 @@ class Sequences(Llama):
         sequences: NDArray[np.int32] | Sequence[Sequence[int]],
         wanted: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
-        """Computes a batch of n <= n_batch tokens; logits [wanted.sum(), V] in their order.
+        """Compute a batch of n <= n_batch tokens; returns the logits [wanted.sum(), V] in their order.
 
-        sequences: one for every token, or for each those that it belongs to (unified only). What is returned
-        is llama.cpp's own memory: valid until the next call.
+        `sequences` has one sequence for every token, or (unified only) all those that a token belongs to.
+        What is returned is llama.cpp's own memory, valid until the next call.
         """
         if isinstance(sequences, np.ndarray):
             flat, counts = _int32(sequences), np.ones(len(tokens), dtype=np.int32)
@@ -132,7 +134,7 @@ class Sequences(Llama):
         if status:
             raise McError(
                 f"{self.model_path}: llama.cpp could not compute a batch of {len(tokens)} tokens "
-                f"(llama_decode returned {status}); its log says why: "
+                f"(llama_decode returned {status}); its log says why: load the model with "
                 "mc_gguf.Llama(path, verbose=True)"
             )
         n_wanted = int(logits.sum())

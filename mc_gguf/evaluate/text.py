@@ -1,8 +1,8 @@
-"""Texts to evaluate on, and how they are cut: llama-perplexity's chunks.
+"""Texts to evaluate on, and how they are cut into chunks, as llama-perplexity does.
 
-A text is cut into chunks of n_ctx tokens; what is left over at the end is not used. The first token of each
-chunk is replaced by BOS where the model adds one. Of each chunk the second half is scored, so every scored
-token has at least n_ctx/2 tokens before it.
+A text is cut into chunks of n_ctx tokens; the rest at the end is not used. BOS replaces the first token of
+each chunk where the model adds one. The second half of each chunk is scored, so that every scored token has
+at least n_ctx/2 tokens before it.
 """
 
 from __future__ import annotations
@@ -49,20 +49,21 @@ class Text:
 
 
 def n_scored(n_ctx: int) -> int:
-    """Tokens of a chunk that are scored."""
+    """How many tokens of a chunk are scored."""
     return n_ctx - 1 - n_ctx // 2
 
 
 def cut(llm: Sequences, text: Text, n_ctx: int, n_tokens: int | None = None) -> NDArray[np.int32]:
-    """The text as chunks [n_chunk, n_ctx]: as many as `n_tokens` scored tokens need (None: all), or as there
-    are. McError when there is not even one.
+    """The text as chunks [n_chunk, n_ctx], as many as `n_tokens` scored tokens need (None: all).
+
+    When the text has fewer, all of them. Raises McError when there is not even one.
     """
     found = tokens_of(llm, text)
     n_chunk = len(found) // n_ctx
     if n_chunk == 0:
         raise McError(
-            f"the text {text.name} has {len(found)} tokens, {n_ctx} are needed: give a longer text, or a "
-            "smaller --ctx"
+            f"the text {text.name} has {len(found)} tokens, but {n_ctx} are needed: give a longer text, or a "
+            "smaller context"
         )
     if n_tokens is not None:
         n_chunk = min(n_chunk, -(-n_tokens // n_scored(n_ctx)))
@@ -70,8 +71,10 @@ def cut(llm: Sequences, text: Text, n_ctx: int, n_tokens: int | None = None) -> 
 
 
 def tokens_of(llm: Sequences, text: Text) -> NDArray[np.int32]:
-    """All tokens of the text, with BOS in front where the model adds one. They are remembered: a megabyte
-    takes llama.cpp a second, and often many files with one tokenizer are evaluated.
+    """All tokens of the text, with BOS in front where the model adds one.
+
+    They are remembered: a megabyte takes llama.cpp a second, and often many files with one tokenizer are
+    evaluated.
     """
     key = (text.sha256, tokenizer_fingerprint(Path(llm.model_path)))
     if (found := _tokens.pop(key, None)) is None:
@@ -85,7 +88,7 @@ def tokens_of(llm: Sequences, text: Text) -> NDArray[np.int32]:
 
 
 def tokenizer_fingerprint(model: Path) -> str:
-    """SHA-256 of all that the file says about its tokenizer; nothing for a file that we cannot read."""
+    """SHA-256 of all that the file says about its tokenizer; "" for a file that we cannot read."""
     digest = hashlib.sha256()
     try:
         spans = read_header(model).kv_spans

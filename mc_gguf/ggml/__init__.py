@@ -1,1 +1,1 @@
-"""ggml's types, its file format and its quantizers, and the compensation library."""
+"""ggml's types, its file format, its quantizers, and the library for error compensation."""

@@ -1,8 +1,8 @@
-"""A strict reader of GGUF headers: metadata and tensor infos, nothing of the weights, no dependency.
+"""A strict reader of GGUF headers: metadata and tensor infos, but no weights. It depends on nothing else.
 
-Knows GGUF (version 3, little-endian, as ggml/src/gguf.cpp of the pinned llama.cpp reads it), not what mc_gguf
-adds: that is container.py. Whatever is wrong with a file becomes a FormatError that names the key or the
-tensor.
+It knows GGUF (version 3, little-endian, as ggml/src/gguf.cpp of the pinned llama.cpp reads it) but not what
+mc_gguf adds to it: that is mc_gguf.container's business. Whatever is wrong with a file becomes a FormatError
+that names the key or the tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mc_gguf.common.errors import FormatError
-from mc_gguf.ggml.types import TYPES, GgmlType
+from mc_gguf.ggml.types import TYPES_BY_ID, GgmlType
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -38,26 +38,6 @@ _SCALARS = {
     11: "<q",
     12: "<d",
 }
-
-# Types that may stand in a file but that mc_gguf never writes weights in (I32 holds the expert maps).
-OTHER_TYPES = (
-    GgmlType("Q4_1", 3, 32, 20),
-    GgmlType("Q5_1", 7, 32, 24),
-    GgmlType("Q8_1", 9, 32, 36),
-    GgmlType("Q8_K", 15, 256, 292),
-    GgmlType("I8", 24, 1, 1),
-    GgmlType("I16", 25, 1, 2),
-    GgmlType("I32", 26, 1, 4),
-    GgmlType("I64", 27, 1, 8),
-    GgmlType("F64", 28, 1, 8),
-    GgmlType("TQ1_0", 34, 256, 54),
-    GgmlType("TQ2_0", 35, 256, 66),
-    GgmlType("MXFP4", 39, 32, 17),
-    GgmlType("NVFP4", 40, 64, 36),
-    GgmlType("Q1_0", 41, 128, 18),
-    GgmlType("Q2_0", 42, 64, 18),
-)
-BY_ID: dict[int, GgmlType] = {t.id: t for t in (*TYPES.values(), *OTHER_TYPES)}
 
 
 @dataclass(frozen=True)
@@ -84,8 +64,8 @@ class TensorEntry:
 class GgufHeader:
     """Everything in a GGUF before the weights.
 
-    `kv_spans` says where in the file each metadata entry stands (key, type and value), `infos_span` where all
-    tensor infos do: (start, end) in bytes, for who copies them as they are.
+    `kv_spans` says where in the file each metadata entry is (key, type and value), `infos_span` where the
+    tensor infos are: (start, end) in bytes, so that they can be copied as they are.
     """
 
     path: Path
@@ -261,12 +241,12 @@ class _Parser:
         if not all(shape) or prod(shape) >= 1 << 62:
             raise self.fail(f"impossible shape {shape}")
         type_id = self.scalar("<I")
-        if type_id not in BY_ID:
+        if type_id not in TYPES_BY_ID:
             raise self.fail(f"unknown tensor type {type_id}")
-        kind = BY_ID[type_id]
-        if shape[0] % kind.block_size:
+        kind = TYPES_BY_ID[type_id]
+        if not kind.fits(shape[0]):
             raise self.fail(
-                f"rows of {shape[0]} are no multiple of {kind.block_size}, the block of {kind.name}"
+                f"rows of {shape[0]} weights are not whole blocks of {kind.name} ({kind.block_size} weights)"
             )
         n_bytes = kind.row_bytes(shape[0]) * prod(shape[1:])
         return TensorEntry(name, shape, kind, self.scalar("<Q"), n_bytes)

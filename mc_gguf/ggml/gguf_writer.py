@@ -1,4 +1,4 @@
-"""Parsed metadata values into a gguf.GGUFWriter of the pinned gguf-py."""
+"""Puts parsed metadata values into a gguf.GGUFWriter of the pinned gguf-py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_values(writer: Any, kv: Mapping[str, Value]) -> None:
 
 
 def _encoded(value: Any) -> Any:
-    """Text as the bytes it was read from: GGUF strings need not be UTF-8."""
+    """Strings as the bytes they were read from: GGUF strings need not be UTF-8."""
     if isinstance(value, list):
         return [_encoded(item) for item in value]
     return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value

@@ -1,7 +1,7 @@
-"""ggml's own quantizers on numpy arrays: rows in, blocks out, and back.
+"""ggml's own quantizers for numpy arrays: from rows to blocks, and back.
 
-Every row is quantized on its own, so the bytes do not depend on how the rows are spread over threads; ctypes
-releases the GIL while ggml works. What ggml would answer with abort() (weights that are not finite, a missing
+Every row is quantized by itself, so the bytes do not depend on how the rows are spread over threads; ctypes
+releases the GIL while ggml works. Whatever makes ggml call abort() (weights that are not finite, a missing
 importance matrix, rows that are not whole blocks) is refused here first.
 """
 
@@ -20,8 +20,8 @@ from mc_gguf import runtime
 from mc_gguf.common.errors import McError
 from mc_gguf.ggml.types import ggml_type
 
-# Rows are handed to a thread in pieces of about this many weights: small enough to balance, large enough to
-# not matter.
+# Rows are handed to a thread in pieces of about this many weights: small enough to balance the threads, large
+# enough to make the overhead negligible.
 _PIECE_WEIGHTS = 1 << 20
 
 _initialised: set[str] = set()
@@ -66,13 +66,13 @@ def _ggml() -> ctypes.CDLL:
 
 @cache
 def thread_pool(threads: int) -> ThreadPoolExecutor:
-    """The threads that the kernels share."""
+    """The thread pool that the quantizers share."""
     return ThreadPoolExecutor(threads, thread_name_prefix="quantize")
 
 
 def init(types: Iterable[str]) -> None:
-    """Build ggml's lookup tables of `types` (seconds for some IQ types). Idempotent, safe from several
-    threads.
+    """Build ggml's lookup tables for `types`, which takes seconds for some IQ types. May be called repeatedly
+    and from several threads.
     """
     with _init_lock:
         for name in types:
@@ -85,12 +85,17 @@ def init(types: Iterable[str]) -> None:
 def quantize_rows(
     weights: NDArray[np.float32], type_name: str, imatrix: NDArray[np.float32] | None, threads: int
 ) -> NDArray[np.uint8]:
-    """Quantize `weights` (rows, cols) to `type_name`; returns (rows, bytes of a row). The same for any
-    `threads`.
+    """Quantize `weights`; returns uint8 blocks (rows, bytes per row), the same for any number of threads.
 
-    `imatrix` (cols,) is the mean squared input of each column; types that need one refuse None; all zeros
-    (no token came) count as ones, as upstream's quantizer fills them. Raises McError when a row is not a
-    whole number of blocks, or a weight is not finite or too large for the type.
+    Args:
+        weights: (rows, cols) float32.
+        type_name: a ggml type.
+        imatrix: (cols,) importance matrix: the mean squared input of each column. All zeros (no token came)
+            count as ones, as in llama-quantize. None: ggml's default; refused for types that need one.
+        threads: number of threads.
+
+    Raises McError when a row is not a whole number of blocks, a weight is not finite or too large for the
+    type, or the importance matrix is missing or not valid.
     """
     kind = ggml_type(type_name)
     rows, cols = weights.shape
@@ -156,8 +161,9 @@ def _checked_imatrix(
 
 
 def dequantize_rows(data: NDArray[np.uint8], type_name: str, cols: int, rows: int) -> NDArray[np.float32]:
-    """The weights (rows, cols) that blocks of `type_name` stand for, by ggml's to_float. Raises McError on a
-    wrong size.
+    """The float32 weights (rows, cols) that blocks of `type_name` stand for, by ggml's to_float.
+
+    Raises McError when `data` has the wrong size.
     """
     kind = ggml_type(type_name)
     source = np.ascontiguousarray(data, dtype=np.uint8).reshape(-1)

@@ -9,8 +9,9 @@ SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gg
 
 
 def shard_paths(path: Path) -> list[Path]:
-    """The paths of all shards that belong to `path`, in order, whether they exist or not. A file that is not
-    named like a shard is its own only shard.
+    """The paths of all shards of the model that `path` belongs to, in order, whether they exist or not.
+
+    A file that is not named like a shard is its own only shard.
     """
     name = SHARD_NAME.fullmatch(path.name)
     if not name:
@@ -20,6 +21,6 @@ def shard_paths(path: Path) -> list[Path]:
 
 
 def shard_stem(path: Path) -> str | None:
-    """The name that all shards of one model share; None for a file that is not named like a shard."""
+    """The name that all shards of one model share, or None for a file that is not named like a shard."""
     name = SHARD_NAME.fullmatch(path.name)
     return name["stem"] if name else None

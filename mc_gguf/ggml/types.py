@@ -1,35 +1,69 @@
-"""The ggml tensor types that mc_gguf writes: block sizes, rates, and what each needs. Facts only, no ggml,
-no gguf.
+"""The one table of ggml's tensor types: what mc_gguf knows of each of them. Facts only: it needs neither
+ggml nor gguf-py.
 
-Source: ggml/include/ggml.h (ids) and ggml-common.h (block layouts) of the pinned llama.cpp; a test compares
-the table with the pinned gguf-py.
+Sources: ggml/include/ggml.h (ids), ggml-common.h (block layouts) and include/llama.h (llama_ftype) of the
+pinned llama.cpp. A test compares the table with the pinned gguf-py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Flag, auto
 
 from mc_gguf.common.errors import McError
+
+FILE_TYPE_GUESSED = 1024  # LLAMA_FTYPE_GUESSED: no llama_ftype is named after the type
+
+
+class Use(Flag):
+    """What a type is used for, and what its quantizer needs."""
+
+    NONE = 0
+    IMATRIX = auto()  # ggml's quantizer refuses to work without an importance matrix
+    SLOW = auto()  # ggml's quantizer takes longer than all of error compensation
+    EXPERTS = auto()  # the planner chooses from it for experts unless the user names types
+    ATTENTION = auto()  # the planner chooses from it for attention matrices
+    FALLBACK = auto()  # measured and planned where rows are not multiples of 256, which k- and i-quants need
+    UNQUANTIZED = auto()  # 16 bits per weight, as models are published
+    FOREIGN = auto()  # may appear in a file, but mc_gguf never writes weights in it
 
 
 @dataclass(frozen=True)
 class GgmlType:
-    """One ggml type: `block_size` weights are stored in `block_bytes` bytes."""
+    """One ggml type: `block_size` weights are stored in `block_bytes` bytes.
+
+    `file_type` is the llama_ftype of a file that consists mostly of this type.
+    """
 
     name: str
     id: int
     block_size: int
     block_bytes: int
-    needs_imatrix: bool = False
+    file_type: int = FILE_TYPE_GUESSED
+    use: Use = Use.NONE
 
     @property
     def bpw(self) -> float:
         """Bits per weight."""
         return 8 * self.block_bytes / self.block_size
 
+    @property
+    def needs_imatrix(self) -> bool:
+        """Whether ggml's quantizer needs an importance matrix."""
+        return Use.IMATRIX in self.use
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether ggml's quantizer is slow enough to be worth avoiding."""
+        return Use.SLOW in self.use
+
+    def fits(self, n_per_row: int) -> bool:
+        """Whether a row of `n_per_row` weights is a whole number of blocks."""
+        return n_per_row % self.block_size == 0
+
     def row_bytes(self, n_per_row: int) -> int:
-        """Bytes of one row of `n_per_row` weights. Raises McError unless that is a whole number of blocks."""
-        if n_per_row % self.block_size:
+        """Bytes of one row of `n_per_row` weights. Raises McError unless the type `fits` the row."""
+        if not self.fits(n_per_row):
             raise McError(
                 f"{self.name} needs rows that are a multiple of {self.block_size}, not {n_per_row}; "
                 "use F16 or BF16 for this tensor"
@@ -37,62 +71,77 @@ class GgmlType:
         return n_per_row // self.block_size * self.block_bytes
 
 
-TYPES: dict[str, GgmlType] = {
-    t.name: t
-    for t in (
-        GgmlType("F32", 0, 1, 4),
-        GgmlType("F16", 1, 1, 2),
-        GgmlType("BF16", 30, 1, 2),
-        GgmlType("Q4_0", 2, 32, 18),
-        GgmlType("Q5_0", 6, 32, 22),
-        GgmlType("Q8_0", 8, 32, 34),
-        GgmlType("IQ4_NL", 20, 32, 18),
-        GgmlType("Q2_K", 10, 256, 84),
-        GgmlType("Q3_K", 11, 256, 110),
-        GgmlType("Q4_K", 12, 256, 144),
-        GgmlType("Q5_K", 13, 256, 176),
-        GgmlType("Q6_K", 14, 256, 210),
-        GgmlType("IQ1_S", 19, 256, 50, needs_imatrix=True),
-        GgmlType("IQ1_M", 29, 256, 56, needs_imatrix=True),
-        GgmlType("IQ2_XXS", 16, 256, 66, needs_imatrix=True),
-        GgmlType("IQ2_XS", 17, 256, 74, needs_imatrix=True),
-        GgmlType("IQ2_S", 22, 256, 82, needs_imatrix=True),
-        GgmlType("IQ3_XXS", 18, 256, 98, needs_imatrix=True),
-        GgmlType("IQ3_S", 21, 256, 110),
-        GgmlType("IQ4_XS", 23, 256, 136),
-    )
-}
+_IMATRIX, _SLOW, _EXPERTS, _ATTENTION = Use.IMATRIX, Use.SLOW, Use.EXPERTS, Use.ATTENTION
+_FALLBACK, _UNQUANTIZED, _FOREIGN, _NONE = Use.FALLBACK, Use.UNQUANTIZED, Use.FOREIGN, Use.NONE
 
-# What the planner chooses from unless --types says otherwise, in order of size.
-CANDIDATES: tuple[str, ...] = (
-    "IQ1_S",
-    "IQ1_M",
-    "IQ2_XXS",
-    "IQ2_XS",
-    "IQ2_S",
-    "Q2_K",
-    "IQ3_XXS",
-    "IQ3_S",
-    "Q3_K",
-    "IQ4_XS",
-    "Q4_K",
+# Sorted by size. All names below are derived from this table and keep its order. Types below Q3_K are no
+# candidates for attention matrices because they hardly pay there (docs/explanation/allocation.md).
+# fmt: off
+GGML_TYPES: tuple[GgmlType, ...] = (
+    #        name      id  block  bytes ftype use
+    GgmlType("IQ1_S",   19, 256,   50,  24, _IMATRIX | _SLOW | _EXPERTS),
+    GgmlType("IQ1_M",   29, 256,   56,  31, _IMATRIX | _SLOW | _EXPERTS),
+    GgmlType("IQ2_XXS", 16, 256,   66,  19, _IMATRIX | _SLOW | _EXPERTS),
+    GgmlType("IQ2_XS",  17, 256,   74,  20, _IMATRIX | _SLOW | _EXPERTS),
+    GgmlType("IQ2_S",   22, 256,   82,  28, _IMATRIX | _SLOW | _EXPERTS),
+    GgmlType("Q2_K",    10, 256,   84,  10, _EXPERTS),
+    GgmlType("IQ3_XXS", 18, 256,   98,  23, _IMATRIX | _SLOW | _EXPERTS),
+    GgmlType("IQ3_S",   21, 256,  110,  26, _SLOW | _EXPERTS),
+    GgmlType("Q3_K",    11, 256,  110,  12, _EXPERTS | _ATTENTION),
+    GgmlType("IQ4_XS",  23, 256,  136,  30, _EXPERTS | _ATTENTION),
+    GgmlType("IQ4_NL",  20,  32,   18,  25, _ATTENTION | _FALLBACK),
+    GgmlType("Q4_0",     2,  32,   18,   2, _NONE),
+    GgmlType("Q4_K",    12, 256,  144,  15, _EXPERTS | _ATTENTION),
+    GgmlType("Q5_0",     6,  32,   22,   8, _FALLBACK),
+    GgmlType("Q5_K",    13, 256,  176,  17, _ATTENTION),
+    GgmlType("Q6_K",    14, 256,  210,  18, _ATTENTION),
+    GgmlType("Q8_0",     8,  32,   34,   7, _ATTENTION | _FALLBACK),
+    GgmlType("F16",      1,   1,    2,   1, _UNQUANTIZED),
+    GgmlType("BF16",    30,   1,    2,  32, _UNQUANTIZED),
+    GgmlType("F32",      0,   1,    4,   0, _NONE),
+    GgmlType("Q1_0",    41, 128,   18, use=_FOREIGN),
+    GgmlType("TQ1_0",   34, 256,   54, use=_FOREIGN),
+    GgmlType("TQ2_0",   35, 256,   66, use=_FOREIGN),
+    GgmlType("Q2_0",    42,  64,   18, use=_FOREIGN),
+    GgmlType("MXFP4",   39,  32,   17, use=_FOREIGN),
+    GgmlType("NVFP4",   40,  64,   36, use=_FOREIGN),
+    GgmlType("Q4_1",     3,  32,   20, use=_FOREIGN),
+    GgmlType("Q5_1",     7,  32,   24, use=_FOREIGN),
+    GgmlType("Q8_1",     9,  32,   36, use=_FOREIGN),
+    GgmlType("Q8_K",    15, 256,  292, use=_FOREIGN),
+    GgmlType("I8",      24,   1,    1, use=_FOREIGN),
+    GgmlType("I16",     25,   1,    2, use=_FOREIGN),
+    GgmlType("I32",     26,   1,    4, use=_FOREIGN),  # expert maps
+    GgmlType("I64",     27,   1,    8, use=_FOREIGN),
+    GgmlType("F64",     28,   1,    8, use=_FOREIGN),
 )
+# fmt: on
 
-# What the planner chooses from for attention matrices, in order of size; smaller ones hardly pay
-# (docs/allocation.md).
-ATTENTION_CANDIDATES: tuple[str, ...] = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
-SIXTEEN_BIT = ("F16", "BF16")
+def _names(use: Use) -> tuple[str, ...]:
+    return tuple(t.name for t in GGML_TYPES if use in t.use)
 
-# Measured and planned where rows are no multiple of 256, which k- and i-quants need.
-FALLBACKS = ("IQ4_NL", "Q5_0", "Q8_0")
 
-# Groups that one layer's projection can have in a file: GGML_MC_MAX_GROUPS of the patched llama.cpp.
+# Every type that a file may hold, by its id.
+TYPES_BY_ID: dict[int, GgmlType] = {t.id: t for t in GGML_TYPES}
+# The types that mc_gguf writes weights in, by name.
+TYPES: dict[str, GgmlType] = {t.name: t for t in GGML_TYPES if Use.FOREIGN not in t.use}
+CANDIDATES = _names(Use.EXPERTS)
+ATTENTION_CANDIDATES = _names(Use.ATTENTION)
+FALLBACKS = _names(Use.FALLBACK)
+SIXTEEN_BIT = _names(Use.UNQUANTIZED)
+# The type of the tensors that map experts to their places.
+MAP_TYPE = TYPES_BY_ID[26]
+
+# Groups that one projection of one layer can have in a file: GGML_MC_MAX_GROUPS of the patched llama.cpp.
 MAX_GROUPS = 13
 
 
 def ggml_type(name: str) -> GgmlType:
-    """The type called `name` (any case). Raises McError with the known names."""
+    """The type called `name` (in any case) that weights can be written in.
+
+    Raises McError, with the known names, for any other name.
+    """
     try:
         return TYPES[name.upper()]
     except KeyError:

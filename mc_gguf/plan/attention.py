@@ -1,11 +1,11 @@
 """Attention matrices as further items of the program, in the same bytes as the experts.
 
-Both errors are relative to the hidden states of the same layer, so that one price, kld_per_error, turns both
-into nats a token. The program weighs them as they will be in the file: error compensation, the default,
-leaves COMPENSATED of the divergence of experts, and attention is not compensated. The types of attention
-matrices change nothing in a file but their own bytes.
+The errors of experts and of attention are both relative to the hidden states of their layer, so one price,
+kld_per_error, turns both into nats per token. The program weighs them as they will be in the file: error
+compensation, the default, leaves the share COMPENSATED of the experts' divergence, and attention is not
+compensated. The types of attention matrices change nothing in a file but the bytes of those matrices.
 
-With attention an assignment is flat: the experts' columns [L, E, 3], then the attention's [L, 4].
+With attention an assignment is flat: the experts' columns [L, E, 3], then those of attention [L, 4].
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mc_gguf.artifacts import ATTENTION, Calibration, FixedTypes, ModelInfo, TensorSpec
-from mc_gguf.common.errors import ArtifactError, BudgetError, McError
+from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.ggml.types import ggml_type
-from mc_gguf.plan.problem import Budget, FileBytes, Floats, Ints, Problem
+from mc_gguf.plan.problem import FileBytes, Floats, Ints, Problem
+from mc_gguf.plan.program import Items, Limit
 from mc_gguf.plan.solver import Knapsack
-from mc_gguf.plan.strategies import Items, Limit, expert_items, layer_items, solve_program
 
-STRATEGIES = ("pmq", "layer")  # those that minimise the divergence of the whole model
-COMPENSATED = 0.6  # docs/compensation.md; 0.52 to 0.65 by type and text
+COMPENSATED = 0.6  # between 0.52 and 0.65, depending on type and text: docs/explanation/compensation.md
 _ALIGNMENT = 32  # of tensors in the file
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """L layers, 4 matrices (ATTENTION), A types. A choice is an index of `types` for each matrix, [L, 4].
+    """L layers, 4 matrices (ATTENTION), A types. A choice is an index into `types` for each matrix, [L, 4].
 
-    `kld` [L, 4, A]   nats a token; infinite: rows are no whole blocks of the type
+    `kld` [L, 4, A]   nats per token; infinite where a row is not a whole number of the type's blocks
     `size` [L, 4, A]  bytes in the file, padding included; 0 where kld is infinite
     """
 
@@ -49,35 +48,32 @@ class Attention:
 
     @property
     def error(self) -> Floats:
-        """What is minimised, beside the divergence of experts that ggml rounds."""
+        """What is minimised together with the divergence of experts as ggml rounds them."""
         return self.kld / COMPENSATED
 
     def predicted_kld(self, choice: Ints) -> float:
         return float(np.take_along_axis(self.kld, choice[..., None], axis=-1).sum())
 
 
-def check_request(budget: Budget, strategy: str, objective: str) -> None:
-    """Raises BudgetError or McError where attention cannot be part of the program."""
-    if budget.size_bytes is None:
-        raise BudgetError("attention in the budget needs a budget of the whole file: give --size")
-    if strategy not in STRATEGIES or objective != "kld":
-        raise McError(
-            f"attention in the budget needs --strategy {' or '.join(STRATEGIES)} with objective kld (a "
-            f"calibration that measured it), not {strategy} with {objective}; give --attention fixed"
-        )
-
-
 def build_attention(calibration: Calibration, types: Sequence[str]) -> Attention:
-    """Errors and bytes of `types` (empty: all measured). Raises McError for types that were not measured."""
+    """Errors and bytes of `types` (empty: all that were measured).
+
+    Raises ArtifactError for a calibration without errors of attention, McError for types that were not
+    measured or that no row fits.
+    """
     model = calibration.model
-    if model is None or not calibration.attention_error.size:
+    if model is None or not calibration.has("attention_error"):
         raise ArtifactError(
-            "this calibration has no errors of attention matrices; calibrate again or give --attention fixed"
+            "this calibration has no errors of attention matrices; calibrate again, or leave attention fixed",
+            parameter="attention",
         )
     known = calibration.attention_types
     wanted = [ggml_type(name).name for name in types] or list(known)
     if missing := [name for name in wanted if name not in known]:
-        raise McError(f"no errors of attention in {', '.join(missing)}; measured: {', '.join(known)}")
+        raise McError(
+            f"no errors of attention were measured for {', '.join(missing)}, only for {', '.join(known)}",
+            parameter="attention",
+        )
     names = tuple(dict.fromkeys(wanted))
     price = calibration.kld_per_error[:, None, None]
     kld = np.maximum(calibration.attention_error[..., [known.index(name) for name in names]], 0.0) * price
@@ -85,30 +81,36 @@ def build_attention(calibration: Calibration, types: Sequence[str]) -> Attention
     matrices = [[specs[f"blk.{i}.attn_{part}.weight"] for part in ATTENTION] for i in calibration.layers]
     size = np.array([[[_file_size(spec, name) for name in names] for spec in row] for row in matrices])
     if not (size > 0).any(axis=-1).all():
-        raise McError(f"some attention matrix can have none of {', '.join(names)}; give --attention fixed")
+        raise McError(
+            f"one attention matrix can have none of the types {', '.join(names)}; leave attention fixed",
+            parameter="attention",
+        )
     return Attention(names, np.where(size > 0, kld, np.inf), size.astype(np.int64))
 
 
-def made_up(model: ModelInfo, types: Sequence[str]) -> tuple[tuple[str, ...], Floats]:
-    """attention_types and attention_error of a stand-in for every calibration of `model`."""
+def make_up_errors(model: ModelInfo, types: Sequence[str]) -> tuple[tuple[str, ...], Floats | None]:
+    """attention_types and attention_error for plan.stand_in: the same error everywhere.
+
+    The error is None for a model of which a calibration would measure none.
+    """
     shapes = [t.shape for t in model.tensors if t.name in {f"blk.0.attn_{part}.weight" for part in ATTENTION}]
-    names = tuple(n for n in types if any(shape[0] % ggml_type(n).block_size == 0 for shape in shapes))
+    names = tuple(n for n in types if any(ggml_type(n).fits(shape[0]) for shape in shapes))
     if len(shapes) < len(ATTENTION) or model.expert_layers != tuple(range(model.n_layer)):
-        return names, np.zeros(0)
+        return names, None
     return names, np.ones((len(model.expert_layers), len(ATTENTION), len(names)))
 
 
 def _file_size(spec: TensorSpec, name: str) -> int:
-    """Bytes of the tensor in this type with its padding; 0 where it cannot have it."""
+    """Bytes of the tensor in this type with its padding; 0 where it cannot have the type."""
     cols, rows = spec.shape
-    if cols % ggml_type(name).block_size:
+    if not ggml_type(name).fits(cols):
         return 0
     n_byte: int = rows * ggml_type(name).row_bytes(cols)
     return -(-n_byte // _ALIGNMENT) * _ALIGNMENT
 
 
-def with_attention(items: Items, attention: Attention) -> Items:
-    """`items` and one for every attention matrix; the assignment becomes flat."""
+def add_attention(items: Items, attention: Attention) -> Items:
+    """`items` followed by one item for every attention matrix; the assignment becomes flat."""
     experts, n_item = items.knapsack, len(items.knapsack.error)
     width = max(experts.error.shape[1], len(attention.types))
     shape = (attention.n_matrix, len(attention.types))
@@ -123,41 +125,24 @@ def with_attention(items: Items, attention: Attention) -> Items:
     return Items(Knapsack(error, size), columns)
 
 
-def split(problem: Problem, attention: Attention, flat: Ints) -> tuple[Ints, Ints]:
+def split_assignment(problem: Problem, attention: Attention, flat: Ints) -> tuple[Ints, Ints]:
     """The experts' columns [L, E, 3] and the attention's choice [L, 4] of a flat assignment."""
     experts, matrices = flat[: -attention.n_matrix], flat[-attention.n_matrix :]
     return experts.reshape(problem.error.shape[:3]), matrices.reshape(attention.kld.shape[:2])
 
 
-def limit_of(
+def limit_with_attention(
     limit: Limit, problem: Problem, attention: Attention, fixed: FixedTypes, file_bytes: FileBytes
 ) -> Limit:
-    """`limit`, a file size, of flat assignments."""
+    """`limit`, a file size, measured on flat assignments."""
 
     def measure(flat: Ints) -> int:
-        columns, choice = split(problem, attention, flat)
-        types = replace(fixed, attention=attention.rows(choice))
-        return int(file_bytes(problem.experts(columns), fixed=types))
+        columns, choice = split_assignment(problem, attention, flat)
+        return file_bytes(problem.experts(columns), replace(fixed, attention=attention.rows(choice)))
 
     return replace(limit, measure=measure)
 
 
-def solve(
-    problem: Problem, attention: Attention, limit: Limit, strategy: str
-) -> tuple[Ints, Ints, float, float | None]:
-    """Columns [L, E, 3], attention's choice [L, 4], gap, and the ratio to the best plan with one type per
-    layer and projection (strategy pmq only).
-    """
-    items = layer_items(problem) if strategy == "layer" else expert_items(problem)
-    flat, gap = solve_program(with_attention(items, attention), limit)
-    columns, choice = split(problem, attention, flat)
-    if strategy == "layer":
-        return columns, choice, gap, None
-    layers, _ = solve_program(with_attention(layer_items(problem), attention), limit)
-    best, found = (_total(problem, attention, f) for f in (layers, flat))
-    return columns, choice, gap, found / best if best > 0 else None
-
-
-def _total(problem: Problem, attention: Attention, flat: Ints) -> float:
-    columns, choice = split(problem, attention, flat)
+def total_error(problem: Problem, attention: Attention, columns: Ints, choice: Ints) -> float:
+    """What is minimised, summed over the experts' columns [L, E, 3] and the attention's choice [L, 4]."""
     return problem.total_error(columns) + attention.predicted_kld(choice) / COMPENSATED

@@ -1,64 +1,59 @@
-"""Calibration + budget -> Plan: the type of every expert. One pure function; no torch, no files, no weights.
+"""plan(): the request is checked, a strategy decides, and a Plan says what was decided.
 
-    plan(calibration, Budget(bpw=2.5))                              # PMQ: one program for the whole model
-    plan(calibration, Budget(bits_per_layer=16), strategy="mc")     # the published allocation
-
-PMQ minimises the sum of an objective (objectives.py) over all (layer, expert, projection) under one limit in
-real bytes. Errors of projections are taken as additive: each was measured with everything else in full
-precision. docs/allocation.md lists the strategies and what they are worth on the bundled model.
+PMQ minimises the sum of an objective (objectives.py) over all (layer, expert, projection) under one limit
+in real bytes. The errors of projections are taken as additive: each was measured with everything else in
+full precision. docs/explanation/allocation.md lists the strategies and what they are worth on the bundled
+model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
-from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan
+from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan
 from mc_gguf.common.errors import BudgetError, McError
-from mc_gguf.common.units import format_size
 from mc_gguf.ggml.types import ATTENTION_CANDIDATES, CANDIDATES, ggml_type
-from mc_gguf.plan import attention as joint
-from mc_gguf.plan import published, strategies
+from mc_gguf.plan import published
+from mc_gguf.plan.attention import build_attention, make_up_errors
 from mc_gguf.plan.objectives import DEFAULT_OBJECTIVES, OBJECTIVES
 from mc_gguf.plan.problem import (
     Budget,
-    Experts,
     FileBytes,
     Ints,
-    Problem,
     build_problem,
-    bytes_for_bpw,
     candidate_types,
     check_has_model,
     fixed_types,
     sixteen_bit_type,
 )
-from mc_gguf.plan.strategies import Limit
-
-__all__ = ["OBJECTIVES", "STRATEGIES", "Budget", "Experts", "FileBytes", "fixed_types", "plan", "stand_in"]
-
-# Published baselines: pmq's program, minimising what their authors measured (see the objectives).
-BASELINES: tuple[str, ...] = ("bsp", "frequency", "routing-weight", "f-norm", "hessian")
-STRATEGIES: tuple[str, ...] = ("pmq", "mc", "uniform", "layer", "random", "inverted", *BASELINES)
+from mc_gguf.plan.strategies import STRATEGIES, Choice, Strategy, Task
 
 
 @dataclass(frozen=True, eq=False)
 class _Decision:
-    """What a strategy decided, with the figures of the plan that follow from it."""
+    """The types that were decided, with the figures that follow from them, named as in Plan.
+
+    `attention` is FixedTypes.attention where the strategy decided it, else empty.
+    """
 
     types: tuple[str, ...]
     experts: dict[str, tuple[tuple[str, ...], ...]]
-    bpw: float
-    n_byte: int | None
+    expert_bpw: float
+    expert_bytes: int | None
     predicted_error: float | None
-    gap: float | None
+    optimality_gap: float | None
     bits: tuple[tuple[int, ...], ...] | None = None
     predicted_kld: float | None = None
     layer_ratio: float | None = None
     attention: tuple[tuple[str, ...], ...] = ()
+
+    def figures(self) -> dict[str, Any]:
+        """The fields that a Plan has, too."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "attention"}
 
 
 def plan(
@@ -72,174 +67,204 @@ def plan(
     objective: str | None = None,
     attention: Sequence[str] | None = None,
 ) -> Plan:
-    """The type of every expert's projection under `budget`.
+    """Decide the type of every expert's projection under `budget`.
 
-    `types` are the candidates (default: all that the calibration measured); strategy mc has its own.
-    `objective` is what pmq, layer, random and inverted minimise (default: the best that the calibration has
-    data for); mc and the baselines have their own.
-    `file_bytes` gives the exact size of the file that an assignment makes with
-    `fixed_types(calibration.model, budget, fixed)`; a size budget needs it, other budgets only report it.
-    `attention`: types to choose from for every attention matrix, in the same bytes (empty: all that were
-    measured; None: as `fixed` says).
-    `seed` is for strategy random. Raises BudgetError (with the feasible range), McError for unknown
-    strategies and types, ArtifactError.
+    Args:
+        calibration: what was measured; published statistics serve strategy mc with nominal bits only.
+        budget: one limit: bits per weight, bytes of the file, or nominal bits per layer.
+        strategy: a name in STRATEGIES.
+        types: candidates (default: all that the calibration measured). Strategy mc has its own.
+        fixed: types of the tensors that the plan does not decide.
+        seed: random seed of strategy random.
+        file_bytes: gives the exact size of a file. A size budget needs it; with others it is only reported.
+        objective: a name in OBJECTIVES (default: the best one that the calibration has data for). Strategy mc
+            and the published baselines have their own.
+        attention: types to choose from for every attention matrix, within the same bytes. Empty: all that
+            were measured. None: attention has the types that `fixed` says.
+
+    Raises:
+        BudgetError: the budget cannot be met; the message gives the feasible range.
+        McError: a strategy, an objective or a type is unknown, or they do not go together.
+        ArtifactError: the calibration lacks what the strategy or the objective needs.
     """
-    _check_request(budget, strategy, types, fixed, objective)
-    objective = _objective_of(strategy, objective, calibration)
+    chosen = _check_request(budget, strategy, types, fixed, objective)
+    objective = _objective_of(chosen, objective, calibration)
+    fixed = fixed_types(calibration.model, budget, fixed)
     if budget.is_sixteen_bit:
         decided = _sixteen_bit(calibration)
-    elif attention is not None:
-        joint.check_request(budget, strategy, objective)
-        decided = _with_attention(calibration, budget, strategy, types, fixed, file_bytes, attention)
-    elif strategy == "mc":
-        decided = _mc(calibration, budget, file_bytes)
+    elif calibration.model is None and chosen.takes_nominal_bits and budget.bits_per_layer is not None:
+        decided = _from_published_statistics(calibration, budget.bits_per_layer)
     else:
-        check_has_model(calibration)
-        problem = build_problem(calibration, candidate_types(calibration, types), OBJECTIVES[objective])
-        decided = _decide(problem, _limit(problem, budget, file_bytes), strategy, seed)
-    has_size = file_bytes is not None and calibration.model is not None
+        decided = _solve(calibration, budget, chosen, types, fixed, seed, file_bytes, objective, attention)
+    return _assemble(calibration, budget, strategy, objective, fixed, seed, file_bytes, decided)
+
+
+def _assemble(
+    calibration: Calibration,
+    budget: Budget,
+    strategy: str,
+    objective: str,
+    fixed: FixedTypes,
+    seed: int,
+    file_bytes: FileBytes | None,
+    decided: _Decision,
+) -> Plan:
+    """The Plan that says what was decided, and from what."""
+    model = calibration.model
     if decided.attention:
         fixed = replace(fixed, attention=decided.attention)
-        file_bytes = partial(file_bytes, fixed=fixed) if file_bytes else None
     return Plan(
         strategy=strategy,
         budget=budget.to_json(),
         layers=calibration.layers,
-        experts=decided.experts,
-        fixed=fixed_types(calibration.model, budget, fixed),
-        types=decided.types,
-        model_fingerprint=calibration.model.fingerprint if calibration.model else "",
+        fixed=fixed,
+        model_fingerprint=model.fingerprint if model else "",
         calibration_fingerprint=calibration.fingerprint,
-        expert_bpw=decided.bpw,
-        expert_bytes=decided.n_byte,
-        file_bytes=file_bytes(decided.experts) if file_bytes and has_size else None,
-        predicted_error=decided.predicted_error,
-        optimality_gap=decided.gap,
+        file_bytes=file_bytes(decided.experts, fixed) if file_bytes and model else None,
         seed=seed,
-        bits=decided.bits,
         objective=objective,
-        predicted_kld=decided.predicted_kld,
-        layer_ratio=decided.layer_ratio,
+        **decided.figures(),
     )
+
+
+def _solve(
+    calibration: Calibration,
+    budget: Budget,
+    strategy: Strategy,
+    types: Sequence[str] | None,
+    fixed: FixedTypes,
+    seed: int,
+    file_bytes: FileBytes | None,
+    objective: str,
+    attention: Sequence[str] | None,
+) -> _Decision:
+    """What `strategy` decides for a calibration of a model."""
+    if attention is not None:
+        _check_attention(budget, strategy, objective)
+    check_has_model(calibration)
+    candidates = strategy.types or candidate_types(calibration, types)
+    problem = build_problem(calibration, candidates, OBJECTIVES[objective])
+    matrices = build_attention(calibration, attention) if attention is not None else None
+    task = Task(calibration, budget, problem, fixed, file_bytes, matrices, seed)
+    return _decision(task, strategy.decide(task))
 
 
 def decides_attention(calibration: Calibration, budget: Budget, strategy: str, objective: str | None) -> bool:
     """Whether plan() can decide the types of attention matrices, too, under this request."""
+    chosen = STRATEGIES.get(strategy)
     return (
         budget.size_bytes is not None
-        and strategy in joint.STRATEGIES
-        and _objective_of(strategy, objective, calibration) == "kld"
-        and calibration.attention_error.size > 0
+        and chosen is not None
+        and chosen.takes_attention
+        and _objective_of(chosen, objective, calibration) == "kld"
+        and calibration.has("attention_error")
     )
 
 
 def stand_in(model: ModelInfo, types: Sequence[str] | None) -> Calibration:
-    """A calibration of `model` with equal errors everywhere: what plan() refuses with it, it refuses with
-    every calibration of these types."""
+    """A calibration of `model` with equal errors everywhere.
+
+    What plan() refuses with it, it refuses with every calibration of these types, so a request can be checked
+    before the model is calibrated.
+    """
     wanted = [ggml_type(name).name for name in types or CANDIDATES]
-    names = tuple(dict.fromkeys((*wanted, *published.NOMINAL_TYPES)))
+    names = tuple(dict.fromkeys((*wanted, *NOMINAL_TYPES)))
     each = np.ones((len(model.expert_layers), model.n_expert))
     by_type = np.ones((*each.shape, len(PROJECTIONS), len(names)))
-    attention_types, attention_error = joint.made_up(model, ATTENTION_CANDIDATES)
+    attention_types, attention_error = make_up_errors(model, ATTENTION_CANDIDATES)
+    statistics = {
+        "frequency": each,
+        "routing_weight": each,
+        "output_sq": each,
+        "nominal_error": np.ones((*each.shape, 3)),
+        "kld_per_error": np.ones(len(each)),
+        "block_score": np.ones(len(each)),
+        "hessian_trace": np.ones((*each.shape, len(PROJECTIONS))),
+        "sq_error": by_type,
+        "relative_error": by_type,
+        "weight_error": by_type,
+    }
+    if attention_error is not None:
+        statistics["attention_error"] = attention_error
     return replace(
-        Calibration.blank(model),
-        types=names,
-        frequency=each,
-        routing_weight=each,
-        output_sq=each,
-        nominal_error=np.ones((*each.shape, 3)),
-        kld_per_error=np.ones(len(each)),
-        block_score=np.ones(len(each)),
-        hessian_trace=np.ones((*each.shape, len(PROJECTIONS))),
-        sq_error=by_type,
-        relative_error=by_type,
-        weight_error=by_type,
-        attention_types=attention_types,
-        attention_error=attention_error,
+        Calibration.blank(model), types=names, statistics=statistics, attention_types=attention_types
     )
 
 
 def _check_request(
     budget: Budget, strategy: str, types: Sequence[str] | None, fixed: FixedTypes, objective: str | None
-) -> None:
-    if strategy not in STRATEGIES:
-        raise McError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
+) -> Strategy:
+    """The strategy of this name, if what was asked for goes together."""
+    chosen = STRATEGIES.get(strategy)
+    if chosen is None:
+        raise McError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}", parameter="strategy")
     if objective is not None and objective not in OBJECTIVES:
-        raise McError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
-    if objective is not None and (strategy == "mc" or strategy in BASELINES):
-        raise McError(f"strategy {strategy} has its own objective; leave --objective away")
-    if strategy == "mc" and types is not None:
-        own = ", ".join(published.NOMINAL_TYPES)
-        raise McError(f"strategy mc has its own types ({own}); leave --types away")
-    if budget.bits_per_layer is not None and strategy != "mc":
+        raise McError(
+            f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}", parameter="objective"
+        )
+    if objective is not None and chosen.objective is not None:
+        raise McError(f"strategy {strategy} has its own objective; do not give one", parameter="objective")
+    if types is not None and chosen.types:
+        raise McError(
+            f"strategy {strategy} has its own types ({', '.join(chosen.types)}); do not give any",
+            parameter="types",
+        )
+    if budget.bits_per_layer is not None and not chosen.takes_nominal_bits:
         raise BudgetError(
-            "--bits-per-layer counts nominal bits, which only strategy mc has; "
-            f"give --bpw or --size for strategy {strategy}"
+            "bits_per_layer counts nominal bits, which only strategy "
+            f"{_names(lambda s: s.takes_nominal_bits)} has; give {strategy} a budget in bpw or bytes",
+            parameter="bits_per_layer",
         )
     for name in (fixed.attn, fixed.attn_kv, fixed.token_embd, fixed.output):
         ggml_type(name)
+    return chosen
 
 
-def _objective_of(strategy: str, wanted: str | None, calibration: Calibration) -> str:
-    if strategy == "mc":
-        return "published"
-    if strategy in BASELINES:
-        return strategy
-    return wanted or next((o for o, array in DEFAULT_OBJECTIVES if getattr(calibration, array).size), "block")
-
-
-def _decide(problem: Problem, limit: Limit, strategy: str, seed: int) -> _Decision:
-    if strategy == "uniform":
-        return _decision(problem, strategies.uniform(problem, limit), None)
-    if strategy == "layer":
-        return _decision(problem, *strategies.solve_program(strategies.layer_items(problem), limit))
-    items = strategies.expert_items(problem)
-    columns, gap = strategies.solve_program(items, limit)
-    if strategy in ("random", "inverted"):
-        control = (
-            strategies.shuffled(columns, seed)
-            if strategy == "random"
-            else strategies.inverted(problem, columns)
+def _check_attention(budget: Budget, strategy: Strategy, objective: str) -> None:
+    """Refuse a request whose program attention cannot be part of."""
+    if budget.size_bytes is None:
+        raise BudgetError(
+            "attention can only be decided within a budget for the size of the whole file",
+            parameter="attention",
         )
-        # More groups in a layer can need larger headers than pmq's.
-        return _decision(problem, items.columns(strategies.shrink(items, limit, control.reshape(-1))), None)
-    ratio = strategies.ratio_to_layers(problem, limit, columns) if strategy == "pmq" else None
-    return replace(_decision(problem, columns, gap), layer_ratio=ratio)
+    if not strategy.takes_attention or objective != "kld":
+        raise McError(
+            f"attention can only be decided by strategy {_names(lambda s: s.takes_attention)} with objective "
+            f"kld, of a calibration that measured it, not by {strategy.name} with {objective}; "
+            "leave attention fixed",
+            parameter="attention",
+        )
 
 
-def _with_attention(
-    calibration: Calibration,
-    budget: Budget,
-    strategy: str,
-    types: Sequence[str] | None,
-    fixed: FixedTypes,
-    file_bytes: FileBytes | None,
-    attention_types: Sequence[str],
-) -> _Decision:
-    """Attention matrices as further items of the program of pmq or layer."""
-    check_has_model(calibration)
-    problem = build_problem(calibration, candidate_types(calibration, types), OBJECTIVES["kld"])
-    attention = joint.build_attention(calibration, attention_types)
-    limit = _limit(problem, budget, file_bytes)
-    assert file_bytes is not None  # _limit raised
-    limit = joint.limit_of(limit, problem, attention, fixed, file_bytes)
-    columns, choice, gap, ratio = joint.solve(problem, attention, limit, strategy)
-    decided = _decision(problem, columns, gap)
-    assert decided.predicted_kld is not None  # it is the objective
-    kld = decided.predicted_kld + attention.predicted_kld(choice)
-    return replace(decided, predicted_kld=kld, layer_ratio=ratio, attention=attention.rows(choice))
+def _names(is_meant: Callable[[Strategy], bool]) -> str:
+    return " or ".join(strategy.name for strategy in STRATEGIES.values() if is_meant(strategy))
 
 
-def _decision(problem: Problem, columns: Ints, gap: float | None, bits: Ints | None = None) -> _Decision:
+def _objective_of(strategy: Strategy, wanted: str | None, calibration: Calibration) -> str:
+    if strategy.objective is not None:
+        return strategy.objective
+    return wanted or next((o for o, array in DEFAULT_OBJECTIVES if calibration.has(array)), "block")
+
+
+def _decision(task: Task, choice: Choice) -> _Decision:
+    problem, columns = task.problem, choice.columns
+    predicted_kld = problem.predicted_kld(columns)
+    rows: tuple[tuple[str, ...], ...] = ()
+    if task.attention is not None and choice.attention is not None:
+        assert predicted_kld is not None  # it is the objective
+        predicted_kld += task.attention.predicted_kld(choice.attention)
+        rows = task.attention.rows(choice.attention)
     return _Decision(
         problem.candidates,
         problem.experts(columns),
         problem.bpw(columns),
         problem.expert_bytes(columns),
         problem.predicted_error(columns),
-        gap,
-        _rows(bits) if bits is not None else None,
-        problem.predicted_kld(columns),
+        choice.gap,
+        _rows(choice.bits) if choice.bits is not None else None,
+        predicted_kld,
+        choice.layer_ratio,
+        rows,
     )
 
 
@@ -247,44 +272,15 @@ def _rows(bits: Ints) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in bits.tolist())
 
 
-def _mc(calibration: Calibration, budget: Budget, file_bytes: FileBytes | None) -> _Decision:
-    """The published strategy; for a budget in real bytes the most nominal bits per layer that fit."""
-    cost = published.published_cost(calibration)
-    if calibration.model is None and budget.bits_per_layer is not None:
-        return _published_decision(published.solve_layers(cost, budget.bits_per_layer))
-    check_has_model(calibration)
-    problem = build_problem(calibration, published.NOMINAL_TYPES)
-    if budget.bits_per_layer is not None:
-        bits = published.solve_layers(cost, budget.bits_per_layer)
-        return _decision(problem, _nominal_columns(problem, bits), 0.0, bits)
-    limit = _limit(problem, budget, file_bytes)
-    low, high = (published.solve_layers(cost, n) for n in published.bits_range(cost.shape[1]))
-    strategies.check_feasible(limit, _nominal_columns(problem, low), _nominal_columns(problem, high))
-    for bits in published.solve_all(cost):
-        columns = _nominal_columns(problem, bits)
-        # The experts' bytes are quicker to add up than a file is to lay out.
-        if problem.expert_bytes(columns) <= limit.limit and limit.room(columns) >= 0:
-            break
-    return _decision(problem, columns, 0.0, bits)
-
-
-def _nominal_columns(problem: Problem, bits: Ints) -> Ints:
-    """Columns [L, E, 3] of the types that stand for nominal bits [L, E], or of a projection's fallback."""
-    columns = np.repeat(bits[..., None] - 1, len(PROJECTIONS), axis=-1)
-    for p, size in enumerate(problem.size):
-        if not size[0]:
-            columns[..., p] = int(size.argmax())
-    return columns
-
-
-def _published_decision(bits: Ints) -> _Decision:
-    """From published statistics: no model, so types and rates by name only."""
-    names = np.array(published.NOMINAL_TYPES, dtype=object)[bits - 1].tolist()
+def _from_published_statistics(calibration: Calibration, bits_per_layer: int) -> _Decision:
+    """Strategy mc without a model: types and rates by name only, no sizes."""
+    bits = published.solve_layers(published.published_cost(calibration), bits_per_layer)
+    names = np.array(NOMINAL_TYPES, dtype=object)[bits - 1].tolist()
     rows = tuple(tuple(row) for row in names)
-    rates = np.array([ggml_type(name).bpw for name in published.NOMINAL_TYPES])
+    rates = np.array([ggml_type(name).bpw for name in NOMINAL_TYPES])
     bpw = float(rates[bits - 1].mean())
     experts = dict.fromkeys(PROJECTIONS, rows)
-    return _Decision(published.NOMINAL_TYPES, experts, bpw, None, None, 0.0, _rows(bits))
+    return _Decision(NOMINAL_TYPES, experts, bpw, None, None, 0.0, _rows(bits))
 
 
 def _sixteen_bit(calibration: Calibration) -> _Decision:
@@ -295,26 +291,3 @@ def _sixteen_bit(calibration: Calibration) -> _Decision:
     n_weight = sum(rows * cols for rows, cols in map(model.expert_shape, PROJECTIONS))
     n_byte = 2 * n_weight * calibration.n_expert * len(calibration.layers)
     return _Decision((name,), dict.fromkeys(PROJECTIONS, table), ggml_type(name).bpw, n_byte, 0.0, 0.0)
-
-
-def _limit(problem: Problem, budget: Budget, file_bytes: FileBytes | None) -> Limit:
-    if budget.bpw is not None:
-
-        def in_bpw(size: int) -> str:
-            return f"{8 * size / problem.n_weight:.4f} bpw"
-
-        return Limit(bytes_for_bpw(problem, budget.bpw), problem.expert_bytes, 0, "bpw budget", in_bpw)
-    if file_bytes is None or budget.size_bytes is None:
-        raise BudgetError("a size budget needs file_bytes, the function that gives the size of the file")
-    of_file = file_bytes
-
-    def in_bytes(size: int) -> str:
-        return f"{size} bytes ({format_size(size)})"
-
-    # A group more or less: its header and padding; at most the map of the layer's experts comes or goes too.
-    wobble = 1024 + 8 * problem.n_expert
-
-    def of_columns(columns: Ints) -> int:
-        return of_file(problem.experts(columns))
-
-    return Limit(budget.size_bytes, of_columns, wobble, "file size", in_bytes)

@@ -17,14 +17,17 @@ from mc_gguf.plan.objectives import Objective, block, kld
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Experts = Mapping[str, Sequence[Sequence[str]]]
-FileBytes = Callable[..., int]  # of Experts; with other FixedTypes than its own by the keyword `fixed`
+FileBytes = Callable[[Experts, FixedTypes], int]  # the exact size of the file with these types
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Exactly one limit: `bpw` bits per routed expert weight on average (16 and more: a plain 16-bit file),
-    `size_bytes` of the whole file, or `bits_per_layer`, nominal bits summed over a layer's experts (strategy
-    mc)."""
+    """Exactly one limit. Raises BudgetError for none, for several, or for a number that is not positive.
+
+    `bpw`             average bits per routed expert weight; 16 or more: a plain 16-bit file
+    `size_bytes`      size of the whole file
+    `bits_per_layer`  nominal bits summed over a layer's experts (strategy mc)
+    """
 
     bpw: float | None = None
     size_bytes: int | None = None
@@ -33,8 +36,8 @@ class Budget:
     def __post_init__(self) -> None:
         given = self.to_json()
         if len(given) != 1:
-            what = " and ".join(given) or "none"
-            raise BudgetError(f"give exactly one of --bpw, --size and --bits-per-layer, not {what}")
+            found = " and ".join(name.removesuffix("_bytes") for name in given) or "none"
+            raise BudgetError(f"a budget is exactly one of bpw, size and bits_per_layer, not {found}")
         ((name, value),) = given.items()
         if not (np.isfinite(value) and value > 0):
             raise BudgetError(f"{name} must be a positive number, not {value}")
@@ -49,14 +52,15 @@ class Budget:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """L layers, E experts, T types (columns: `candidates`, then fallbacks).
+    """L layers, E experts, T types. The types are columns: `candidates` first, then fallbacks.
 
-    An assignment is a column for every expert and projection, [L, E, 3].
+    An assignment is one column for every expert and projection, [L, E, 3].
 
-    `error` [L, E, 3, T]        what is minimised; inf: cannot have the type; nan: not measured
-    `block_error` [L, E, 3, T]  squared output error, whatever is minimised
-    `kld` [L, E, 3, T]          nats a token, as objective kld; None: not measured
-    `size` [3, T]               bytes of one expert's matrix, 0 where it cannot have the type
+    `error` [L, E, 3, T]        what is minimised; inf: the matrix cannot have the type; nan: not measured
+    `block_error` [L, E, 3, T]  squared error of the block's output, whatever is minimised
+    `kld` [L, E, 3, T]          KL divergence as in objective kld, nats per token; None: not measured
+    `size` [3, T]               bytes of one expert's matrix; 0 where it cannot have the type
+    `output_sq`                 squared norm of all experts' outputs, the unit of predicted_error
     """
 
     model: ModelInfo
@@ -89,14 +93,14 @@ class Problem:
         return _sum_of(self.error, columns)
 
     def predicted_error(self, columns: Ints) -> float | None:
-        """Share of the experts' output energy that becomes error; None when a type was not measured."""
+        """Share of the experts' output energy that turns into error; None when a type was not measured."""
         error = _sum_of(self.block_error, columns)
         if not np.isfinite(error):
             return None
         return error / self.output_sq if self.output_sq > 0 else 0.0
 
     def predicted_kld(self, columns: Ints) -> float | None:
-        """KL divergence of the model's output, nats a token; None when it was not measured."""
+        """KL divergence of the model's output, nats per token; None when it was not measured."""
         total = _sum_of(self.kld, columns) if self.kld is not None else np.nan
         return total if np.isfinite(total) else None
 
@@ -118,21 +122,29 @@ def candidate_types(calibration: Calibration, types: Sequence[str] | None) -> tu
     wanted = [ggml_type(name) for name in (types if types is not None else calibration.types)]
     if missing := [t.name for t in wanted if t.name not in calibration.types]:
         raise McError(
-            f"no errors of {', '.join(missing)} in this calibration; "
-            f"it measured {', '.join(calibration.types)}: choose among these or calibrate again with --types"
+            f"no errors of {', '.join(missing)} in this calibration, which measured "
+            f"{', '.join(calibration.types)}: choose among these, or calibrate again with more types",
+            parameter="types",
         )
     if not wanted:
-        raise McError(f"no types to choose from; name some of {', '.join(calibration.types or CANDIDATES)}")
+        raise McError(
+            f"there are no types to choose from; name some of {', '.join(calibration.types or CANDIDATES)}",
+            parameter="types",
+        )
     if len(set(wanted)) > MAX_GROUPS:
-        raise McError(f"{len(set(wanted))} types are too many: a layer of a file holds at most {MAX_GROUPS}")
+        raise McError(
+            f"{len(set(wanted))} types are too many: a layer can hold at most {MAX_GROUPS} in one file",
+            parameter="types",
+        )
     return tuple(t.name for t in sorted(set(wanted), key=lambda t: (t.bpw, t.id)))
 
 
 def build_problem(calibration: Calibration, types: Sequence[str], objective: Objective = block) -> Problem:
-    """Bytes and errors of `types` for every expert's projection; a fallback where none can be used.
+    """Bytes and errors of `types` for every expert's projection, with a fallback where none of them can be
+    used.
 
-    Types that the calibration did not measure get unknown errors (nan). Raises ArtifactError for inconsistent
-    arrays.
+    Types that the calibration did not measure get unknown errors (nan). Raises BudgetError for published
+    statistics, ArtifactError for arrays that are inconsistent.
     """
     model = _checked_model(calibration)
     usable = np.array([[_fits(model, p, name) for name in types] for p in PROJECTIONS])
@@ -149,7 +161,7 @@ def build_problem(calibration: Calibration, types: Sequence[str], objective: Obj
     for i, t in zip(*np.nonzero(usable), strict=True):
         size[i, t] = _matrix_bytes(model, PROJECTIONS[i], columns[t])
     error, block_error = (_usable_errors(of(calibration, types), usable) for of in (objective, block))
-    divergence = _usable_errors(kld(calibration, types), usable) if calibration.kld_per_error.size else None
+    divergence = _usable_errors(kld(calibration, types), usable) if calibration.has("kld_per_error") else None
     return Problem(
         model,
         calibration.layers,
@@ -164,8 +176,10 @@ def build_problem(calibration: Calibration, types: Sequence[str], objective: Obj
 
 
 def _usable_errors(error: Floats, usable: NDArray[np.bool_]) -> Floats:
-    """[L, E, 3, T] with the fallbacks' columns, of which no error is known: none is needed, there is nothing
-    to choose. An error estimated from a sample of rows can come out below zero.
+    """[L, E, 3, T]: `error` with columns added for the fallbacks.
+
+    Nobody knows a fallback's error, but where there is one there is nothing to choose, so it counts as 0. An
+    error that was estimated from a sample of rows may be below zero; it counts as 0, too.
     """
     shape = (*error.shape[:3], usable.shape[1] - error.shape[3])
     whole = np.concatenate([np.maximum(error, 0.0), np.zeros(shape)], axis=-1)
@@ -175,28 +189,26 @@ def _usable_errors(error: Floats, usable: NDArray[np.bool_]) -> Floats:
 
 
 def check_has_model(calibration: Calibration) -> ModelInfo:
-    """The model that was calibrated. Raises BudgetError for published statistics, which name none."""
+    """The model that was calibrated. Raises BudgetError for published statistics, which belong to no file."""
     if calibration.model is None:
         raise BudgetError(
-            "published statistics carry no sizes and no errors of ggml types: plan from them with "
-            "--strategy mc --bits-per-layer N, or make a calibration of the model with: mc-gguf calibrate"
+            "published statistics have no sizes and no errors of ggml types: use strategy mc with "
+            "bits_per_layer, or calibrate the model with: mc-gguf calibrate"
         )
     return calibration.model
 
 
 def _checked_model(calibration: Calibration) -> ModelInfo:
     model = check_has_model(calibration)
-    expected = (len(calibration.layers), calibration.n_expert, len(PROJECTIONS), len(calibration.types))
-    if calibration.sq_error.shape != expected or not expected[0]:
-        found = calibration.sq_error.shape
-        raise ArtifactError(f"the calibration's errors have shape {found}, not {expected}")
+    if not calibration.layers:
+        raise ArtifactError("the calibration covers no layer; calibrate a Mixture-of-Experts model")
     if np.isnan(calibration.sq_error).any():
         raise ArtifactError("the calibration has errors that are not numbers; calibrate again")
     return model
 
 
 def _fits(model: ModelInfo, projection: str, name: str) -> bool:
-    return model.expert_shape(projection)[1] % ggml_type(name).block_size == 0
+    return ggml_type(name).fits(model.expert_shape(projection)[1])
 
 
 def _matrix_bytes(model: ModelInfo, projection: str, name: str) -> int:
@@ -205,20 +217,20 @@ def _matrix_bytes(model: ModelInfo, projection: str, name: str) -> int:
 
 
 def fallback_type(model: ModelInfo, projection: str) -> str:
-    """For a projection whose rows fit none of the candidates: the smallest that fits, at worst 16 bits."""
+    """The type of a projection whose rows fit no candidate: the smallest that fits, at worst a 16-bit one."""
     fitting = [name for name in FALLBACKS if _fits(model, projection, name)]
     return min(fitting, key=lambda name: ggml_type(name).bpw) if fitting else sixteen_bit_type(model)
 
 
 def sixteen_bit_type(model: ModelInfo) -> str:
-    """The source's own 16-bit type; BF16, which holds its range, when the source has 32 bits."""
+    """The source's own 16-bit type; for a 32-bit source BF16, which holds its range."""
     stacks = {expert_tensor_name(layer, p) for layer in range(model.n_layer) for p in PROJECTIONS}
     found = {t.type for t in model.tensors if t.name in stacks}
     return next((name for name in SIXTEEN_BIT if name in found), "BF16")
 
 
 def fixed_types(model: ModelInfo | None, budget: Budget, fixed: FixedTypes) -> FixedTypes:
-    """Types of the other tensors under this budget: 16 bits in a 16-bit file where nothing else was asked."""
+    """Types of the other tensors: in a plain 16-bit file 16 bits, unless another type was asked for."""
     if model is None or not budget.is_sixteen_bit:
         return fixed
     plain, default = sixteen_bit_type(model), FixedTypes()
@@ -228,5 +240,5 @@ def fixed_types(model: ModelInfo | None, budget: Budget, fixed: FixedTypes) -> F
 
 
 def bytes_for_bpw(problem: Problem, bpw: float) -> int:
-    """Expert bytes that an average of `bpw` allows, rounded down without the error of floating point."""
+    """Bytes that an average of `bpw` leaves for the experts, rounded down exactly."""
     return int(Fraction(bpw) * problem.n_weight / 8)

@@ -3,11 +3,11 @@
     minimise    sum_i error[i, c_i]
     subject to  sum_i size[i, c_i] <= capacity
 
-Solved in three steps, each of which can end it: (1) the Lagrangian relaxation, by sorting the steps of every
-item's lower convex hull, gives a proven lower bound and a first solution; (2) single steps that still fit;
-(3) what the two bounds leave open, usually a few hundred options, goes to HiGHS as an exact integer program
-(options whose reduced cost exceeds the distance between the bounds cannot be part of a better solution;
-Nemhauser & Wolsey 1988, II.5).
+It is solved in three steps, each of which can be the last: (1) the Lagrangian relaxation, found by sorting
+the steps along every item's lower convex hull, gives a proven lower bound and a first solution; (2) single
+steps that still fit are taken; (3) what the two bounds leave open, usually a few hundred options, goes to
+HiGHS as an exact integer program. Options whose reduced cost exceeds the distance between the bounds cannot
+be part of a better solution (Nemhauser & Wolsey 1988, II.5).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mc_gguf.common.errors import BudgetError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# Relative gap at which the search stops: up to EXACT_ITEMS items the optimum, beyond that far below what
-# calibration noise makes of the errors.
+# Relative gap at which the search stops: the optimum for up to EXACT_ITEMS items; for more, a gap far below
+# the noise of the measured errors.
 EXACT_ITEMS, EXACT_GAP, LARGE_GAP = 2048, 1e-9, 3e-5
 # A node limit stops at the same place on every machine; the time limit is only a safety net.
 NODE_LIMIT = 200_000
@@ -36,14 +36,16 @@ TIME_LIMIT_S = 60.0
 
 @dataclass(frozen=True, eq=False)
 class Knapsack:
-    """N items, T options each: `error` [N, T], infinite where an option is not available; `size` [N, T]."""
+    """N items with T options each: `error` [N, T], infinite where an option is not available; `size` [N,
+    T].
+    """
 
     error: Floats
     size: Ints
 
     @property
     def unit(self) -> int:
-        """Common divisor of all sizes."""
+        """Greatest common divisor of all sizes."""
         return int(np.gcd.reduce(self.size, axis=None)) or 1
 
     def total_error(self, choice: Ints) -> float:
@@ -53,13 +55,13 @@ class Knapsack:
         return int(self.size[np.arange(len(choice)), choice].sum())
 
     def smallest(self) -> Ints:
-        """The least error among the options of least size, for every item."""
+        """The option [N] of least size for every item; among equals, the one of least error."""
         size = np.where(np.isfinite(self.error), self.size, np.iinfo(np.int64).max)
         ties = size == size.min(axis=1, keepdims=True)
         return np.asarray(np.where(ties, self.error, np.inf).argmin(axis=1), dtype=np.int64)
 
     def largest(self) -> Ints:
-        """The least error among the options of greatest size, for every item."""
+        """The option [N] of greatest size for every item; among equals, the one of least error."""
         size = np.where(np.isfinite(self.error), self.size, -1)
         ties = size == size.max(axis=1, keepdims=True)
         return np.asarray(np.where(ties, self.error, np.inf).argmin(axis=1), dtype=np.int64)
@@ -67,7 +69,9 @@ class Knapsack:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """`choice` [N]; no choice can have a total error below `bound`; `status` says how the search ended."""
+    """A `choice` [N] and what is proven: no choice has an error below `bound`. `status`: how the search
+    ended.
+    """
 
     choice: Ints
     error: float
@@ -76,7 +80,7 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """(error - bound) / error: how much of the error a better solution could still save, at most."""
+        """(error - bound) / error: the largest share of the error that a better solution could still save."""
         return relative_gap(self.error, self.bound)
 
 
@@ -92,7 +96,7 @@ class _Relaxed:
 
 
 def solve(items: Knapsack, capacity: int) -> Solution:
-    """The best choice of total size at most `capacity`, with what is proven of it.
+    """The best choice whose total size is at most `capacity`, with a proven bound.
 
     Raises BudgetError when not even the smallest options fit, or when HiGHS fails.
     """
@@ -117,7 +121,7 @@ def _hull_steps(items: Knapsack) -> tuple[Ints, Ints, Ints, Floats]:
         change = items.error - items.error[rows, current][:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
             slope = np.where((added > 0) & (change < 0), change / added, np.inf)
-        # Among equally steep steps the longest: the hull keeps no point inside an edge.
+        # Among equally steep steps, take the longest: the hull keeps no point inside an edge.
         steepest = slope.min(axis=1)
         following = np.where(slope == steepest[:, None], added, -1).argmax(axis=1)
         rising = np.flatnonzero(np.isfinite(steepest))
@@ -135,12 +139,12 @@ def _hull_steps(items: Knapsack) -> tuple[Ints, Ints, Ints, Floats]:
 
 
 def _relax(items: Knapsack, capacity: int) -> _Relaxed:
-    """Optimum of the continuous relaxation: its whole steps as a choice, its value as the bound."""
+    """Optimum of the continuous relaxation: its whole steps are the choice, its value is the bound."""
     choice = items.smallest()
     item, option, size, error = _hull_steps(items)
     room = capacity - items.total_size(choice)
     n_taken = int(np.searchsorted(np.cumsum(size), room, side="right"))
-    # Steps of one item are in order of its hull, so the last one written is where it stands.
+    # The steps of one item come in the order of its hull, so the last one written is where the item ends.
     choice[item[:n_taken]] = option[:n_taken]
     bound, price = items.total_error(choice), 0.0
     if n_taken < len(item):
@@ -150,12 +154,12 @@ def _relax(items: Knapsack, capacity: int) -> _Relaxed:
 
 
 def lower_bound(items: Knapsack, capacity: int) -> float:
-    """No choice of total size at most `capacity` has a smaller error (Lagrangian bound)."""
+    """The Lagrangian bound: no choice whose total size is at most `capacity` has a smaller error."""
     return _relax(items, capacity).bound
 
 
 def fill(items: Knapsack, choice: Ints, capacity: int) -> Ints:
-    """`choice` after all single steps that save error and fit, the most saving first: maximal."""
+    """`choice` after every single step that saves error and fits, largest saving first; none is left."""
     choice = choice.copy()
     rows = np.arange(len(choice))
     room = capacity - items.total_size(choice)
@@ -204,7 +208,7 @@ def _solve_core(
 
 @contextmanager
 def _silent_stdout() -> Iterator[None]:
-    """HiGHS now and then prints a debugging line to C's stdout, where our output may be JSON."""
+    """HiGHS sometimes prints a debugging line to C's stdout, where our own output may be JSON."""
     libc = ctypes.CDLL(None)
     try:
         kept = os.dup(1)
@@ -226,9 +230,9 @@ def _silent_stdout() -> Iterator[None]:
 def _highs(
     item: Ints, value: Floats, size: Ints, room: int, accuracy: float
 ) -> tuple[Ints | None, float, str]:
-    """Picked options (None if HiGHS has none), the proven lower bound of their value, HiGHS's status.
+    """The picked options (None if HiGHS found none), the proven lower bound of their value, HiGHS's status.
 
-    `item` [V] numbers the item of every option, ascending; exactly one option of each item is picked.
+    `item` [V] is the number of every option's item, ascending; exactly one option of each item is picked.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array

@@ -1,203 +1,271 @@
-"""The strategies: each turns a problem and a limit into the type of every expert's projection.
+"""The strategies of plan(). Each is one function here and one entry of STRATEGIES.
 
-An assignment is `columns` [L, E, 3]: indices into Problem.types. Strategies differ only in what they may
-choose (items) and by what measure; all of them obey the same limit, measured in the same way.
+A strategy gets a Task and returns a Choice: the type of every expert's projection. Strategies differ only
+in what gets a type of its own (items) and in the error that they minimise; all of them obey the same limit.
+To add one, write its function and its entry; plan(), its checks and its help text read the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
+from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Calibration, FixedTypes
 from mc_gguf.common.errors import BudgetError
-from mc_gguf.plan.problem import Floats, Ints, Problem
-from mc_gguf.plan.solver import Knapsack, fill, lower_bound, relative_gap, solve
-
-# Solving again with the room that the headers of the last solution left. It settles in two or three rounds,
-# or goes round in a circle.
-MAX_ROUNDS = 8
-
-
-@dataclass(frozen=True, eq=False)
-class Limit:
-    """At most `limit` bytes. `measure` gives those of an assignment: of the experts, or of the whole file.
-
-    In a file, headers, maps and padding depend a little on the assignment; `wobble` bounds the change of
-    these that one expert's change can make (0 when only experts are measured).
-    """
-
-    limit: int
-    measure: Callable[[Ints], int]
-    wobble: int
-    what: str
-    describe: Callable[[int], str]
-
-    def room(self, columns: Ints) -> int:
-        """Bytes left; negative when the assignment is too large."""
-        return self.limit - self.measure(columns)
+from mc_gguf.common.units import format_size
+from mc_gguf.plan import published
+from mc_gguf.plan.attention import (
+    Attention,
+    add_attention,
+    limit_with_attention,
+    split_assignment,
+    total_error,
+)
+from mc_gguf.plan.problem import Budget, FileBytes, Floats, Ints, Problem, bytes_for_bpw
+from mc_gguf.plan.program import (
+    OTHER_RANGES,
+    Items,
+    Limit,
+    check_feasible,
+    expert_items,
+    layer_items,
+    shrink,
+    solve_program,
+)
 
 
 @dataclass(frozen=True, eq=False)
-class Items:
-    """What is decided as one: N items, and how a choice for them becomes an assignment [L, E, 3]."""
+class Choice:
+    """What a strategy decided.
 
-    knapsack: Knapsack
-    columns: Callable[[Ints], Ints]
-
-
-def expert_items(problem: Problem) -> Items:
-    """One item for every (layer, expert, projection)."""
-    shape = problem.error.shape
-    size = np.broadcast_to(problem.size, shape).reshape(-1, shape[-1])
-    return Items(Knapsack(problem.error.reshape(size.shape), size), lambda choice: choice.reshape(shape[:-1]))
-
-
-def layer_items(problem: Problem) -> Items:
-    """One item for every (layer, projection): all its experts have one type, as in a plain GGUF."""
-    n_layer, n_expert, n_projection, n_type = problem.error.shape
-    error = problem.error.sum(axis=1).reshape(-1, n_type)
-    size = np.broadcast_to(problem.size * n_expert, (n_layer, n_projection, n_type)).reshape(-1, n_type)
-
-    def columns(choice: Ints) -> Ints:
-        one = choice.reshape(n_layer, 1, n_projection)
-        return np.broadcast_to(one, (n_layer, n_expert, n_projection))
-
-    return Items(Knapsack(error, size), columns)
-
-
-def check_feasible(limit: Limit, smallest: Ints, largest: Ints, hint: str = "") -> None:
-    """Raises BudgetError with the feasible range unless the limit is inside it."""
-    low, high = limit.measure(smallest), limit.measure(largest)
-    if not low <= limit.limit <= high:
-        raise BudgetError(
-            f"a {limit.what} of {limit.describe(limit.limit)} is not feasible: "
-            f"this strategy and these types reach from {limit.describe(low)} to {limit.describe(high)}{hint}"
-        )
-
-
-def solve_program(items: Items, limit: Limit) -> tuple[Ints, float]:
-    """Assignment of least error within the limit, and its gap. No single step that saves error fits.
-
-    The gap is that of the integer program over the bytes that the headers leave to the experts.
+    `columns` [L, E, 3]   indices into Problem.types
+    `gap`                 optimality gap of the program; None where none was solved
+    `attention` [L, 4]    indices into Attention.types; None unless the task decides attention, too
+    `bits` [L, E]         nominal bits; None where the strategy has none
+    `layer_ratio`         error relative to the best plan with one type per layer and projection
     """
-    knapsack = items.knapsack
-    check_feasible(limit, items.columns(knapsack.smallest()), items.columns(knapsack.largest()), _LARGER)
-    choice = best = knapsack.smallest()
-    best_error, bounds = knapsack.total_error(best), dict[int, float]()
-    for _ in range(MAX_ROUNDS):
-        capacity = limit.limit - _overhead(items, limit, choice)
-        # Capacities that differ by less than the sizes' common divisor are the same program.
-        if capacity // knapsack.unit in bounds or capacity < knapsack.total_size(knapsack.smallest()):
+
+    columns: Ints
+    gap: float | None = None
+    attention: Ints | None = None
+    bits: Ints | None = None
+    layer_ratio: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a strategy has to decide: `problem` within `budget`; with `attention`, those matrices, too.
+
+    `file_bytes` measures a file, whose other tensors have the types `fixed`. `seed` is for what is random.
+    """
+
+    calibration: Calibration
+    budget: Budget
+    problem: Problem
+    fixed: FixedTypes
+    file_bytes: FileBytes | None
+    attention: Attention | None
+    seed: int
+
+    @cached_property
+    def limit(self) -> Limit:
+        """The budget in real bytes. Raises BudgetError for a size when nothing measures the file."""
+        problem, budget = self.problem, self.budget
+        if budget.bpw is not None:
+
+            def in_bpw(size: int) -> str:
+                return f"{8 * size / problem.n_weight:.4f} bpw"
+
+            return Limit(bytes_for_bpw(problem, budget.bpw), problem.expert_bytes, 0, "bpw budget", in_bpw)
+        if self.file_bytes is None or budget.size_bytes is None:
+            raise BudgetError("a size budget needs file_bytes, the function that gives the size of the file")
+        of_file, fixed = self.file_bytes, self.fixed
+
+        def measure(columns: Ints) -> int:
+            return of_file(problem.experts(columns), fixed)
+
+        # One group more or less changes its header and padding; the map of the layer's experts may come or
+        # go, too.
+        wobble = 1024 + 8 * problem.n_expert
+        return Limit(budget.size_bytes, measure, wobble, "file size", _in_bytes)
+
+    def solve(self, items: Items) -> Choice:
+        """The least error within the limit, for these items and, if there is attention, its matrices."""
+        if self.attention is None:
+            return Choice(*solve_program(items, self.limit))
+        assert self.file_bytes is not None  # self.limit raised
+        limit = limit_with_attention(self.limit, self.problem, self.attention, self.fixed, self.file_bytes)
+        flat, gap = solve_program(add_attention(items, self.attention), limit)
+        columns, attention = split_assignment(self.problem, self.attention, flat)
+        return Choice(columns, gap, attention)
+
+    def error(self, choice: Choice) -> float:
+        """What the program minimised, of this choice."""
+        if self.attention is None or choice.attention is None:
+            return self.problem.total_error(choice.columns)
+        return total_error(self.problem, self.attention, choice.columns, choice.attention)
+
+
+def _in_bytes(size: int) -> str:
+    return f"{size} bytes ({format_size(size)})"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to decide a Task.
+
+    `meaning`             one line for the user
+    `objective`           its own objective (a name in OBJECTIVES); None: the user chooses
+    `types`               its own candidates; empty: the user chooses among those that were measured
+    `is_research`         a control for experiments, of no use for a file that is to be run
+    `takes_attention`     it can decide attention matrices in the same program
+    `takes_nominal_bits`  it knows nominal bits, so that a budget may be bits_per_layer
+    """
+
+    name: str
+    decide: Callable[[Task], Choice]
+    meaning: str
+    objective: str | None = None
+    types: tuple[str, ...] = ()
+    is_research: bool = False
+    takes_attention: bool = False
+    takes_nominal_bits: bool = False
+
+
+def pmq(task: Task) -> Choice:
+    """One program over every expert's projection in the whole model; also says what going per expert is
+    worth.
+    """
+    found = per_expert(task)
+    best = task.error(per_layer(task))
+    return replace(found, layer_ratio=task.error(found) / best if best > 0 else None)
+
+
+def per_expert(task: Task) -> Choice:
+    """One program over every expert's projection: pmq and the baselines."""
+    return task.solve(expert_items(task.problem))
+
+
+def per_layer(task: Task) -> Choice:
+    """One program over every (layer, projection), as a plain GGUF has types."""
+    return task.solve(layer_items(task.problem))
+
+
+def mc(task: Task) -> Choice:
+    """The published strategy (published.py); in a budget of real bytes, the most nominal bits per layer
+    that fit.
+    """
+    cost = published.published_cost(task.calibration)
+    if task.budget.bits_per_layer is not None:
+        bits = published.solve_layers(cost, task.budget.bits_per_layer)
+    else:
+        bits = _most_nominal_bits(task, cost)
+    return Choice(_nominal_columns(task.problem, bits), 0.0, bits=bits)
+
+
+def _most_nominal_bits(task: Task, cost: Floats) -> Ints:
+    """Bits [L, E] of the largest sum per layer whose types fit the limit."""
+    problem, limit = task.problem, task.limit
+    low, high = (published.solve_layers(cost, n) for n in published.bits_range(cost.shape[1]))
+    check_feasible(limit, _nominal_columns(problem, low), _nominal_columns(problem, high))
+    for bits in published.solve_all(cost):
+        columns = _nominal_columns(problem, bits)
+        # Adding up the experts' bytes is quicker than laying out a file.
+        if problem.expert_bytes(columns) <= limit.limit and limit.room(columns) >= 0:
             break
-        solution = solve(knapsack, capacity)
-        bounds[capacity // knapsack.unit] = solution.bound
-        choice = solution.choice
-        fitting = _fill_measured(items, limit, shrink(items, limit, choice))
-        if knapsack.total_error(fitting) < best_error:
-            best, best_error = fitting, knapsack.total_error(fitting)
-    best = _fill_measured(items, limit, best)
-    capacity = limit.limit - _overhead(items, limit, best)
-    bound = bounds.get(capacity // knapsack.unit, lower_bound(knapsack, capacity))
-    return items.columns(best), relative_gap(knapsack.total_error(best), bound)
+    return bits
 
 
-_LARGER = "; --bpw 16 makes the plain 16-bit file, and calibrate --types measures larger types"
-
-
-def ratio_to_layers(problem: Problem, limit: Limit, columns: Ints) -> float | None:
-    """Objective of `columns` relative to that of the best plan with one type per layer and projection within
-    the same limit: what going per expert is worth. None where such a plan is not better than nothing.
+def _nominal_columns(problem: Problem, bits: Ints) -> Ints:
+    """Columns [L, E, 3] of the types that stand for nominal bits [L, E]; a projection's fallback where it
+    has one.
     """
-    layers, _ = solve_program(layer_items(problem), limit)
-    best = problem.total_error(layers)
-    return problem.total_error(columns) / best if best > 0 else None
+    columns = np.repeat(bits[..., None] - 1, len(PROJECTIONS), axis=-1)
+    for p, size in enumerate(problem.size):
+        if not size[0]:
+            columns[..., p] = int(size.argmax())
+    return columns
 
 
-def _overhead(items: Items, limit: Limit, choice: Ints) -> int:
-    """Measured bytes that are not the items' own."""
-    return limit.measure(items.columns(choice)) - items.knapsack.total_size(choice)
+def uniform(task: Task) -> Choice:
+    """One type for all experts: the largest that fits, and at equal size the one with less error.
 
-
-def _fill_measured(items: Items, limit: Limit, choice: Ints) -> Ints:
-    """Single steps that save error, the most saving first, until none fits by the limit's own measure."""
-    knapsack = items.knapsack
-    if not limit.wobble:
-        return fill(knapsack, choice, knapsack.total_size(choice) + limit.room(items.columns(choice)))
-    rows = np.arange(len(choice))
-    choice = choice.copy()
-    while True:
-        room = limit.room(items.columns(choice))
-        added = knapsack.size - knapsack.size[rows, choice][:, None]
-        saved = knapsack.error[rows, choice][:, None] - knapsack.error
-        steps = np.argwhere((saved > 0) & (added <= room + limit.wobble))
-        for item, option in steps[np.argsort(-saved[tuple(steps.T)], kind="stable")]:
-            before = choice[item]
-            choice[item] = option
-            if limit.room(items.columns(choice)) >= 0:
-                break
-            choice[item] = before
-        else:
-            return choice
-
-
-def uniform(problem: Problem, limit: Limit) -> Ints:
-    """One type for all experts: the largest that fits; at equal size the one with less error.
-
-    A projection that cannot have the type keeps its own fallback.
+    A projection whose rows do not fit the type keeps the smallest type that it can have.
     """
-    n_layer, n_expert, n_projection, n_type = problem.error.shape
+    problem, limit = task.problem, task.limit
     usable = np.isfinite(problem.error[0, 0])
-    own = expert_items(problem).knapsack.smallest().reshape(n_layer, n_expert, n_projection)
+    own = expert_items(problem).knapsack.smallest().reshape(problem.error.shape[:3])
     options = []
-    for t in range(n_type):
+    for t in range(usable.shape[1]):
         if usable[:, t].any():
             columns = np.where(usable[:, t], t, own)
             options.append((problem.expert_bytes(columns), -problem.total_error(columns), columns))
     options.sort(key=lambda option: option[:2])
-    check_feasible(limit, options[0][2], options[-1][2], _LARGER)
-    return next(columns for _, _, columns in reversed(options) if limit.room(columns) >= 0)
+    check_feasible(limit, options[0][2], options[-1][2], OTHER_RANGES)
+    return Choice(next(columns for _, _, columns in reversed(options) if limit.room(columns) >= 0))
 
 
-def shuffled(columns: Ints, seed: int) -> Ints:
-    """The same types, per projection, given to the experts of the whole model by lot."""
-    rng = np.random.default_rng(seed)
+def random(task: Task) -> Choice:
+    """pmq's types, per projection, shuffled among the experts of the whole model."""
+    rng = np.random.default_rng(task.seed)
+    columns = per_expert(task).columns
     flat = columns.reshape(-1, columns.shape[-1])
     mixed = [rng.permutation(flat[:, p]) for p in range(flat.shape[1])]
-    return np.stack(mixed, axis=1).reshape(columns.shape)
+    return _made_to_fit(task, np.stack(mixed, axis=1))
 
 
-def inverted(problem: Problem, columns: Ints) -> Ints:
-    """The same types, per projection, the smallest to the experts that would gain most from the largest."""
+def inverted(task: Task) -> Choice:
+    """pmq's types, per projection, the smallest for the experts that would gain most from the largest."""
+    problem, columns = task.problem, per_expert(task).columns
     flat = columns.reshape(-1, columns.shape[-1])
-    gain = _gain(problem).reshape(flat.shape)
+    gain = _largest_gain(problem).reshape(flat.shape)
     result = np.empty_like(flat)
     for p in range(flat.shape[1]):
         by_size = flat[np.argsort(problem.size[p, flat[:, p]], kind="stable"), p]
         result[np.argsort(-gain[:, p], kind="stable"), p] = by_size
-    return result.reshape(columns.shape)
+    return _made_to_fit(task, result)
 
 
-def _gain(problem: Problem) -> Floats:
-    """Error [L, E, 3] that the largest type saves against the smallest."""
+def _largest_gain(problem: Problem) -> Floats:
+    """Error [L, E, 3] that the largest type saves compared with the smallest."""
     knapsack = expert_items(problem).knapsack
     rows = np.arange(len(knapsack.error))
     saved = knapsack.error[rows, knapsack.smallest()] - knapsack.error[rows, knapsack.largest()]
     return saved.reshape(problem.error.shape[:-1])
 
 
-def shrink(items: Items, limit: Limit, choice: Ints) -> Ints:
-    """`choice` after the fewest and cheapest steps down that make it fit."""
-    knapsack = items.knapsack
-    rows = np.arange(len(knapsack.error))
-    choice = choice.copy()
-    while (room := limit.room(items.columns(choice))) < 0:
-        freed = knapsack.size[rows, choice][:, None] - knapsack.size
-        lost = knapsack.error - knapsack.error[rows, choice][:, None]
-        possible = (freed > 0) & np.isfinite(lost)
-        enough = possible & (freed >= limit.wobble - room)
-        cost = np.where(enough if enough.any() else possible, np.maximum(lost, 0.0), np.inf)
-        item, option = divmod(int(cost.argmin()), cost.shape[1])
-        choice[item] = option
-    return choice
+def _made_to_fit(task: Task, columns: Ints) -> Choice:
+    """Rearranged types may need more groups per layer, so larger headers, than the program's own choice."""
+    items = expert_items(task.problem)
+    return Choice(items.columns(shrink(items, task.limit, columns.reshape(-1))))
+
+
+_ALL = (
+    Strategy("pmq", pmq, "one program over the whole model", takes_attention=True),
+    Strategy(
+        "mc",
+        mc,
+        "as published (Mixture Compressor), layer by layer",
+        objective="published",
+        types=NOMINAL_TYPES,
+        takes_nominal_bits=True,
+    ),
+    Strategy("uniform", uniform, "one type for all experts"),
+    Strategy(
+        "layer", per_layer, "one type per layer and projection, for stock llama.cpp", takes_attention=True
+    ),
+    Strategy("random", random, "control: pmq's types, shuffled among the experts", is_research=True),
+    Strategy("inverted", inverted, "control: pmq's types, given to the wrong experts", is_research=True),
+    # Published baselines solve pmq's program, but minimise what their authors measured (objectives.py).
+    Strategy("bsp", per_expert, "published baseline: block score (QuantMoE-Bench)", "bsp"),
+    Strategy("frequency", per_expert, "published baseline: how often an expert is used", "frequency"),
+    Strategy(
+        "routing-weight", per_expert, "published baseline: an expert's routing weight", "routing-weight"
+    ),
+    Strategy("f-norm", per_expert, "published baseline: change of the block's output", "f-norm"),
+    Strategy("hessian", per_expert, "published baseline: trace of the Hessian (HAWQ-V2)", "hessian"),
+)
+STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in _ALL}

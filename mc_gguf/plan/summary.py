@@ -1,4 +1,4 @@
-"""What a plan amounts to, for people and for programs: what plan and convert print before they act."""
+"""What a plan amounts to, for people and for programs. plan and convert print it before they write."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from mc_gguf.artifacts import ATTENTION, PROJECTIONS, FixedTypes, Plan
 from mc_gguf.common.units import format_size
 from mc_gguf.ggml.types import ggml_type
 
-# Above this share of the error of a plan per layer and projection, going per expert hardly pays.
+# Going per expert hardly pays above this share of the error of a plan per layer and projection.
 PAYS = 0.95
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of a plan. `type_counts[projection][type]` counts experts, smallest type first;
-    `attention_counts[part][type]` layers, where the plan decided them.
+    """Figures of a plan.
+
+    `type_counts[projection][type]` counts experts, the smallest type first; `attention_counts[part][type]`
+    counts layers and is empty unless the plan decided attention. `predicted_kld` is in nats per token.
     """
 
     strategy: str
@@ -36,12 +38,13 @@ class Summary:
     optimality_gap: float | None
     notes: tuple[str, ...]
     attention_counts: dict[str, dict[str, int]]
+    refinement: dict[str, float | str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The summary as text, one fact a line."""
+        """The summary as text, one fact per line."""
         rows = [("plan", f"{self.strategy}, objective {self.objective}, budget {_budget(self.budget)}")]
         if self.file_bytes is not None:
             rows.append(("file size", f"{self.file_bytes:,} bytes ({format_size(self.file_bytes)})"))
@@ -60,17 +63,19 @@ class Summary:
             error = f"{100 * self.predicted_error:.4g} % of the experts' output energy"
             rows.append(("predicted error", error))
         if self.predicted_kld is not None:
-            rows.append(("predicted KLD", f"{self.predicted_kld:.4g} nats a token"))
+            rows.append(("predicted KLD", f"{self.predicted_kld:.4g} nats per token"))
         if self.layer_ratio is not None:
             rows.append(("per expert", _worth(self.layer_ratio)))
         if self.optimality_gap is not None:
             rows.append(("optimality gap", f"at most {100 * self.optimality_gap:.2g} %"))
+        if self.refinement is not None:
+            rows.append(("refined", _refined(self.refinement)))
         rows += [("note", note) for note in self.notes]
         return [f"{name:<16}{text}" for name, text in rows]
 
 
 def summarize(plan: Plan) -> Summary:
-    """The figures of `plan`; nothing is computed that the plan does not say."""
+    """The figures of `plan`. All of them are in the plan; nothing is estimated anew."""
     counts = {p: _counts(plan, p) for p in PROJECTIONS}
     return Summary(
         plan.strategy,
@@ -89,6 +94,7 @@ def summarize(plan: Plan) -> Summary:
         plan.optimality_gap,
         _notes(plan, counts),
         _attention_counts(plan),
+        plan.refinement,
     )
 
 
@@ -111,20 +117,26 @@ def _by_size(found: Counter[str]) -> dict[str, int]:
 
 def _notes(plan: Plan, counts: dict[str, dict[str, int]]) -> tuple[str, ...]:
     notes = [
-        f"{p}: rows fit none of {', '.join(plan.types)}; all its experts get {', '.join(found)}, "
-        "whose error is not in the prediction"
+        f"{p}: its rows fit none of {', '.join(plan.types)}, so all of its experts get {', '.join(found)}; "
+        "the prediction does not include that error"
         for p, found in counts.items()
         if not set(found) & set(plan.types)
     ]
     if not plan.model_fingerprint:
-        notes.append("published statistics name no model: no sizes, and no file can be made of this plan")
+        notes.append("published statistics belong to no model file, so no file can be made from this plan")
     return tuple(notes)
 
 
 def _worth(ratio: float) -> str:
-    """Whether going per expert pays on this model at this size."""
+    """Says whether going per expert pays on this model at this size."""
     text = f"{ratio:.2f} of the error of one type per layer and projection"
-    return f"{text}: --strategy layer, for stock llama.cpp, is nearly as good" if ratio > PAYS else text
+    return f"{text}: strategy layer, which stock llama.cpp runs, is nearly as good" if ratio > PAYS else text
+
+
+def _refined(refinement: dict[str, float | str]) -> str:
+    """What refinement won."""
+    start, end = refinement["held_out_start"], refinement["held_out_kld"]
+    return f"KL divergence on held-out text {start:.4f} -> {end:.4f} nats per token"
 
 
 def _budget(budget: dict[str, float]) -> str:

@@ -1,8 +1,8 @@
-"""A plan carried out: every tensor of the source quantized and written, one expert at a time, into one GGUF.
+"""Carry a plan out: every tensor of the source is quantized and written, one expert at a time, into one GGUF.
 
-The bytes depend on the source, the plan and the calibration only: not on the number of threads, nor on how
+The bytes depend on the source, the plan and the calibration alone: not on the number of threads, nor on how
 often the run was killed and started again. Memory holds one tensor (the token embedding is the largest) or
-one expert matrix.
+one expert's matrix, and the next one, which is read ahead.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf import __version__, container
-from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, Plan
+from mc_gguf import container
+from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, ModelInfo, Plan
+from mc_gguf.artifacts.matching import check_inputs
 from mc_gguf.common.errors import ArtifactError, McError, SourceError
-from mc_gguf.common.files import sha256_of
-from mc_gguf.common.partial_file import PartialFile
 from mc_gguf.common.progress import Progress
+from mc_gguf.common.workdir import Workdir
 from mc_gguf.compensate.bank import Bank
 from mc_gguf.container import OutputTensor
 from mc_gguf.ggml.quantizers import init, quantize_rows
 from mc_gguf.ggml.types import ggml_type
-from mc_gguf.routing.metadata import of_calibration
+from mc_gguf.quantize.pieces import Pieces
+from mc_gguf.routing.metadata import routing_metadata_from
 from mc_gguf.source import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of the output that is made in one go: a whole tensor or one expert's slice of it."""
+    """A part of the output that is made at once: a whole tensor, or one expert's slice of it."""
 
     tensor: OutputTensor
     offset: int
     n_bytes: int
     expert: int | None = None
+
+
+def model_workdir(
+    model: ModelInfo, calibration: Calibration | None, output: Path, resume: bool = True
+) -> Workdir:
+    """The working directory of a GGUF, which outlives a change of the plan: its `bank` of compensated
+    matrices serves every plan from the same calibration.
+    """
+    made_from = calibration.fingerprint if calibration else NO_CALIBRATION
+    return Workdir(output, {"model": model.fingerprint, "calibration": made_from}, resume)
 
 
 def quantize(
@@ -54,109 +65,86 @@ def quantize(
     resume: bool = True,
     bank: Bank | None = None,
 ) -> container.MixedGguf:
-    """Write `output` (see docs/format.md) and return it, opened and validated. Matrices that `bank` has are
-    taken from there.
+    """Write `output` (docs/reference/format.md) and return it, opened and validated. Matrices that `bank` has
+    are taken from there instead of being quantized.
 
     `calibration` gives the importance matrices and the routing metadata; without one (published statistics)
-    only types that need no importance matrix are possible, and the file carries no routing. A run that was
-    killed is continued when `resume` and everything is as before. Raises ArtifactError when source, plan and
-    calibration do not belong together, McError when a type does not fit or the disk is full.
+    only types that need no importance matrix are possible, and the file carries no routing. With `resume`, a
+    run that was killed is continued if everything is as it was then.
+
+    Raises ArtifactError when source, plan and calibration do not belong together, McError when a type does
+    not fit, the disk is full, or another process is writing the same output.
     """
+    with model_workdir(checkpoint.info, calibration, output, resume) as work:
+        return quantize_in(work, checkpoint, calibration, plan, threads, progress, bank)
+
+
+def quantize_in(
+    work: Workdir,
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    plan: Plan,
+    threads: int,
+    progress: Progress | None = None,
+    bank: Bank | None = None,
+) -> container.MixedGguf:
+    """quantize() in a working directory that is open already (see model_workdir); it is gone afterwards."""
     if calibration is not None and calibration.fingerprint == NO_CALIBRATION:
         calibration = None
-    check_inputs(checkpoint, calibration, plan)
-    routing = None if calibration is None else of_calibration(calibration)
+    check_inputs(checkpoint.info, calibration, plan)
+    routing = None if calibration is None else routing_metadata_from(calibration)
     tensors = container.layout(checkpoint.info, plan.experts, plan.fixed, routing)
     _check_imatrix(calibration, plan, tensors)
     made_from = calibration.fingerprint if calibration else plan.calibration_fingerprint
-    header = container.header(checkpoint, tensors, plan.fingerprint, made_from, routing)
+    header = container.encode_header(checkpoint, tensors, plan.fingerprint, made_from, routing)
     pieces = list(_pieces(tensors))
-    quantizer = f"{__version__} {bank.key}" if bank else __version__
-    key = hashlib.sha256(header + f"{checkpoint.info.fingerprint} {quantizer}".encode()).hexdigest()
-    places = [(piece.offset, piece.n_bytes) for piece in pieces]
+    n_bytes = container.total_bytes(tensors)
+    identity = {
+        "plan": plan.fingerprint,
+        "header": hashlib.sha256(header).hexdigest(),
+        "compensation": bank.key if bank else None,
+    }
+    folder = work.part("pieces", identity)
+    work.check_space(n_bytes)
     total = sum(_weights(piece) for piece in pieces) / 1e6
-    with PartialFile(output, key, container.total_bytes(tensors), places) as partial:
-        done = sum(_weights(piece) for piece in pieces[: partial.start(header, resume)]) / 1e6
+    with Pieces(folder, header, n_bytes, [(piece.offset, piece.n_bytes) for piece in pieces]) as file:
+        done = sum(_weights(piece) for piece in pieces[: file.done]) / 1e6
         init({t.type.name for t in tensors if t.map is None})
-        todo = pieces[partial.done :]
+        todo = pieces[file.done :]
         for piece, loaded in zip(todo, _loaded(checkpoint, todo, bank), strict=True):
-            partial.write(_make(loaded, calibration, plan, piece, threads).tobytes())
+            file.write(_make(loaded, calibration, plan, piece, threads).tobytes())
             done += _weights(piece) / 1e6
             if progress:
                 progress.update(round(done, 1), round(total, 1), note=piece.tensor.name)
-        partial.verify()
-        container.validate(partial.path)
-        partial.publish()
-    return container.validate(output)
-
-
-def find_calibration(plan: Plan, folder: Path, given: Path | None = None) -> Calibration | None:
-    """The calibration that `plan` needs: the given file, else the one in `folder` with the plan's
-    fingerprint.
-
-    None when the plan needs none (16 bits) or comes from published statistics, which have no importance
-    matrices. Raises ArtifactError.
-    """
-    if given is not None:
-        return Calibration.load(given)
-    if plan.calibration_fingerprint == NO_CALIBRATION:
-        return None
-    for path in sorted(folder.glob("*.safetensors")):
-        if sha256_of(path) == plan.calibration_fingerprint:
-            return Calibration.load(path)
-    if not plan.model_fingerprint:
-        return None
-    raise ArtifactError(
-        f"no *.safetensors in {folder} is the plan's calibration ({plan.calibration_fingerprint[:12]}...); "
-        "give it with --calibration FILE"
-    )
-
-
-def check_inputs(checkpoint: Checkpoint, calibration: Calibration | None, plan: Plan) -> None:
-    """Source, plan and calibration must belong together. Raises ArtifactError."""
-    info = checkpoint.info
-    published = not plan.model_fingerprint
-    if not published and plan.model_fingerprint != info.fingerprint:
-        raise ArtifactError("the plan was made for another model than this source; run: mc-gguf plan")
-    if plan.layers != info.expert_layers:
-        raise ArtifactError(
-            f"the plan covers {len(plan.layers)} layers, the model has experts in {len(info.expert_layers)}; "
-            "run: mc-gguf plan"
-        )
-    if not plan.fingerprint:
-        raise ArtifactError("the plan has no fingerprint: save it before quantizing")
-    if calibration is None:
-        return
-    if calibration.model is None:
-        raise ArtifactError("published statistics have no importance matrices; run: mc-gguf calibrate")
-    if calibration.model.fingerprint != info.fingerprint:
-        raise ArtifactError(
-            "the calibration was made with another model than this source; run: mc-gguf calibrate"
-        )
-    if not published and calibration.fingerprint != plan.calibration_fingerprint:
-        raise ArtifactError(
-            "the plan was made from another calibration file; give that one or run: mc-gguf plan"
-        )
+        file.verify()
+    container.validate(file.path)
+    work.publish(file.path)
+    return container.validate(work.output)
 
 
 def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[OutputTensor, ...]) -> None:
-    """Refuse what cannot be quantized for want of an importance matrix; say which experts have none."""
+    """Raises an error where a type needs an importance matrix that there is not; warns about experts that no
+    text reached.
+    """
     for t in tensors:
         if t.experts is None and t.type.needs_imatrix and _attention_imatrix(calibration, plan, t) is None:
-            raise McError(f"{t.name} cannot be {t.type.name}: it has no importance matrix")
+            raise McError(
+                f"{t.name} cannot be {t.type.name}, which needs an importance matrix, and calibration "
+                "measured none for it; choose another type"
+            )
         if t.experts is not None and t.type.needs_imatrix and calibration is None:
             raise ArtifactError(
-                f"{t.name} is to be {t.type.name}, which needs a calibration: give --calibration FILE"
+                f"{t.name} is to be {t.type.name}, which needs a calibration's importance matrices; give one",
+                parameter="calibration",
             )
     if calibration is None:
         return
-    unused = ~(
-        np.asarray(calibration.imatrix_in).any(axis=-1) & np.asarray(calibration.imatrix_mid).any(axis=-1)
-    )
+    unused = ~(calibration.imatrix_in.any(axis=-1) & calibration.imatrix_mid.any(axis=-1))
     if unused.any():
-        names = [f"layer {plan.layers[i]} expert {e}" for i, e in np.argwhere(unused)]
+        names = [f"layer {calibration.layers[i]} expert {e}" for i, e in np.argwhere(unused)]
         log.warning(
-            "%d experts saw no calibration text and are quantized without an importance matrix: %s",
+            "no token of the calibration's text reached %d experts, which are quantized without an "
+            "importance matrix: %s",
             len(names),
             ", ".join(names[:20]) + (" ..." if len(names) > 20 else ""),
         )
@@ -179,17 +167,17 @@ def _weights(piece: _Piece) -> int:
 def _loaded(checkpoint: Checkpoint, pieces: Sequence[_Piece], bank: Bank | None) -> Iterator[NDArray[Any]]:
     """What each piece is made from; the next one is read while the caller works on this one."""
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
-        ahead = reader.submit(_load, checkpoint, pieces[0], bank) if pieces else None
-        for following in (*pieces[1:], None):
-            assert ahead is not None
+        loads = (reader.submit(_load, checkpoint, piece, bank) for piece in pieces)
+        ahead = next(loads, None)
+        while ahead is not None:
             loaded = ahead.result()
-            ahead = reader.submit(_load, checkpoint, following, bank) if following else None
+            ahead = next(loads, None)
             yield loaded
-            del loaded
+            del loaded  # before the next one is waited for
 
 
 def _load(checkpoint: Checkpoint, piece: _Piece, bank: Bank | None) -> NDArray[Any]:
-    """float32 weights (rows, cols) to quantize, or the final bytes."""
+    """The float32 weights (rows, cols) to quantize, or the final bytes (uint8)."""
     t = piece.tensor
     if t.map is not None:
         return np.asarray(t.map, dtype="<i4").reshape(-1).view(np.uint8)
@@ -210,9 +198,9 @@ def _make(
         return loaded
     t = piece.tensor
     imatrix = _attention_imatrix(calibration, plan, t)
-    if piece.expert is not None:
+    if piece.expert is not None and calibration is not None:
         layer, projection = _place(t.source.name)
-        imatrix = _imatrix(calibration, plan.layers.index(layer), projection, piece.expert)
+        imatrix = calibration.imatrix(layer, projection, piece.expert)
     try:
         return quantize_rows(loaded, t.type.name, imatrix, threads)
     except McError as error:
@@ -221,7 +209,7 @@ def _make(
 
 
 def _place(name: str) -> tuple[int, str]:
-    """(layer, projection) of an expert stack's name."""
+    """(layer, projection) of the expert stack `name`."""
     _, layer, rest = name.split(".", 2)
     return int(layer), next(p for p in PROJECTIONS if rest.startswith(f"ffn_{p}_"))
 
@@ -229,23 +217,8 @@ def _place(name: str) -> tuple[int, str]:
 def _attention_imatrix(
     calibration: Calibration | None, plan: Plan, tensor: OutputTensor
 ) -> NDArray[np.float32] | None:
-    """The mean squared inputs of an attention matrix whose type the plan chose."""
-    if not plan.fixed.attention or calibration is None or not calibration.attention_in.size:
-        return None
+    """The importance matrix of an attention matrix whose type the plan chose."""
     place = container.attention_place(tensor.name)
-    if place is None:
+    if not plan.fixed.attention or calibration is None or place is None:
         return None
-    table = calibration.attention_mid if place[1] == "output" else calibration.attention_in
-    row: NDArray[np.float32] = table[place[0]]
-    return row
-
-
-def _imatrix(
-    calibration: Calibration | None, index: int, projection: str, expert: int
-) -> NDArray[np.float32] | None:
-    """The expert's mean squared inputs; ones when no token reached it."""
-    if calibration is None:
-        return None
-    table = calibration.imatrix_mid if projection == "down" else calibration.imatrix_in
-    row: NDArray[np.float32] = table[index, expert]
-    return row if row.any() else np.ones_like(row)
+    return calibration.attention_imatrix(*place)

@@ -1,14 +1,13 @@
-"""Which blocks a search measures: those that quantize would write, with error compensation or ggml's.
+"""Which quantized blocks a search measures: those that quantize would write, compensated or made by ggml.
 
-Compensated blocks (docs/compensation.md) are made before the search starts, of the types near the plan's own:
-one pass over the calibration's text for the Hessians and all matrices. Where that would take more than
-MAX_SHARE of the time, the search measures ggml's blocks of all types instead.
+Compensated blocks (docs/explanation/compensation.md) are made before the search starts, of the types near
+the plan's own, in one pass over the calibration's text for the Hessians and all matrices. If that would
+take more than MAX_SHARE of the time, the search measures ggml's blocks of all types instead.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration
 from mc_gguf.common.errors import ArtifactError
-from mc_gguf.common.progress import Progress, clock, silenced
+from mc_gguf.common.progress import clock, progress
 from mc_gguf.compensate.bank import Bank, bank_key
 from mc_gguf.compensate.experts import Wanted, calibration_text, compensate, open_bank
 from mc_gguf.compensate.matrix import supports
@@ -29,7 +28,7 @@ from mc_gguf.refine.memory import wanted_types
 from mc_gguf.runtime.upstream import pin
 from mc_gguf.source import Checkpoint
 
-NEAR = 2  # sizes up and down from the plan's own where not all types can be had
+NEAR = 2  # sizes up and down from the plan's own, where not all types can be had
 MAX_SHARE = 0.5  # of the time for compensation
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """`bank`, what makes those it lacks, and the types [L, E, 3, T] that may be chosen (None: all)."""
+    """A bank of blocks, what makes those that it lacks, and the types [L, E, 3, T] to choose from (None:
+    all).
+    """
 
     compensated: bool
     bank: Bank
@@ -46,13 +47,13 @@ class Blocks:
 
 
 def ggml_blocks(checkpoint: Checkpoint, calibration: Calibration, folder: Path, threads: int) -> Blocks:
-    """ggml's, made when they are needed."""
+    """Blocks as ggml's quantizers make them, made when they are needed."""
     key = bank_key(checkpoint.info.fingerprint, calibration.fingerprint, f"ggml {pin().commit}")
     return Blocks(False, Bank(folder, key), GgmlQuantizer(checkpoint, calibration, threads))
 
 
 def can_compensate(calibration: Calibration) -> bool:
-    """Whether the calibration says what its text was: quantize compensates only then."""
+    """Whether the calibration says what its text was; quantize compensates only then."""
     return calibration.fingerprint != NO_CALIBRATION and "sha256" in calibration.corpus
 
 
@@ -63,32 +64,43 @@ def compensated_blocks(
     start: Ints,
     files: tuple[Path, ...],
     folder: Path,
+    states: Path,
     threads: int,
     seconds: float,
     quiet: bool,
 ) -> Blocks | None:
-    """Those near the plan's types, made now; None when that takes more than MAX_SHARE of `seconds`. `files`
-    hold the calibration's text (none: the bundled one).
+    """Compensated blocks of the types near the plan's, made now; None if that takes more than MAX_SHARE of
+    `seconds`.
+
+    `folder` is that of the bank, and hidden states are kept in `states`. `files` hold the calibration's text
+    (none: the bundled one).
     """
     allowed = wanted_types(problem.size, start, NEAR)
-    text = calibration_text(checkpoint, calibration, files, "--calibration-text")
-    bank, limit = open_bank(folder, calibration), MAX_SHARE * seconds
-    bar = _Limited(limit, quiet)
-    try:
-        wanted = _wanted(calibration, problem, allowed)
-        outcome = compensate(checkpoint, calibration, wanted, text, bank, threads, bar)
-    except _TooSlow as error:
+    text = calibration_text(checkpoint, calibration, files)
+    bank, forecast = open_bank(folder, calibration), Forecast(MAX_SHARE * seconds)
+    wanted = _wanted(calibration, problem, allowed)
+    with progress("compensate", unit="matrices", quiet=quiet) as bar:
+        outcome = compensate(
+            checkpoint,
+            calibration,
+            wanted,
+            text,
+            bank,
+            threads,
+            bar,
+            states=states,
+            keep_going=forecast.is_within_limit,
+        )
+    if not outcome.is_complete:
         log.warning(
             "error compensation of the types near the plan's would take %s, more than half of the time: the "
-            "search measures ggml's blocks; give more --time, or --no-compensate",
-            error,
+            "search measures ggml's blocks; give it more time, or turn compensation off",
+            clock(forecast.expected_s),
         )
         return None
-    finally:
-        bar.close()
     if outcome.ratios:
         bar.say(outcome.text())
-    return Blocks(True, bank, _lost, allowed)
+    return Blocks(True, bank, _refuse, allowed)
 
 
 def _wanted(calibration: Calibration, problem: Problem, allowed: NDArray[np.bool_]) -> Wanted:
@@ -106,34 +118,31 @@ def _wanted(calibration: Calibration, problem: Problem, allowed: NDArray[np.bool
     }
 
 
-def _lost(layer: int, projection: str, expert: int, type_name: str) -> NDArray[np.uint8]:
+def _refuse(layer: int, projection: str, expert: int, type_name: str) -> NDArray[np.uint8]:
     raise ArtifactError(
         f"the compensated {type_name} blocks of layer {layer}, expert {expert}, {projection} are missing or "
         "damaged; run the same command again"
     )
 
 
-class _TooSlow(Exception):
-    """The text says how long it would take."""
+class Forecast:
+    """Foresees how long work will take, and whether that is within a limit.
 
-
-class _Limited(Progress):
-    """Raises _TooSlow as soon as all of the work is expected to take more than `limit_s`, at the rate since
-    the first matrices: embedding and layers in which nothing is missing come before them.
+    It reckons with the rate since the first matrices: embedding and layers in which nothing is missing come
+    before them and say nothing about the rate.
     """
 
-    def __init__(self, limit_s: float, quiet: bool, now: Callable[[], float] = time.monotonic) -> None:
-        super().__init__("compensate", 0, "matrices", sys.stderr, silenced(quiet))
-        self._limit_s, self._now, self._began = limit_s, now, now()
-        self._first: tuple[float, float] | None = None
+    def __init__(self, limit_s: float, now: Callable[[], float] = time.monotonic) -> None:
+        self.limit_s, self._now, self._began = limit_s, now, now()
+        self.expected_s = 0.0
+        self._first: tuple[float, int] | None = None  # time and matrices done
 
-    def update(self, done: float, total: float | None = None, note: str = "") -> None:
-        super().update(done, total, note)
-        expected = now = self._now() - self._began
+    def is_within_limit(self, done: int, total: int) -> bool:
+        """Whether all of the work is expected to end in time, with `done` of `total` matrices made."""
+        self.expected_s = now = self._now() - self._began
         if done and self._first is None:
             self._first = (now, done)
         elif self._first is not None and done > self._first[1]:
             rate = (now - self._first[0]) / (done - self._first[1])
-            expected += rate * (self.total - done)
-        if expected > self._limit_s:
-            raise _TooSlow(clock(expected))
+            self.expected_s += rate * (total - done)
+        return self.expected_s <= self.limit_s

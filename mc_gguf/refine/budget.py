@@ -1,4 +1,4 @@
-"""The budget of a plan, as a limit on what refinement may choose."""
+"""A plan's budget as a limit on what refinement may choose."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
 from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.container import file_bytes
 from mc_gguf.plan.problem import Budget, Ints, Problem, build_problem, bytes_for_bpw, candidate_types
-from mc_gguf.routing.metadata import of_calibration
+from mc_gguf.routing.metadata import routing_metadata_from
 
 
 @dataclass(frozen=True, eq=False)
 class Scope:
-    """What may be chosen: columns [L, E, 3] of `problem`, at most `limit` bytes by `measure`."""
+    """What may be chosen: columns [L, E, 3] of `problem` of at most `limit` bytes, as `measure` counts
+    them.
+    """
 
     problem: Problem
     limit: int
@@ -28,21 +30,24 @@ class Scope:
         return self.measure(columns) <= self.limit
 
     def capacity(self, columns: Ints) -> int:
-        """Bytes for the experts' matrices alone, when headers take what they take in `columns`."""
+        """Bytes that are left for the experts' matrices when headers take what they take with `columns`."""
         return self.limit - (self.measure(columns) - self.problem.expert_bytes(columns))
 
 
 def scope_of(plan: Plan, calibration: Calibration) -> tuple[Scope, Ints]:
-    """The scope of `plan` and its own columns. Raises ArtifactError when the two do not belong together,
-    McError for plans in which there is nothing to choose."""
+    """The scope of `plan`, and its own columns [L, E, 3].
+
+    Raises ArtifactError when plan and calibration do not belong together, McError for a plan in which there
+    is nothing to choose.
+    """
     if calibration.model is None or plan.calibration_fingerprint != calibration.fingerprint:
-        raise ArtifactError("the plan was made from another calibration; give that one: --calibration FILE")
+        raise ArtifactError("the plan was made from another calibration; give the one that it was made from")
     budget = Budget(**plan.budget)  # type: ignore[arg-type]
     if budget.is_sixteen_bit:
-        raise McError("a 16-bit plan has nothing to refine; plan with a smaller --bpw")
+        raise McError("a 16-bit plan has nothing to refine; make a plan with fewer bits")
     problem = build_problem(calibration, candidate_types(calibration, plan.types))
     columns = _columns(plan, problem)
-    routing = of_calibration(calibration)
+    routing = routing_metadata_from(calibration)
     of_experts = partial(file_bytes, calibration.model, fixed=plan.fixed, routing=routing)
 
     def of_file(columns: Ints) -> int:

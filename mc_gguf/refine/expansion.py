@@ -3,18 +3,18 @@
     KLD(new) - KLD(incumbent) ~ sum_i (g[i, t_i] - g[i, c_i])
                                 + 1/2 sum_s (sum_i v[s, i, t_i] - v[s, i, c_i])^2
 
-g is the gradient of the divergence times the matrix's change from the source (t_i: the new type, c_i: the
-incumbent's); v are the same products with the gradients of the log-likelihood of tokens that are drawn from
-the incumbent's own distribution, one set for every SEGMENT of a row and draw: E[v v'] is the Fisher
-(Gauss-Newton) matrix of the divergence, but for what tokens of different segments do together to a later one:
-little, and it makes four times the draws of one backward pass. That pass gives every type of every matrix,
-where finite differences would need a forward pass for each.
+g is the gradient of the divergence times the matrix's change from the source, where t_i is the new type and
+c_i the incumbent's. v are the same products with another gradient: that of the log-likelihood of tokens
+drawn from the incumbent's own distribution, one set for every SEGMENT of a row and every draw. E[v v'] is
+the Fisher (Gauss-Newton) matrix of the divergence. It neglects what tokens of different segments do
+together to a later token, which is little; in return one backward pass makes four times as many draws. One
+such pass covers every type of every matrix, where finite differences would need a forward pass for each.
 
-v hardly depends on the incumbent, so it is collected over rounds; and it tells how g changes from one
-incumbent to the next, so that gradients of earlier rounds still count (Memory).
+v hardly depends on the incumbent, so it is collected over rounds. It also tells how g changes from one
+incumbent to the next, so that gradients of earlier rounds still count (memory.py).
 
-Layers are streamed: hidden states of all layers are kept, and weights are read for one layer forwards and
-once more backwards, one expert at a time, every type of a matrix once.
+Layers are streamed: the hidden states of all layers are kept, and the weights of one layer at a time are
+read once forwards and once backwards, one expert at a time, every type of a matrix once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mc_gguf.source.decoder import Expert
 
 Ints = NDArray[np.int64]
 Singles = NDArray[np.float32]
-# Tokens of a row whose gradients are summed up for one v.
+# Tokens of a row whose gradients are summed for one v.
 SEGMENT = 128
 # Gradients of one matrix, one for each segment, that are held at once.
 GRADIENT_BYTES = 1 << 27
@@ -41,7 +41,9 @@ GRADIENT_BYTES = 1 << 27
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
-    """N matrices, T types: gradient [N, T] (inf: not wanted) at `choice` [N] and draws [S, N, T], a token."""
+    """At `choice` [N]: gradient [N, T] (inf: not wanted) and draws [S, N, T] of N matrices, T types; per
+    token.
+    """
 
     choice: Ints
     gradient: Floats
@@ -49,7 +51,9 @@ class Expansion:
 
 
 def expand(evaluator: Evaluator, rows: Ints, wanted: NDArray[np.bool_], n_draw: int, seed: int) -> Expansion:
-    """The expansion at the evaluator's incumbent on some of its rows; `wanted` [L, E, 3, T] are measured."""
+    """The expansion at the evaluator's incumbent on some of its rows, for the types in `wanted` [L, E, 3,
+    T].
+    """
     states = [s[rows] for s in evaluator.states]
     n_row, ctx = states[0].shape[:2]
     signal = _output_signal(evaluator.layers, evaluator.reference[rows], states[-1], n_draw, seed)
@@ -66,8 +70,10 @@ def expand(evaluator: Evaluator, rows: Ints, wanted: NDArray[np.bool_], n_draw: 
 
 
 def _output_signal(layers: Layers, reference: Tensor, final: Tensor, n_draw: int, seed: int) -> Tensor:
-    """Gradients [1 + draws, rows, ctx, n_embd] at the last hidden states: of the divergence, and of the
-    log-likelihood of drawn tokens."""
+    """Gradients [1 + draws, rows, ctx, n_embd] at the last hidden states.
+
+    The first is that of the divergence, the others those of the log-likelihood of drawn tokens.
+    """
     output, generator = layers.decoder.output(), torch.Generator().manual_seed(seed)
     signal = torch.empty(1 + n_draw, *final.shape)
     for r in range(len(final)):
@@ -89,7 +95,7 @@ def _output_signal(layers: Layers, reference: Tensor, final: Tensor, n_draw: int
 
 
 class _Backward:
-    """One layer, backwards."""
+    """One layer, backwards: from the gradient at its output to that at its input."""
 
     def __init__(self, layers: Layers, incumbent: Assignment, layer: int, wanted: NDArray[np.bool_]) -> None:
         self.layers, self.incumbent, self.layer, self.wanted = layers, incumbent, layer, wanted
@@ -98,8 +104,11 @@ class _Backward:
         self.norm, self.unrouted = decoder.ffn_norm(layer), decoder.unrouted(layer)
 
     def run(self, states: Tensor, signal: Tensor) -> NDArray[np.float32]:
-        """Products [1 + draws, segments, E, 3, T]; `signal` [1 + draws, rows, ctx, n_embd] becomes that at
-        the layer's input, in place."""
+        """Products [1 + draws, segments, E, 3, T].
+
+        `signal` [1 + draws, rows, ctx, n_embd], the gradient at the layer's output, becomes the gradient at
+        its input, in place.
+        """
         decoder, n_row, ctx = self.layers.decoder, *states.shape[:2]
         entry = states.clone().requires_grad_(True)
         with torch.enable_grad():
@@ -160,7 +169,7 @@ class _Backward:
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """Gradients of one expert: d_x [S, n, n_embd], d_weight [S, n], and (left, right) of gate, up, down."""
+    """Gradients of one expert: d_x [S, n, n_embd], d_weight [S, n], (left, right) of gate, up, down."""
 
     d_x: Tensor
     d_weight: Tensor

@@ -1,5 +1,6 @@
-"""Expert matrices in every type, as float32: quantized once (bank), dequantized when needed, kept while there
-is room.
+"""Expert matrices in every type, as float32.
+
+They are quantized once and stored in a bank, dequantized when needed, and kept in memory while there is room.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.ggml.types import ggml_type
 from mc_gguf.source import Checkpoint
 
-# (layer of the model, projection, expert); and the name of a type, or None: as in the source.
+# (layer of the model, projection, expert)
 Place = tuple[int, str, int]
 Quantizer = Callable[[int, str, int, str], NDArray[np.uint8]]
 
@@ -30,14 +31,13 @@ class GgmlQuantizer:
         self.checkpoint, self.calibration, self.threads = checkpoint, calibration, threads
 
     def __call__(self, layer: int, projection: str, expert: int, type_name: str) -> NDArray[np.uint8]:
-        table = self.calibration.imatrix_mid if projection == "down" else self.calibration.imatrix_in
-        row: NDArray[np.float32] = table[self.calibration.layers.index(layer), expert]
         weights = self.checkpoint.expert(layer, projection, expert)
-        return quantize_rows(weights, type_name, row if row.any() else np.ones_like(row), self.threads)
+        imatrix = self.calibration.imatrix(layer, projection, expert)
+        return quantize_rows(weights, type_name, imatrix, self.threads)
 
 
 class Matrices:
-    """get() of what quantize would write, dequantized. At most `limit_bytes` of them are kept."""
+    """What quantize would write, dequantized. At most `limit_bytes` of it are kept in memory."""
 
     def __init__(self, checkpoint: Checkpoint, quantizer: Quantizer, bank: Bank, limit_bytes: int) -> None:
         self.checkpoint, self.quantizer, self.bank = checkpoint, quantizer, bank
@@ -46,7 +46,7 @@ class Matrices:
         self._n_byte = 0
 
     def get(self, layer: int, projection: str, expert: int, type_name: str | None) -> Tensor:
-        """The matrix (rows, cols), float32: in the type, or None: as the source has it."""
+        """The matrix (rows, cols), float32, after rounding to the type; None: as the source has it."""
         key = ((layer, projection, expert), type_name)
         found = self._kept.get(key)
         if found is None:
@@ -65,7 +65,7 @@ class Matrices:
         return _aligned(dequantize_rows(blocks, type_name, cols, rows))
 
     def blocks(self, layer: int, projection: str, expert: int, type_name: str) -> NDArray[np.uint8]:
-        """From the bank; what it lacks is quantized and stored."""
+        """The quantized blocks from the bank; what it lacks is quantized and stored."""
         rows, cols = self.checkpoint.info.expert_shape(projection)
         blocks = self.bank.get(layer, projection, expert, type_name)
         if blocks is None or blocks.shape != (rows, ggml_type(type_name).row_bytes(cols)):
@@ -85,6 +85,6 @@ class Matrices:
 
 
 def _aligned(array: NDArray[np.float32]) -> Tensor:
-    """On a 64-byte boundary: elsewhere the last bits of a product depend on where it lies."""
+    """The array on a 64-byte boundary; otherwise the last bits of a product would depend on its address."""
     tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()

@@ -1,4 +1,4 @@
-"""What the expansions of all rounds together say about the incumbent of now."""
+"""What the expansions of all rounds together say about the current incumbent."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mc_gguf.artifacts import Floats
 from mc_gguf.common.files import atomic_write
 from mc_gguf.refine.expansion import Expansion, Ints, Singles
 
-# A gradient counts half as much with every round that has passed: what carries it over is an estimate.
+# A gradient counts half as much with every round that has passed, because carrying it over is an estimate.
 DECAY = 0.5
-# Draws are dropped, the oldest first, beyond this.
+# Beyond this, draws are dropped, the oldest first.
 MAX_BYTES = 1 << 28
 
 
@@ -31,7 +31,7 @@ class Memory:
         return self.draws / np.float32(max(1, len(self.draws)) ** 0.5)
 
     def add(self, expansion: Expansion) -> None:
-        """One more round's expansion."""
+        """Add the expansion of one more round."""
         draws = np.concatenate([self.draws, expansion.draws])
         most = max(len(expansion.draws), MAX_BYTES // max(1, draws[0].nbytes)) if len(draws) else 0
         self.draws = draws[-most:] if most else draws
@@ -58,7 +58,7 @@ class Memory:
 
     @classmethod
     def load(cls, path: Path, shape: tuple[int, int]) -> Memory:
-        """What save() wrote; empty when there is nothing, or something else."""
+        """What save() wrote; empty when there is nothing, or when it has another shape."""
         memory = cls(*shape)
         if not path.is_file():
             return memory
@@ -70,7 +70,7 @@ class Memory:
 
 
 def wanted_types(size: NDArray[np.int64], columns: Ints, reach: int) -> NDArray[np.bool_]:
-    """Which types [L, E, 3, T] are worth measuring: at most `reach` sizes away from the incumbent's."""
+    """Which types [L, E, 3, T] are worth measuring: those at most `reach` sizes away from the incumbent's."""
     result = np.zeros((*columns.shape, size.shape[1]), dtype=bool)
     for p in range(size.shape[0]):
         rank = np.unique(size[p], return_inverse=True)[1]

@@ -1,8 +1,9 @@
-"""Candidates advance through the layers together: KL divergence of each from the unquantized model.
+"""The KL divergence of candidates from the unquantized model; they advance through the layers together.
 
-A layer's weights are read once for all candidates, and an expert's matrices once for each type that any of
-them gives it. The hidden states of the incumbent are kept, so a candidate starts at the first layer in which
-it differs. Only experts are quantized: what the other tensors lose is the same in every candidate.
+A layer's weights are read once for all candidates, and an expert's matrices once for each type that any
+candidate gives them. The hidden states of the incumbent are kept, so that a candidate starts at the first
+layer in which it differs. Only experts are quantized: what the other tensors lose is the same in every
+candidate.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from torch import Tensor
 
 from mc_gguf.artifacts import PROJECTIONS, Floats
 from mc_gguf.refine.matrices import Matrices
-from mc_gguf.source.decoder import CHUNK, Decoder, Expert, Routing
+from mc_gguf.source.decoder import CHUNK, Decoder, Expert, RouterOutput
 
 Ints = NDArray[np.int64]
-# Tokens whose log-probabilities (n_vocab floats each) are worked on at once.
+# So many tokens at once have their log-probabilities (n_vocab floats each) in memory.
 LOGIT_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Types of all experts: `columns` [L, E, 3] are indices into `types`; -1: as in the source."""
+    """Types of all experts: `columns` [L, E, 3] are indices into `types`; -1 stands for the source's own."""
 
     types: tuple[str, ...]
     columns: Ints
@@ -38,13 +39,13 @@ class Assignment:
         return None if column < 0 else self.types[column]
 
     def first_difference(self, other: Assignment) -> int:
-        """The first layer in which the two differ; the number of layers when they do not."""
+        """The first layer in which the two differ, or the number of layers when they are equal."""
         differs = (self.columns != other.columns).any(axis=(1, 2))
         return int(differs.argmax()) if differs.any() else len(differs)
 
 
 class Layers:
-    """The decoder's layers with the experts of any assignment. All sums over tokens are in the same order."""
+    """The decoder's layers with the experts of any assignment. All sums over tokens have the same order."""
 
     def __init__(self, decoder: Decoder, matrices: Matrices) -> None:
         self.decoder, self.matrices = decoder, matrices
@@ -55,7 +56,7 @@ class Layers:
         return Expert(gate, up, down)
 
     def attend(self, layer: int, hidden: Sequence[Tensor]) -> None:
-        """Attention of `layer` on all of `hidden` [rows, ctx, n_embd], in place."""
+        """Apply the attention of `layer` to all of `hidden` [rows, ctx, n_embd], in place."""
         added = self.decoder.attention_added(layer)
         for states in hidden:
             for rows in torch.split(states, max(1, CHUNK // states.shape[1])):
@@ -63,7 +64,7 @@ class Layers:
 
     @torch.no_grad()
     def advance(self, layer: int, hidden: Sequence[Tensor], assignments: Sequence[Assignment]) -> None:
-        """`layer` of every assignment on its hidden states [rows, ctx, n_embd], in place."""
+        """Apply `layer` of every assignment to its hidden states [rows, ctx, n_embd], in place."""
         self.attend(layer, hidden)
         route, norm = self.decoder.router(layer), self.decoder.ffn_norm(layer)
         flat = [states.view(-1, states.shape[-1]) for states in hidden]
@@ -83,7 +84,7 @@ class Layers:
                     parts.append(made[key])
                 self._push(Expert(*parts), number, x, routing, states)
 
-    def _push(self, expert: Expert, number: int, x: Tensor, routing: Routing, states: Tensor) -> None:
+    def _push(self, expert: Expert, number: int, x: Tensor, routing: RouterOutput, states: Tensor) -> None:
         index, slots = torch.nonzero(routing.experts == number, as_tuple=True)
         for part, rank in zip(torch.split(index, CHUNK), torch.split(slots, CHUNK), strict=True):
             y = expert.hidden(x[part]) @ expert.down.T
@@ -113,7 +114,7 @@ class Evaluator:
         self.states: list[Tensor] = []
 
     def settle(self, incumbent: Assignment) -> Floats:
-        """Make `incumbent` what others are compared with; its divergence per row [R]."""
+        """Make `incumbent` the one that candidates start from. Returns its divergence per row [R]."""
         first = self.incumbent.first_difference(incumbent) if self.states else 0
         states = self.states[: first + 1] or [self._embedded]
         for layer in range(first, self.layers.n_layer):
@@ -124,7 +125,7 @@ class Evaluator:
         return np.asarray(self.divergence([states[-1]], np.arange(len(self.rows)))[0])
 
     def sweep(self, candidates: Sequence[Assignment], rows: Ints | None = None) -> Floats:
-        """Divergence [candidates, rows] (of all rows, or those with the numbers `rows`), nats a token."""
+        """Divergence [candidates, rows] in nats per token, of all rows or those numbered `rows`."""
         firsts = [self.incumbent.first_difference(c) for c in candidates]
         last = self.layers.n_layer
         picked = np.arange(len(self.rows)) if rows is None else rows
@@ -139,7 +140,7 @@ class Evaluator:
 
     @torch.no_grad()
     def divergence(self, hidden: Sequence[Tensor], rows: Ints) -> Floats:
-        """KL divergence [len(hidden), rows] of final hidden states from the reference's, nats a token."""
+        """KL divergence [len(hidden), rows] of final hidden states from the reference's, nats per token."""
         logits, reference = self.layers.decoder.output(), self.reference[rows]
         total = np.zeros((len(hidden), len(rows)))
         for part in torch.split(torch.arange(len(rows)), max(1, LOGIT_TOKENS // self.rows.shape[1])):

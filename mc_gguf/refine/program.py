@@ -3,9 +3,8 @@
     minimise  sum_i g[i, t_i] + (1 + damping - coupling)/2 sum_i sum_s d[s, i, t_i]^2
               + coupling/2 sum_s (sum_i d[s, i, t_i])^2,      d[s, i, t] = v[s, i, t] - v[s, i, c_i]
 
-c is the incumbent. The products between different matrices are estimated from few draws, so they count with
-a weight of at most 1; damping, as in Levenberg and Marquardt's method, keeps the step where the expansion
-holds.
+c is the incumbent. Products between different matrices are estimated from few draws, so they count with a
+weight of at most 1. Damping, as in the Levenberg-Marquardt method, keeps the step where the expansion holds.
 """
 
 from __future__ import annotations
@@ -25,8 +24,12 @@ MAX_STEPS = 10_000
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """N matrices, T types: `linear` [N, T] (inf: not allowed), `draws` [S, N, T], `size` [N, T] bytes (0: not
-    allowed)."""
+    """N matrices, T types, S draws.
+
+    `linear` [N, T]    gradient times change, nats per token; inf: not allowed
+    `draws` [S, N, T]  samples whose products estimate the curvature
+    `size` [N, T]      bytes; 0: not allowed
+    """
 
     linear: Floats
     draws: NDArray[np.float32]
@@ -35,15 +38,19 @@ class Program:
     damping: float
 
     def minimise(self, start: Ints, capacity: int) -> Ints:
-        """From `start` [N], which fits `capacity` bytes, to where no single step or pair of steps helps."""
-        state = _State(self, start.copy(), capacity)
+        """The choice [N] that is reached from `start`, within `capacity` bytes, where no step or pair of
+        steps helps.
+        """
+        descent = _Descent(self, start.copy(), capacity)
         for _ in range(MAX_STEPS):
-            if not state.step():
+            if not descent.step():
                 break
-        return state.choice
+        return descent.choice
 
 
-class _State:
+class _Descent:
+    """The choice [N] on its way down, and the tables that every step needs."""
+
     def __init__(self, program: Program, choice: Ints, capacity: int) -> None:
         self.program, self.choice, self.capacity = program, choice, capacity
         self.items = np.arange(len(choice))
@@ -51,7 +58,7 @@ class _State:
         self.draws = program.draws - program.draws[:, self.items, choice][..., None]
         self.own = np.square(self.draws, dtype=np.float64).sum(axis=0)
         self.fixed = self.linear + (1 - program.coupling + program.damping) / 2 * self.own
-        # Products of float32: below this a step back and forth could both seem to help.
+        # These are products of float32: below this tolerance a step and its reverse could both seem to help.
         self.tolerance = 1e-5 * float(self.own[np.isfinite(self.linear)].max(initial=0.0))
 
     def step(self) -> bool:

@@ -1,8 +1,11 @@
-"""Rounds of: expand the divergence around the incumbent, solve within the budget, measure, accept or not.
+"""Rounds of expanding the divergence around the incumbent, solving, measuring, and accepting the best or not.
 
-    1. an expansion on some rows, added to what the rounds before have taught (expansion.py, memory.py)
-    2. its minimum within the budget for several (coupling, damping): the candidates (program.py)
-    3. the real divergence of all of them on a few rows, of the best on all rows (passes.py)
+    1. the divergence is expanded on some rows, and the expansion joined with those of earlier rounds
+       (expansion.py, memory.py)
+    2. its minima within the budget, for several pairs of coupling and damping, are the candidates
+       (program.py)
+    3. the real divergence of all candidates is measured on a few rows, that of the best on all rows
+       (passes.py)
     4. the best becomes the incumbent when it is better by a paired test over rows
 
 Successive halving as in EvoPress (arXiv 2410.14649): many candidates on few tokens, few on more.
@@ -26,7 +29,7 @@ from mc_gguf.refine.expansion import expand
 from mc_gguf.refine.memory import Memory, wanted_types
 from mc_gguf.refine.passes import Assignment, Evaluator
 from mc_gguf.refine.program import Program
-from mc_gguf.refine.state import State
+from mc_gguf.refine.state import SearchState
 
 # (coupling, damping) of the candidates of a round.
 SETTINGS = (
@@ -39,33 +42,36 @@ SETTINGS = (
     (1.0, 0.5),
     (1.0, 1.0),
 )
-# Added to the damping where steps have to become smaller.
+# Added to the damping before it is scaled by the caution, so that a damping of 0 grows, too.
 LEAST_DAMPING = 0.25
 MAX_CAUTION = 32
 # A candidate is accepted when its mean paired difference is below minus this many standard errors.
 MIN_SIGNIFICANCE = 1.0
 FIRST_SHARE = 0.25  # of the search rows, for the first comparison
 N_FINALIST = 2
-# Draws a row; after ENOUGH_DRAWS in all one, since then gradients are what is missing.
+# Draws per row; only one after ENOUGH_DRAWS in all, because then gradients are what is missing.
 N_DRAW = 2
 ENOUGH_DRAWS = 1024
-# An expansion takes about this many forward passes over its rows, and at most this share of the time.
+# An expansion takes about as long as this many forward passes, and at most this share of the time.
 EXPANSION_PASSES = 3 + 2 * N_DRAW
 EXPANSION_SHARE = 0.1
 MIN_EXPANSION_ROWS = 4
-# Headers may grow with a candidate's groups: so often is less given to the experts.
+# Headers may grow with a candidate's groups, so the experts are given less, at most this many times.
 MAX_TRIES = 8
 
 
 @dataclass(eq=False)
 class Search:
-    """One search: `evaluator` holds the rows on which candidates are compared, `began` is when its time
-    started. Types [L, E, 3, T] that are not `allowed`, or are more than `reach` sizes away from the
-    incumbent's, are not tried."""
+    """One search.
+
+    `evaluator` holds the rows on which candidates are compared; the search began at the time `began` of
+    `clock` and may take `seconds`. Types [L, E, 3, T] that are not `allowed`, or that are more than `reach`
+    sizes away from the incumbent's, are not tried. `on_round` is called after every round.
+    """
 
     scope: Scope
     evaluator: Evaluator
-    state: State
+    state: SearchState
     directory: Path
     seed: int
     seconds: float
@@ -74,13 +80,15 @@ class Search:
     allowed: NDArray[np.bool_] | None = None
     clock: Callable[[], float] = time.monotonic
     on_round: Callable[[], None] = lambda: None
-    here: Floats = field(init=False)
+    here: Floats = field(init=False)  # divergence of the incumbent, by row
+    memory: Memory = field(init=False)
+    _seconds_before: float = field(init=False)  # used by earlier runs of this search
 
     def run(self, bar: Progress) -> None:
-        """Rounds until the time is used up; the state is saved after each."""
+        """Go from round to round until the time is used up; the state is saved after each."""
         shape = self.scope.problem.error.shape
         self.memory = Memory.load(self._memory_path(), (shape[0] * shape[1] * shape[2], shape[3]))
-        self._before = self.state.seconds
+        self._seconds_before = self.state.seconds
         self.here = self.evaluator.settle(self.assignment(self.state.columns))
         self.state.expansion_rows = self.state.expansion_rows or self._expansion_rows()
         bar.update(min(self._used(), self.seconds), note=self.note())
@@ -90,7 +98,9 @@ class Search:
             self.on_round()
 
     def _save(self) -> None:
-        """The memory first, under the number of the round, so that whenever a kill comes the two match."""
+        """Save the memory first, under the number of the round, so that the two match whenever a kill
+        comes.
+        """
         before = self._memory_path()
         self.state.seconds, self.state.rounds = self._used(), self.state.rounds + 1
         self.memory.save(self._memory_path())
@@ -108,8 +118,8 @@ class Search:
         return Assignment(self.scope.problem.types, columns)
 
     def _used(self) -> float:
-        """Seconds, those of the runs before this one included."""
-        return self._before + self.clock() - self.began
+        """Seconds, including those of earlier runs of this search."""
+        return self._seconds_before + self.clock() - self.began
 
     def _expansion_rows(self) -> int:
         each = EXPANSION_PASSES * self.evaluator.seconds_per_row
@@ -117,7 +127,7 @@ class Search:
         return min(max(rows, MIN_EXPANSION_ROWS), len(self.here))
 
     def _round(self) -> bool:
-        """One round; False when the time was over before anything was decided."""
+        """One round. Returns False when the time was over before anything was decided."""
         rng = np.random.default_rng([self.seed, self.state.rounds])
         n_row, n_draw = len(self.here), N_DRAW if len(self.memory.draws) < ENOUGH_DRAWS else 1
         rows = np.sort(rng.permutation(n_row)[: self.state.expansion_rows])
@@ -151,7 +161,7 @@ class Search:
         self.memory.move(columns.reshape(-1))
 
     def _candidates(self) -> list[Ints]:
-        """Different assignments within the budget, at most one of each setting; without the incumbent."""
+        """Different assignments within the budget, at most one per setting, without the incumbent."""
         found = dict[bytes, Ints]()
         for coupling, damping in SETTINGS:
             columns = self._solve(coupling, (damping + LEAST_DAMPING) * self._caution() - LEAST_DAMPING)
@@ -160,7 +170,7 @@ class Search:
         return list(found.values())
 
     def _caution(self) -> float:
-        """Steps become smaller while none is accepted, as in Levenberg and Marquardt's method."""
+        """Factor that makes steps smaller while none is accepted, as in the Levenberg-Marquardt method."""
         return float(min(2**self.state.stalled, MAX_CAUTION))
 
     def _solve(self, coupling: float, damping: float) -> Ints:

@@ -1,10 +1,13 @@
 """What a search keeps on disk after every round, so that a killed one continues with the same incumbent.
 
-    .refined.plan.json.partial/state.json   identity, rounds done, seconds used, incumbent, what was accepted
-    .refined.plan.json.partial/memory-7.npz what 7 rounds have taught (memory.py)
-    .refined.plan.json.partial/bank/        quantized matrices, unless a bank was given
+    bank/                   quantized matrices, unless a bank was given
+    states/                 hidden states, while the bank is filled with compensated matrices
+    search/state.json       rounds done, seconds used, incumbent, what was accepted
+    search/memory-7.npz     what 7 rounds have taught (memory.py)
 
-Every round depends on its number and the incumbent only, so a round that a kill cut short is done again.
+These lie in the output's working directory (common/workdir.py), `search/` as a part of it that depends on
+more than the model and its calibration. Every round depends on its number and the incumbent only, so a round
+that a kill cut short is done again.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class State:
-    """Where a search stands. `stalled` counts the rounds since the last step that was accepted;
-    `expansion_rows` came from the speed of the machine and stays what it was."""
+class SearchState:
+    """Where a search stands.
 
-    identity: str
-    compensated: bool
+    `columns` [L, E, 3] are the incumbent's. `stalled` counts the rounds since the last step that was
+    accepted. `expansion_rows` follows from the speed of the machine at the start and does not change
+    afterwards.
+    """
+
     columns: Ints
     rounds: int = 0
     seconds: float = 0.0
@@ -44,43 +48,33 @@ class State:
     expansion_rows: int = 0
 
     def save(self, path: Path) -> None:
-        body = asdict(self) | {"columns": self.columns.tolist(), "version": STATE_VERSION}
+        body = asdict(self) | {"columns": self.columns.tolist()}
         with atomic_write(path) as file:
             file.write(json.dumps(body).encode())
 
     @classmethod
-    def resume(cls, path: Path, key: str, compensated: bool, start: Ints) -> State:
-        """The state in `path` if it is of this search (its identity, and the blocks that it measures), else a
-        new one that starts from `start`.
-        """
+    def resume(cls, path: Path, start: Ints) -> SearchState:
+        """The state in `path`; a new one that starts from `start` when there is none, or it is damaged."""
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
-            asked = (STATE_VERSION, key, compensated)
-            if (body.pop("version"), body["identity"], body["compensated"]) != asked:
-                raise ValueError("of another model, plan, text or set of options")
             columns = np.array(body.pop("columns"), dtype=np.int64)
             if columns.shape != start.shape:
                 raise ValueError("of another shape")
             found = cls(columns=columns, **body)
         except FileNotFoundError:
-            return cls(key, compensated, start.copy())
+            return cls(start.copy())
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("not continuing from %s (%s); starting anew", path, error)
-            return cls(key, compensated, start.copy())
+            return cls(start.copy())
         log.info("continuing after %d rounds", found.rounds)
         return found
 
 
-def identity(**parts: Any) -> str:
-    """SHA-256 of what a search depends on."""
-    document = json.dumps({"version": STATE_VERSION, "tool": __version__, **parts}, sort_keys=True)
-    return hashlib.sha256(document.encode()).hexdigest()
+def identity(**parts: Any) -> dict[str, Any]:
+    """All that a search depends on."""
+    return {"version": STATE_VERSION, "tool": __version__, **parts}
 
 
-def partial_directory(output: Path) -> Path:
-    """Where a refinement that goes to `output` keeps its state until it is complete."""
-    return output.parent / f".{output.name}.partial"
-
-
-def forget_partial(output: Path) -> None:
-    shutil.rmtree(partial_directory(output), ignore_errors=True)
+def request_digest(request: dict[str, Any]) -> str:
+    """SHA-256 of an identity: what a refined plan keeps of it."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()

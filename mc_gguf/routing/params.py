@@ -1,6 +1,6 @@
 """What the runtime is told about dynamic expert routing, and the sizes of its arrays.
 
-The source is patches/src/include/mc.h; the order of the names is that of its enums.
+This mirrors patches/src/include/mc.h: the names stand in the order of its enums.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-POLICIES = ("off", "odp", "threshold", "keep_min", "top_p", "random")  # enum mc_routing_policy
+RUNTIME_POLICIES = ("off", "odp", "threshold", "keep_min", "top_p", "random")  # enum mc_routing_policy
 IMPORTANCES = ("attention", "l1", "mean", "variance", "kurtosis", "last")  # enum mc_routing_importance
 
 
 @dataclass(frozen=True)
 class RoutingShape:
-    """Sizes of a model's routing arrays: layers, most experts a token uses, experts in a layer; 0 without."""
+    """Sizes of a model's routing arrays: layers, experts per token, experts per layer; 0 without experts."""
 
     n_layer: int
     n_rank: int
@@ -25,8 +25,10 @@ class RoutingShape:
 
 @dataclass(frozen=True, eq=False)
 class RoutingParams:
-    """What mc_set_routing takes. `thresholds` float32 [n_layer, n_rank] (rank 0 is not looked at), `active`
-    bool [n_layer]; None: no thresholds, all layers.
+    """What mc_set_routing takes.
+
+    `thresholds` is float32 [n_layer, n_rank], of which rank 0 is ignored; None: no thresholds. `active` is
+    bool [n_layer]; None: all layers.
     """
 
     policy: str

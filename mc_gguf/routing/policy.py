@@ -1,171 +1,78 @@
-"""Routing: what a user asks of dynamic expert routing, in Python or as text, and what the runtime is told.
+"""The policies in one table, and how each turns a Routing into what the runtime is told.
 
-    Routing("odp", quantile=0.3)    Routing.parse("odp:quantile=0.3")    "auto"    "off"
+A token's selected experts are ranked by routing weight, w_0 >= w_1 >= ...; rank 0 is never dropped, and
+POLICIES says what happens to the others. patches/src/include/mc.h has the exact definitions.
 
-A token's selected experts are ranked by routing weight, w_0 >= w_1 >= ...; rank 0 is never dropped, the rest
-by policy:
-
-    off        nothing is dropped
-    auto       odp with the thresholds that the file carries; off when it carries none
-    odp        rank r where w_r < threshold * w_0, except for the `protect` most important tokens of a prompt
-    threshold  the same without protection
-    keep_min   ranks from keep_min on where w_r < ratio * w_0 (ik_llama.cpp's -ser)
-    top_p      all but the fewest ranks that hold the share top_p of the selected experts' weight
-    random     every rank with probability `rate`: the control
-
-patches/src/include/mc.h has the exact definitions.
+To add a policy, write its entry here and its name in params.py, in the order of the enum in mc.h.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import Calibration
 from mc_gguf.common.errors import ArtifactError, McError
-from mc_gguf.common.units import parse_layers, parse_share
-from mc_gguf.routing.metadata import DEFAULT_PROTECT, RoutingMetadata, of_calibration
-from mc_gguf.routing.params import IMPORTANCES, RoutingParams, RoutingShape
+from mc_gguf.routing.metadata import DEFAULT_PROTECT, RoutingMetadata, routing_metadata_from
+from mc_gguf.routing.options import OPTIONS
+from mc_gguf.routing.params import RoutingParams, RoutingShape
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.routing.thresholds import at_quantiles, for_target_drop, tolerant_layers
+from mc_gguf.routing.thresholds import quantiles_for_drop, thresholds_at, tolerant_layers
 
-_THRESHOLDS = ("quantile", "threshold", "target_drop")  # where thresholds come from; at most one of them
-_WITH_THRESHOLDS = (*_THRESHOLDS, "calibration", "layers")
-OPTIONS = {  # of each policy
-    "auto": (),
-    "off": (),
-    "odp": (*_WITH_THRESHOLDS, "protect", "importance"),
-    "threshold": _WITH_THRESHOLDS,
-    "keep_min": ("keep_min", "ratio", "layers"),
-    "top_p": ("top_p", "layers"),
-    "random": ("rate", "seed", "layers"),
-}
-_SHARES = ("quantile", "target_drop", "protect", "top_p", "rate")  # from 0 to 1
-_INTEGERS = {"keep_min": (1, 2**31 - 1), "seed": (0, 2**32 - 1)}  # least and largest value
-_LAYER_WORDS = ("all", "auto")
+if TYPE_CHECKING:
+    from mc_gguf.routing.request import Routing
 
-Rows = tuple[tuple[float, ...], ...]
+THRESHOLD_SOURCES = ("quantile", "threshold", "target_drop")  # options, of which at most one is given
+_THRESHOLD_OPTIONS = (*THRESHOLD_SOURCES, "calibration", "layers")
+
+Thresholds = NDArray[np.float32]
+# Thresholds [n_layer, n_rank] where the policy has any, and the layers that may drop (None: all).
+Settings = tuple[Thresholds | None, Sequence[int] | None]
 
 
 @dataclass(frozen=True)
-class Routing:
-    """A policy with its options. Options of other policies must keep their defaults: McError says so.
+class Policy:
+    """What a policy drops, the options that it takes, and how its thresholds and layers are found.
 
-    policy       auto, off, odp, threshold, keep_min, top_p or random
-    quantile     thresholds at this quantile of the w_r/w_0 seen in calibration: 0.5 drops half of a rank
-    threshold    thresholds as numbers: one for all, one a layer (of all layers, or of those with experts
-                 where the file or the calibration says which these are), or rows [layer][rank - 1]
-    target_drop  share of all expert activations to drop, with the least predicted damage. Chooses among all
-                 layers unless `layers` names some
-    protect      share of a prompt's tokens that keep all experts; None: what the file says, else 0.02
-    importance   which tokens those are: attention, l1, mean, variance, kurtosis or last
-    layers       layers in which experts may be dropped: numbers, "all" or "auto" (those that tolerate it);
-                 None: what the file says, else all
-    keep_min, ratio, top_p, rate, seed    of the policies of that name, keep_min and random
-    calibration  a file of mc-gguf calibrate to take thresholds and layers from instead of the GGUF
-
-    Without quantile, threshold and target_drop, odp and threshold use the thresholds that the file carries.
+    `settle` is None for policies that drop nothing, or that Routing.settled replaces.
     """
 
-    policy: str = "odp"
-    quantile: float | None = None
-    threshold: float | Sequence[float] | Sequence[Sequence[float]] | None = None
-    target_drop: float | None = None
-    protect: float | None = None
-    importance: str = "attention"
-    layers: Sequence[int] | str | None = None
-    keep_min: int = 1
-    ratio: float = 0.0
-    top_p: float = 1.0
-    rate: float = 0.0
-    seed: int = 0
-    calibration: Path | str | None = None
-
-    def __post_init__(self) -> None:
-        if self.policy not in OPTIONS:
-            raise McError(f"there is no routing policy {self.policy!r}; choose from {', '.join(OPTIONS)}")
-        object.__setattr__(self, "threshold", _checked_threshold(self.threshold))
-        object.__setattr__(self, "layers", _checked_layers(self.layers))
-        _check_options(self)
-        for name in _SHARES:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise McError(f"routing {name} must be from 0 to 1, it is {value}")
-        for name, (least, largest) in _INTEGERS.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or not least <= value <= largest:
-                raise McError(f"routing {name} must be an integer from {least} to {largest}, it is {value}")
-        if not 0 <= self.ratio < math.inf:
-            raise McError(f"routing ratio must not be negative, it is {self.ratio}")
-        if self.importance not in IMPORTANCES:
-            raise McError(
-                f"there is no importance measure {self.importance!r}; choose from {', '.join(IMPORTANCES)}"
-            )
-
-    @classmethod
-    def parse(cls, text: str) -> Routing:
-        """A routing from text: POLICY or POLICY:option=value,option=value. Shares may be percentages, several
-        numbers are separated by commas: "odp:target_drop=15%,layers=0,1,5". McError for anything else.
-        """
-        policy, _, rest = text.strip().partition(":")
-        if policy not in OPTIONS:
-            raise McError(f"there is no routing policy {policy!r}; choose from {', '.join(OPTIONS)}")
-        given: dict[str, str] = {}
-        for piece in rest.split(",") if rest else []:
-            name, has_value, value = piece.partition("=")
-            name = name.strip()
-            if has_value and name in given:
-                raise McError(f"routing {text!r} gives {name} twice")
-            if has_value:
-                given[name] = value.strip()
-            elif given:  # one more number of a list
-                given[[*given][-1]] += f",{piece.strip()}"
-            else:
-                raise McError(f"routing {text!r}: {piece!r} is not option=value")
-        for name in given:
-            _check_name(policy, name)
-        return cls(policy, **{name: _value(name, value) for name, value in given.items()})
-
-    @classmethod
-    def of(cls, routing: Routing | str) -> Routing:
-        """`routing` itself, or parsed."""
-        return cls.parse(routing) if isinstance(routing, str) else routing
-
-    def settled(self, metadata: RoutingMetadata | None) -> Routing:
-        """With policy auto replaced by what it means for a file that carries `metadata`."""
-        if self.policy != "auto":
-            return self
-        return replace(self, policy="off" if metadata is None else "odp")
+    name: str
+    meaning: str
+    options: tuple[str, ...] = ()
+    settle: Callable[[Routing, RoutingMetadata | None, RoutingShape], Settings] | None = None
 
 
-def resolve(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingShape) -> RoutingParams:
+def resolve(
+    routing: Routing,
+    metadata: RoutingMetadata | None,
+    shape: RoutingShape,
+    calibration: Calibration | None = None,
+) -> RoutingParams:
     """What to tell the runtime, for a model of this shape whose file carries `metadata`.
 
-    Reads the calibration file if one is given. Raises McError when the policy needs what the file does not
-    carry, or when numbers, file or calibration do not fit the model; ArtifactError for a calibration that
-    cannot be read.
+    `calibration` is what the file `routing.calibration` holds; the caller reads it. Raises McError when the
+    policy needs what the file does not carry, or when its numbers do not fit the model, and ArtifactError
+    when the calibration does not.
     """
     routing = routing.settled(metadata)
-    if routing.policy == "off":
-        return RoutingParams("off")
+    settle = POLICIES[routing.policy].settle
+    if settle is None:
+        return RoutingParams(routing.policy)
     if not shape.n_expert:
         raise McError(
             f"this model has no experts to drop, so routing {routing.policy!r} is impossible; use 'off'"
         )
     if routing.calibration is not None:
-        metadata = _of_calibration(Path(routing.calibration), metadata, shape)
+        metadata = _metadata_from(calibration, str(routing.calibration), metadata, shape)
+    thresholds, layers = settle(routing, metadata, shape)
     protect = routing.protect
     if protect is None:
         protect = DEFAULT_PROTECT if metadata is None else metadata.protect
-    thresholds, layers = None, _layers(routing, metadata, shape)
-    if routing.policy in ("odp", "threshold"):
-        thresholds, layers = _thresholds(routing, metadata, shape, layers)
     return RoutingParams(
         routing.policy,
         routing.importance,
@@ -176,37 +83,82 @@ def resolve(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingSh
         routing.rate,
         protect,
         thresholds,
-        _mask(layers, shape.n_layer),
+        None if layers is None else np.isin(np.arange(shape.n_layer), np.asarray(layers, dtype=int)),
     )
 
 
-def _of_calibration(path: Path, file: RoutingMetadata | None, shape: RoutingShape) -> RoutingMetadata:
-    """What quantize would have written from this calibration. It must be of this model."""
-    calibration = Calibration.load(path)
-    metadata, model = of_calibration(calibration), calibration.model
+def describe_policies() -> list[str]:
+    """The policies and their options as text, one line each: help for whoever writes a routing."""
+    lines = [
+        "Policies:",
+        *(f"  {policy.name:<12}{policy.meaning}" for policy in POLICIES.values()),
+        "Options:",
+    ]
+    for option in OPTIONS.values():
+        users = ", ".join(name for name, policy in POLICIES.items() if option.name in policy.options)
+        lines.append(f"  {option.name:<12}{option.meaning} ({option.kind.text}; for {users})")
+    return lines
+
+
+def _settle_layers(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingShape) -> Settings:
+    """For policies without thresholds."""
+    return None, _layers(routing, metadata, shape)
+
+
+def _settle_thresholds(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingShape) -> Settings:
+    layers = _layers(routing, metadata, shape)
+    if routing.threshold is not None:
+        return _explicit_thresholds(routing.threshold, metadata, shape), layers
+    if routing.quantile is not None:
+        profile = _profile(metadata, "quantile")
+        quantiles = np.full(len(profile.layers), routing.quantile)
+        return _fitted(thresholds_at(profile, quantiles), shape), layers
+    if routing.target_drop is not None:
+        profile = _profile(metadata, "target_drop")
+        allowed = None if routing.layers is None else layers
+        quantiles = quantiles_for_drop(profile, routing.target_drop, allowed)
+        layers = [layer for layer, q in zip(profile.layers, quantiles, strict=True) if q > 0]
+        return _fitted(thresholds_at(profile, quantiles), shape), layers
+    if metadata is None:
+        raise McError(
+            f"the file carries no thresholds for routing {routing.policy!r}; give threshold=NUMBER or "
+            "calibration=FILE, or write them into the file: mc-gguf routing set FILE --calibration CALIB"
+        )
+    return _fitted(metadata.thresholds, shape), layers
+
+
+def _metadata_from(
+    calibration: Calibration | None, name: str, file: RoutingMetadata | None, shape: RoutingShape
+) -> RoutingMetadata:
+    """What quantize would have written from this calibration, which must be of this model."""
+    if calibration is None:
+        raise McError(f"resolve() needs the calibration that {name} holds: Calibration.load(Path(...))")
+    metadata, model = routing_metadata_from(calibration), calibration.model
     if metadata is None or model is None:
         raise ArtifactError(
-            f"{path} measured nothing of routing (published statistics, or one expert a token); "
-            "give threshold=NUMBER or another policy"
+            f"{name} measured nothing about routing (published statistics, or a model with one expert per "
+            "token); give threshold=NUMBER, or use another policy"
         )
     if file is not None and file.model not in ("", model.fingerprint):
-        raise ArtifactError(f"{path} is of another model than this file; calibrate this one")
+        raise ArtifactError(f"{name} is of another model than this file; calibrate this one")
     if (model.n_layer, model.n_expert) != (shape.n_layer, shape.n_expert):
         raise ArtifactError(
-            f"{path} is of a model with {model.n_layer} layers of {model.n_expert} experts, this one has "
-            f"{shape.n_layer} of {shape.n_expert}; calibrate this one"
+            f"{name} is of a model with {model.n_layer} layers of {model.n_expert} experts, but this one has "
+            f"{shape.n_layer} layers of {shape.n_expert}; calibrate this one"
         )
     return metadata
 
 
-def _fitted(thresholds: NDArray[np.float32], shape: RoutingShape) -> NDArray[np.float32]:
-    """[n_layer, n_rank]: a file may have layers that only speculative decoding uses, and a model may be run
-    with fewer experts a token than it has thresholds for.
+def _fitted(thresholds: Thresholds, shape: RoutingShape) -> Thresholds:
+    """[n_layer, n_rank] of the model that runs.
+
+    A file may have layers that only speculative decoding uses, and a model may run with fewer experts per
+    token than it has thresholds for.
     """
     n_layer, n_rank = thresholds.shape
     if n_layer < shape.n_layer or n_rank < shape.n_rank:
         raise McError(
-            f"there are thresholds for {n_layer} layers and {n_rank} experts a token, but the model runs "
+            f"there are thresholds for {n_layer} layers and {n_rank} experts per token, but the model runs "
             f"with {shape.n_layer} and {shape.n_rank}; give threshold=NUMBER, or use routing 'off'"
         )
     return thresholds[: shape.n_layer, : shape.n_rank]
@@ -226,30 +178,6 @@ def _layers(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingSh
     return layers
 
 
-def _thresholds(
-    routing: Routing, metadata: RoutingMetadata | None, shape: RoutingShape, layers: Sequence[int] | None
-) -> tuple[NDArray[np.float32], Sequence[int] | None]:
-    """Thresholds [n_layer, n_rank] and the layers that may drop."""
-    if routing.threshold is not None:
-        return _explicit(routing.threshold, metadata, shape), layers
-    if routing.quantile is None and routing.target_drop is None:
-        if metadata is None:
-            raise McError(
-                f"the file carries no thresholds for routing {routing.policy!r}; give threshold=NUMBER or "
-                "calibration=FILE, or write them into the file: mc-gguf routing set FILE --calibration CALIB"
-            )
-        return _fitted(metadata.thresholds, shape), layers
-    if routing.quantile is not None:
-        profile = _profile(metadata, "quantile")
-        quantiles = np.full(len(profile.layers), routing.quantile)
-    else:
-        assert routing.target_drop is not None
-        profile = _profile(metadata, "target_drop")
-        quantiles = for_target_drop(profile, routing.target_drop, None if routing.layers is None else layers)
-        layers = [layer for layer, q in zip(profile.layers, quantiles, strict=True) if q > 0]
-    return _fitted(at_quantiles(profile, quantiles), shape), layers
-
-
 def _profile(metadata: RoutingMetadata | None, wanted_by: str) -> RoutingProfile:
     if metadata is None or metadata.profile is None:
         raise McError(
@@ -259,16 +187,16 @@ def _profile(metadata: RoutingMetadata | None, wanted_by: str) -> RoutingProfile
     return metadata.profile
 
 
-def _explicit(
+def _explicit_thresholds(
     given: float | Sequence[float] | Sequence[Sequence[float]],
     metadata: RoutingMetadata | None,
     shape: RoutingShape,
-) -> NDArray[np.float32]:
-    """One number, one a layer or one a layer and rank, as [n_layer, n_rank]; rank 0 has 0."""
+) -> Thresholds:
+    """One number, one per layer, or one per layer and rank, as [n_layer, n_rank]; rank 0 has 0."""
     values = np.asarray(given, dtype=np.float32)
     if values.ndim == 2 and values.shape[1] != shape.n_rank - 1:
         raise McError(
-            f"routing threshold has rows of {values.shape[1]}; this model uses {shape.n_rank} experts a "
+            f"routing threshold has rows of {values.shape[1]}; this model uses {shape.n_rank} experts per "
             f"token, so a row has {shape.n_rank - 1}"
         )
     known = None if metadata is None or metadata.profile is None else metadata.profile.layers
@@ -285,67 +213,33 @@ def _explicit(
     return result
 
 
-def _mask(layers: Sequence[int] | None, n_layer: int) -> NDArray[np.bool_] | None:
-    return None if layers is None else np.isin(np.arange(n_layer), np.asarray(layers, dtype=int))
-
-
-def _check_options(routing: Routing) -> None:
-    for field in fields(routing):
-        if field.name != "policy" and getattr(routing, field.name) != field.default:
-            _check_name(routing.policy, field.name)
-    given = [name for name in _THRESHOLDS if getattr(routing, name) is not None]
-    if len(given) > 1:
-        raise McError(f"routing takes one of {' and '.join(given)}, not both")
-
-
-def _check_name(policy: str, name: str) -> None:
-    if name not in OPTIONS[policy]:
-        allowed = ", ".join(OPTIONS[policy]) or "none"
-        raise McError(f"routing {policy!r} has no option {name!r}; its options: {allowed}")
-
-
-def _checked_threshold(given: Any) -> float | tuple[float, ...] | Rows | None:
-    """As hashable Python numbers."""
-    if given is None:
-        return None
-    try:
-        values = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise McError(f"routing threshold must be numbers, in rows of equal length: {given!r}") from error
-    if values.ndim > 2 or not values.size or not np.isfinite(values).all() or (values < 0).any():
-        raise McError(
-            "routing threshold must be a number not below 0, one a layer, or rows [layer][rank - 1]; "
-            f"it is {given!r}"
-        )
-    if values.ndim == 2:
-        return tuple(tuple(row) for row in values.tolist())
-    return tuple(values.tolist()) if values.ndim else float(values)
-
-
-def _checked_layers(given: Any) -> tuple[int, ...] | str | None:
-    if given is None or (isinstance(given, str) and given in _LAYER_WORDS):
-        word: str | None = given
-        return word
-    numbers = [] if isinstance(given, str) else list(given)
-    if not numbers or any(int(n) != n or n < 0 for n in numbers):
-        raise McError(f"routing layers must be numbers from 0, or one of all and auto; they are {given!r}")
-    return tuple(sorted({int(n) for n in numbers}))
-
-
-def _value(name: str, text: str) -> Any:
-    """The value of an option that was given as text."""
-    if name in ("importance", "calibration"):
-        return text
-    if name == "layers":
-        return parse_layers(text)
-    if name in _SHARES:
-        return parse_share(text)
-    try:
-        if name in _INTEGERS:
-            return int(text)
-        if name != "threshold":
-            return float(text)
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise McError(f"routing {name}={text} is not a number") from error
-    return numbers if len(numbers) > 1 else numbers[0]
+_ALL = (
+    Policy("auto", "odp with the thresholds that the file carries; off when it carries none"),
+    Policy("off", "drops nothing"),
+    Policy(
+        "odp",
+        "drops rank r where w_r < threshold * w_0, but not for the most important tokens of a prompt",
+        (*_THRESHOLD_OPTIONS, "protect", "importance"),
+        _settle_thresholds,
+    ),
+    Policy("threshold", "the same without protected tokens", _THRESHOLD_OPTIONS, _settle_thresholds),
+    Policy(
+        "keep_min",
+        "drops ranks from keep_min on where w_r < ratio * w_0 (ik_llama.cpp's -ser)",
+        ("keep_min", "ratio", "layers"),
+        _settle_layers,
+    ),
+    Policy(
+        "top_p",
+        "keeps the fewest ranks that hold the share top_p of the selected experts' weight",
+        ("top_p", "layers"),
+        _settle_layers,
+    ),
+    Policy(
+        "random",
+        "control: drops every rank with probability rate",
+        ("rate", "seed", "layers"),
+        _settle_layers,
+    ),
+)
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in _ALL}

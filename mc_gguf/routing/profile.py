@@ -1,4 +1,4 @@
-"""RoutingProfile: what a calibration knows of how far each layer's experts can be dropped."""
+"""RoutingProfile: what a calibration knows about how many experts each layer can do without."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from mc_gguf.common.errors import ArtifactError
 
 @dataclass(frozen=True, eq=False)
 class RoutingProfile:
-    """Routing of a model on the calibration text. L layers with experts, K experts a token, Q quantiles.
+    """Routing of a model on the calibration text. L layers with experts, K experts per token, Q quantiles.
 
     layers                          numbers of the layers with experts, ascending
     n_layer                         all layers of the model, those without experts too
     ratio_quantiles [L, K-1, Q]     quantiles, evenly spaced from 0 to 1, of w_j / w_0 for the ranks 1..K-1
-    sensitivity [L]                 increase of the mean KL divergence (nats a token) of the model's output
-                                    when only this layer drops what is below its median thresholds
+    sensitivity [L]                 increase of the mean KL divergence (nats per token) of the model's output
+                                    when this layer alone drops what is below its median thresholds
     curve [L, Q]                    squared error of the MoE block's output when everything below the
-                                    thresholds at quantile q is dropped, relative to that at the median:
-                                    not decreasing, 1 at the median
+                                    thresholds at quantile q is dropped, relative to the error at the median;
+                                    it never decreases and is 1 at the median
 
     The predicted damage of layer l at quantile q is sensitivity[l] * curve[l](q), linear between the
     quantiles. All arrays are float64. Raises ArtifactError when they do not fit each other.
@@ -62,16 +62,13 @@ class RoutingProfile:
 
     @property
     def n_rank(self) -> int:
-        """K, experts a token."""
+        """K, experts per token."""
         return int(self.ratio_quantiles.shape[1]) + 1
 
     @classmethod
     def of(cls, calibration: Calibration) -> RoutingProfile:
-        """What `calibration` carries.
-
-        Raises ArtifactError when that is nothing (published statistics).
-        """
-        if calibration.model is None or not calibration.routing_curve.size:
+        """The profile that `calibration` measured. Raises ArtifactError when there is none."""
+        if calibration.model is None or not calibration.has("routing_curve"):
             raise ArtifactError(
                 "this calibration has no routing statistics; make one with: mc-gguf calibrate SOURCE -o FILE"
             )

@@ -1,6 +1,6 @@
-"""RoutingMetadata described: as numbers for JSON, as a table and as one line for people.
+"""RoutingMetadata described: as numbers for JSON, and as a table and one line for people.
 
-What is predicted comes from the calibration text, without protected tokens.
+Predictions are for the calibration's text and do not consider protected tokens.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from mc_gguf.artifacts import Floats
 from mc_gguf.routing.metadata import RoutingMetadata
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.routing.thresholds import damages
+from mc_gguf.routing.thresholds import predict_damages
 
 
 def describe(metadata: RoutingMetadata) -> dict[str, Any]:
     """What `routing show --json`, `routing set --json` and `inspect --json` print.
 
-    `dropped` is a share of the layer's expert activations, `predicted_drop` one of all layers'; `damage`,
-    `sensitivity` and `predicted_damage` are nats a token. They are None without a profile.
+    `dropped` is a share of the layer's expert activations, `predicted_drop` a share of those of all layers.
+    `damage`, `sensitivity` and `predicted_damage` are in nats per token. All five are None without a profile.
     """
     profile = metadata.profile
     layers = range(len(metadata.thresholds)) if profile is None else profile.layers
@@ -39,7 +39,10 @@ def describe(metadata: RoutingMetadata) -> dict[str, Any]:
     if profile is not None:
         quantiles = _quantiles(profile, metadata.thresholds)
         quantiles[~np.isin(profile.layers, metadata.active)] = 0
-        dropped, cost = quantiles.sum(axis=1) / profile.n_rank, damages(profile, quantiles.mean(axis=1))
+        dropped, cost = (
+            quantiles.sum(axis=1) / profile.n_rank,
+            predict_damages(profile, quantiles.mean(axis=1)),
+        )
         drop, damage = float(dropped.mean()), float(cost.sum())
         for i, row in enumerate(rows):
             row |= {
@@ -58,7 +61,9 @@ def describe(metadata: RoutingMetadata) -> dict[str, Any]:
 
 
 def _quantiles(profile: RoutingProfile, thresholds: NDArray[np.float32]) -> Floats:
-    """[L, K-1]: the share of the slots of each rank that lie below the threshold; at_quantiles inverted."""
+    """[L, K-1]: the share of the slots of each rank that lie below the threshold; the inverse of
+    thresholds_at.
+    """
     n_quantile = profile.curve.shape[1]
     shares = np.zeros(profile.ratio_quantiles.shape[:2])
     for i, layer in enumerate(profile.layers):
@@ -83,7 +88,7 @@ def summary(description: dict[str, Any]) -> str:
         return text
     return (
         f"{text}; predicted: {100 * description['predicted_drop']:.1f} % of the expert activations dropped, "
-        f"KL divergence {description['predicted_damage']:.4f} nats a token"
+        f"KL divergence {description['predicted_damage']:.4f} nats per token"
     )
 
 

@@ -1,4 +1,4 @@
-"""RoutingStats: how much dynamic expert routing has saved, from the runtime's counters."""
+"""RoutingStats: how much dynamic expert routing has saved, by the runtime's counters."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class RoutingStats:
-    """Counts since the model was loaded or they were reset, while a policy other than off was set.
+    """Counts since the model was loaded or the counters were reset, while a policy other than off was set.
 
-    A slot is one of the K experts that the router selected for a token, in one layer; rank 0 has the largest
-    weight. Layers without experts have zeros, a model without experts has empty arrays.
+    A slot is one of the K experts that the router selected for a token in one layer; rank 0 has the largest
+    weight. Layers without experts have zeros, and a model without experts has empty arrays.
 
     kept, dropped [n_layer, K]     slots
-    protected [n_layer, K]         those of `kept` that only protection kept
-    expert_wanted [n_layer, E]     passes over the model (ubatches) in which the expert would have been read
-    expert_read [n_layer, E]       in which it was
-    expert_bytes [n_layer, E]      bytes of the expert's matrices in the file; zeros when they are not known
+    protected [n_layer, K]         the part of `kept` that would have been dropped without protection
+    expert_wanted [n_layer, E]     ubatches in which the expert would have been read without routing
+    expert_read [n_layer, E]       ubatches in which the expert was read
+    expert_bytes [n_layer, E]      bytes of the expert's matrices in the file; zeros when they are unknown
     """
 
     kept: Counts
@@ -34,24 +34,24 @@ class RoutingStats:
 
     @classmethod
     def of(cls, slots: Counts, experts: Counts, expert_bytes: Counts) -> RoutingStats:
-        """From the arrays of runtime.routing_api.read_counters."""
+        """From the arrays that run.routing_api.read_counters returns."""
         kept, dropped, protected = slots.swapaxes(0, 1)
         wanted, read = experts.swapaxes(0, 1)
         return cls(kept, dropped, protected, wanted, read, expert_bytes)
 
     @property
     def n_slots(self) -> int:
-        """Slots that were routed, dropped ones included."""
+        """Slots that were routed, including those that were dropped."""
         return int(self.kept.sum() + self.dropped.sum())
 
     @property
     def dropped_share(self) -> float:
-        """Share of all slots that was dropped; 0 when nothing was counted."""
+        """Share of all slots that were dropped; 0 when nothing was counted."""
         return _share(self.dropped, self.kept + self.dropped)
 
     @property
     def protected_share(self) -> float:
-        """Share of all slots that only protection kept."""
+        """Share of all slots that were kept only because their token was protected."""
         return _share(self.protected, self.kept + self.dropped)
 
     @property
@@ -62,9 +62,10 @@ class RoutingStats:
 
     @property
     def expert_bytes_not_read(self) -> float | None:
-        """Share of the experts' bytes that would have been read from memory and were not. None when the sizes
-        are not known. In a prompt an expert is read unless every token drops it, so there this is less than
-        the share of dropped slots; with one token at a time it is the saving.
+        """Share of the experts' bytes that would have been read from memory but were not.
+
+        None when the sizes are unknown. In a prompt, an expert is read unless every token drops it, so there
+        this is less than the share of dropped slots; with one token at a time it is the saving.
         """
         wanted = self.expert_wanted * self.expert_bytes
         if self.expert_wanted.any() and not wanted.any():
@@ -72,7 +73,7 @@ class RoutingStats:
         return _share(wanted - self.expert_read * self.expert_bytes, wanted)
 
     def to_json(self) -> dict[str, Any]:
-        """Shares, and the counts as lists by layer."""
+        """Shares, and the counts as lists with one entry per layer."""
         counts = {name: getattr(self, name).tolist() for name in ("kept", "dropped", "protected")}
         return {
             "slots": self.n_slots,

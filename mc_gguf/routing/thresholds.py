@@ -1,8 +1,8 @@
 """Thresholds of w_j / w_0 from a RoutingProfile: at quantiles, or for a wanted saving at the least damage.
 
-A quantile a layer says how much it drops: thresholds at quantile q drop the share q of the slots of every
-rank from 1 on, rank 0 never, so of all expert activations of K ranks it is (K-1)/K * mean of q. Layers where
-the quantile is 0 drop nothing.
+One quantile per layer says how much the layer drops. Thresholds at quantile q drop the share q of the slots
+of every rank but rank 0, which is (K-1)/K * q of the expert activations of K ranks. A layer with quantile 0
+drops nothing.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from mc_gguf.artifacts import Floats
 from mc_gguf.common.errors import McError
 from mc_gguf.routing.profile import RoutingProfile
 
-# for_target_drop chooses among quantiles i / STEPS.
+# quantiles_for_drop chooses among quantiles i / STEPS.
 STEPS = 200
-# A layer is tolerant when its sensitivity is at most so many times that of the middle layer.
+# A layer is tolerant when its sensitivity is at most this many times the median over the layers.
 TOLERANCE = 3.0
 
 
-def at_quantiles(profile: RoutingProfile, quantiles: Floats) -> NDArray[np.float32]:
-    """Thresholds [n_layer, K] at one quantile [L] for each layer with experts, linear between the profile's.
+def thresholds_at(profile: RoutingProfile, quantiles: Floats) -> NDArray[np.float32]:
+    """Thresholds [n_layer, K] at one quantile for each layer with experts [L], linear between the profile's.
 
-    Rank 0 has threshold 0, as have layers without experts and those with quantile 0. Raises McError for
-    quantiles outside 0..1.
+    Rank 0, layers without experts and layers with quantile 0 have threshold 0. Raises McError for quantiles
+    outside 0..1.
     """
     wanted = _checked(profile, quantiles)
     grid = np.linspace(0, 1, profile.curve.shape[1])
@@ -43,34 +43,38 @@ def tolerant_layers(profile: RoutingProfile) -> tuple[int, ...]:
     return tuple(n for n, s in zip(profile.layers, profile.sensitivity, strict=True) if s <= limit)
 
 
-def damages(profile: RoutingProfile, quantiles: Floats) -> Floats:
-    """Predicted increase of the mean KL divergence (nats a token) by each layer [L] at its quantile [L].
+def predict_damages(profile: RoutingProfile, quantiles: Floats) -> Floats:
+    """Predicted increase of the mean KL divergence (nats per token) by each layer [L] at its quantile [L].
 
-    What all of them cost together is taken as the sum.
+    The damage of several layers together is taken as their sum.
     """
     grid = np.linspace(0, 1, profile.curve.shape[1])
     pairs = zip(_checked(profile, quantiles), profile.curve, strict=True)
     return np.asarray(profile.sensitivity * [np.interp(q, grid, curve) for q, curve in pairs])
 
 
-def for_target_drop(profile: RoutingProfile, drop: float, layers: Sequence[int] | None) -> Floats:
-    """Quantile of each layer [L] that drops the share `drop` of all expert activations at the least damage.
+def quantiles_for_drop(profile: RoutingProfile, drop: float, layers: Sequence[int] | None) -> Floats:
+    """Quantiles [L] that together drop the share `drop` of all expert activations at the least predicted
+    damage.
 
-    Only `layers` (numbers; None: all with experts) may drop. The predicted damage is least among quantiles in
-    steps of 1/STEPS whose sum is the wanted one, rounded up to a step: dynamic program over the layers.
+    Only `layers` (numbers; None: all with experts) may drop. Quantiles are multiples of 1/STEPS, and their
+    sum is the wanted one, rounded up to a step; a dynamic program over the layers finds the least damage.
     Raises McError when `drop` is more than these layers can drop.
     """
-    allowed = _places(profile, layers)
-    share = (profile.n_rank - 1) / profile.n_rank / len(profile.layers)  # of the activations, for quantile 1
+    named = profile.layers if layers is None else check_layers(profile, layers)
+    allowed = [profile.layers.index(n) for n in named]
+    share = (
+        (profile.n_rank - 1) / profile.n_rank / len(profile.layers)
+    )  # of all activations, per quantile of 1
     most = share * len(allowed)
     if not 0 <= drop <= most * (1 + 1e-9):
         raise McError(
             f"{100 * drop:g} % of the expert activations cannot be dropped; with "
-            f"{len(allowed)} of {len(profile.layers)} layers active it can be 0 to {100 * most:.1f} %"
+            f"{len(allowed)} of {len(profile.layers)} layers active, it can be 0 to {100 * most:.1f} %"
         )
     n_step = min(int(np.ceil(drop / share * STEPS - 1e-6)), STEPS * len(allowed)) if drop else 0
     grid = np.linspace(0, 1, STEPS + 1)
-    cost = np.stack([damages(profile, np.full(len(profile.layers), q)) for q in grid], axis=1)
+    cost = np.stack([predict_damages(profile, np.full(len(profile.layers), q)) for q in grid], axis=1)
     steps = _least(cost[allowed], n_step)
     quantiles = np.zeros(len(profile.layers))
     quantiles[allowed] = steps / STEPS
@@ -98,18 +102,16 @@ def _least(cost: Floats, n_step: int) -> NDArray[np.int64]:
     return steps
 
 
-def _places(profile: RoutingProfile, layers: Sequence[int] | None) -> list[int]:
-    """Places in profile.layers of the layers named."""
-    if layers is None:
-        return list(range(len(profile.layers)))
+def check_layers(profile: RoutingProfile, layers: Sequence[int]) -> tuple[int, ...]:
+    """These layers, ascending, each once. Raises McError when there are none, or when one has no experts."""
+    if not layers:
+        raise McError("no layer is active, so nothing can be dropped; name some layers")
     if unknown := sorted(set(layers) - set(profile.layers)):
         raise McError(
             f"layer {unknown[0]} has no experts; layers with experts are "
             f"{profile.layers[0]} to {profile.layers[-1]}"
         )
-    if not layers:
-        raise McError("no layer is active, so nothing can be dropped; name some layers")
-    return [profile.layers.index(n) for n in sorted(set(layers))]
+    return tuple(sorted(set(layers)))
 
 
 def _checked(profile: RoutingProfile, quantiles: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""Llama: llama_cpp.Llama on the patched runtime, with dynamic expert routing. Every method of it works.
+"""Llama: llama_cpp.Llama on the patched runtime, with dynamic expert routing. All of its methods work.
 
     from mc_gguf import Llama
     llm = Llama("model.gguf", n_ctx=2048)
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_gguf.artifacts import Calibration
 from mc_gguf.common.errors import FormatError, McError, SourceError
 from mc_gguf.common.machine import usable_cores
-from mc_gguf.container import expert_bytes, read_routing
+from mc_gguf.container import expert_bytes, has_own_keys, read_routing
 from mc_gguf.ggml.gguf_file import MAGIC
 from mc_gguf.routing import Routing, RoutingMetadata, RoutingStats, resolve
 from mc_gguf.run import routing_api
@@ -34,15 +35,22 @@ CONTEXT_STEP = 256  # tokens
 class Llama(llama_cpp.Llama):
     """A llama_cpp.Llama that is quiet and uses all cores by default.
 
-    model_path: a GGUF file, plain or mixed-expert. `routing` is a Routing or its text (Routing.parse): "off"
-    by default, "auto" does what the file says. All other keyword arguments are llama_cpp.Llama's. Raises
-    SourceError when there is no such file, FormatError, with llama.cpp's reason, when it cannot be loaded,
-    and McError when the routing does not fit the model.
+    Args:
+        model_path: a GGUF file, plain or mixed-expert.
+        routing: a Routing or its text (Routing.parse). "auto" does what the file says.
+        verbose: print llama.cpp's log.
+        options: all other keyword arguments are those of llama_cpp.Llama.
 
-    With policy odp the runtime measures how much attention each token of a prompt receives, within the part
-    of it that is computed at once (n_ubatch tokens). Without flash attention it reads the softmax that is
-    there; with flash_attn=True it computes the same sums from queries and keys: the measure stays exact, the
-    prompt costs a little more. Generated tokens come one at a time and cost nothing extra either way.
+    Raises:
+        SourceError: there is no such file.
+        FormatError: llama.cpp cannot load it, for the reason that the message gives.
+        McError: the routing does not fit the model.
+
+    With policy odp the runtime measures how much attention each token of a prompt receives within the part
+    of the prompt that is computed at once (n_ubatch tokens). Without flash attention it reads the softmax
+    that is there anyway. With flash_attn=True it computes the same sums from queries and keys: the measure
+    stays exact, and the prompt takes a little longer. Generated tokens come one at a time and cost nothing
+    extra either way.
     """
 
     _stack = contextlib.ExitStack()  # so that __del__ works on an object whose __init__ raised early
@@ -64,9 +72,8 @@ class Llama(llama_cpp.Llama):
         try:
             super().__init__(str(path), verbose=verbose, **options)
         except ValueError as error:
-            if not str(error).startswith(
-                "Failed to "
-            ):  # those are about the file, the others about an argument
+            is_about_the_file = str(error).startswith("Failed to ")
+            if not is_about_the_file:  # but about an argument
                 raise
             raise FormatError(f"{path}: {reason() or error}") from error
         try:
@@ -78,9 +85,10 @@ class Llama(llama_cpp.Llama):
 
     @property
     def routing(self) -> Routing:
-        """What was set last; "auto" has become odp or off. Setting it, also to a text, works from the next
-        token on and keeps the conversation, what was computed of it included; McError when it does not fit
-        the model, and nothing changes.
+        """The routing that was set last; "auto" has become odp or off.
+
+        A new one, which may be text, holds from the next token on; the context with all that was computed
+        stays. When it does not fit the model, setting it raises McError and changes nothing.
         """
         return self._routing
 
@@ -90,19 +98,20 @@ class Llama(llama_cpp.Llama):
         context = self._open_context()
         metadata = None if wanted.policy == "off" else self._routing_metadata
         wanted = wanted.settled(metadata)
-        params = resolve(wanted, metadata, routing_api.routing_shape(context))
-        if wanted != self._routing or wanted.policy != "off":  # off it is from the start
+        calibration = None if wanted.calibration is None else Calibration.load(Path(wanted.calibration))
+        params = resolve(wanted, metadata, routing_api.routing_shape(context), calibration)
+        if wanted != self._routing or wanted.policy != "off":  # a new context is off already
             routing_api.set_routing(context, params)
         self._routing = wanted
 
     def routing_stats(self) -> RoutingStats:
-        """What was routed and dropped since the model was loaded or reset_routing_stats was called."""
+        """What was routed and dropped since the model was loaded or reset_routing_stats() was called."""
         context = self._open_context()
         slots, experts = routing_api.read_counters(context)
         return RoutingStats.of(slots, experts, self._expert_bytes)
 
     def reset_routing_stats(self) -> None:
-        """Counts from zero again; the routing stays."""
+        """Start counting from zero again. The routing stays as it is."""
         routing_api.reset_counters(self._open_context())
 
     def _open_context(self) -> Any:
@@ -118,12 +127,13 @@ class Llama(llama_cpp.Llama):
 
     @cached_property
     def _routing_metadata(self) -> RoutingMetadata | None:
-        """What the file says. Its header is read a second time only if mc_gguf has written to it: for others
-        that would be slow, and stricter than llama.cpp is.
+        """What the file says about routing.
+
+        Only a file that mc_gguf wrote is read here once more: for others that would be slow, and our reader
+        is stricter than llama.cpp.
         """
         has_experts = routing_api.routing_shape(self._open_context()).n_expert > 0  # not with vocab_only
-        is_ours = any(key.startswith("mc_gguf.") for key in self.metadata)
-        return read_routing(Path(self.model_path)) if has_experts and is_ours else None
+        return read_routing(Path(self.model_path)) if has_experts and has_own_keys(self.metadata) else None
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
@@ -131,7 +141,7 @@ class Llama(llama_cpp.Llama):
 
 
 def check_file(path: Path) -> None:
-    """SourceError when `path` is no readable file, FormatError when it does not begin like a GGUF."""
+    """Raises SourceError unless `path` is a readable file, FormatError unless it begins like a GGUF."""
     if not path.exists():
         raise SourceError(
             f"{path}: no such file; give the path of a GGUF, for instance one made by mc-gguf convert"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.common.errors import McError
-from mc_gguf.routing.params import IMPORTANCES, POLICIES, RoutingParams, RoutingShape
+from mc_gguf.routing.params import IMPORTANCES, RUNTIME_POLICIES, RoutingParams, RoutingShape
 from mc_gguf.runtime.locate import library_path
 
 
@@ -44,10 +44,13 @@ def routing_shape(context: Any) -> RoutingShape:
 
 
 def set_routing(context: Any, params: RoutingParams) -> None:
-    """From the next decode on. McError when the runtime refuses; the caller's arrays are copied."""
+    """Set the routing from the next decode on. The runtime copies the arrays.
+
+    Raises McError when the runtime refuses, or when an array has another shape than the model needs.
+    """
     shape = routing_shape(context)
     raw = _Params(
-        policy=POLICIES.index(params.policy),
+        policy=RUNTIME_POLICIES.index(params.policy),
         importance=IMPORTANCES.index(params.importance),
         keep_min=params.keep_min,
         seed=params.seed,
@@ -65,12 +68,16 @@ def set_routing(context: Any, params: RoutingParams) -> None:
         _check_shape("active", active.shape, (shape.n_layer,))
         raw.active = active.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
     if _library().mc_set_routing(context, ctypes.byref(raw)) != 0:
-        raise McError("the runtime refuses this routing; its log says why (Llama(..., verbose=True))")
+        raise McError(
+            "the runtime refuses this routing; its log says why: load the model with Llama(..., verbose=True)"
+        )
 
 
 def read_counters(context: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Slots [n_layer, 3, n_rank] (kept, dropped, protected) and experts [n_layer, 2, n_expert] (ubatches that
-    would have read the expert, that did), since the last reset.
+    """The counts since the last reset.
+
+    Slots [n_layer, 3, n_rank]: kept, dropped, protected. Experts [n_layer, 2, n_expert]: ubatches that would
+    have read the expert without routing, and ubatches that did read it.
     """
     shape = routing_shape(context)
     slots = np.zeros((shape.n_layer, 3, shape.n_rank), dtype=np.int64)
@@ -88,7 +95,7 @@ def reset_counters(context: Any) -> None:
 
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if found != wanted:
-        raise McError(f"routing {name} must have the shape {list(wanted)}, they have {list(found)}")
+        raise McError(f"routing {name} must have the shape {list(wanted)}, not {list(found)}")
 
 
 @cache

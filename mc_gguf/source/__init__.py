@@ -1,19 +1,19 @@
 """The source model, streamed: a Hugging Face directory or a 16/32-bit GGUF behind one interface.
 
 checkpoint = open_checkpoint(Path("Mixtral-8x7B-v0.1"))
-checkpoint.expert(layer=0, projection="gate", expert=3)      # (n_ff, n_embd) float32, read now, kept by
-nobody
+checkpoint.expert(layer=0, projection="gate", expert=3)  # (n_ff, n_embd) float32, read now, not kept
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mc_gguf.common.errors import SourceError
+from mc_gguf.common.errors import SourceError, about
+from mc_gguf.common.files import check_output
 from mc_gguf.ggml.shards import shard_stem
 from mc_gguf.source.base import Checkpoint
 
-__all__ = ["Checkpoint", "keep_source", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "refuse_to_overwrite"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -29,8 +29,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise SourceError(f"{path} does not exist; give a Hugging Face checkpoint directory or a GGUF file")
 
 
-def keep_source(source: Path, output: Path) -> None:
-    """Raises SourceError when writing `output` would replace a file of the source model."""
+def refuse_to_overwrite(output: Path, source: Path, *inputs: Path) -> None:
+    """Raises McError when writing `output` would replace a file of the source model (a SourceError), one of
+    the other `inputs`, or something that is not a regular file. Every verb that writes a file calls this
+    before it reads anything.
+    """
+    with about("output"):
+        check_output(output, inputs)
     if not (source.exists() and output.exists()):
         return
     if source.is_dir():
@@ -40,4 +45,6 @@ def keep_source(source: Path, output: Path) -> None:
         shard = same_folder and shard_stem(source) is not None and shard_stem(source) == shard_stem(output)
         clash = shard or output.samefile(source)
     if clash:
-        raise SourceError(f"{output} is a file of the source model; write the result somewhere else")
+        raise SourceError(
+            f"{output} is a file of the source model; write to another file", parameter="output"
+        )

@@ -1,21 +1,21 @@
 """One decoder layer at a time in torch float32, from a checkpoint in GGUF conventions.
 
-Follows llama.cpp's graphs (src/models/ARCHITECTURE.cpp, build_moe_ffn): RMSNorm, grouped-query attention with
-rotary embedding, router softmax over all experts, top-k. ARCHITECTURES is what differs between them; norms of
-Q and K, biases and a shared expert are there when the model has their tensors. Where the runtime and the
-model's authors differ (llama.cpp takes no notice of a Hugging Face model's norm_topk_prob or clip_qkv), this
-follows the runtime, which is what will run the file.
+It follows llama.cpp's graphs (src/models/ARCHITECTURE.cpp, build_moe_ffn): RMSNorm, grouped-query attention
+with rotary embedding, router softmax over all experts, top-k. architecture.py has what differs between them;
+norms of Q and K, biases and a shared expert are used when the model has their tensors. Where the runtime and
+the model's authors differ (llama.cpp ignores norm_topk_prob and clip_qkv of a Hugging Face model), this
+follows the runtime, because the runtime is what will run the file.
 
-Weights are read when they are needed and dropped after: attention of one layer, then one expert after
-another, so that memory does not depend on the number of layers and hardly on the number of experts. The
-second implementations are transformers' models and the runtime itself (tests).
+Weights are read when they are needed and dropped afterwards: the attention of one layer, then one expert
+after another. So memory does not depend on the number of layers, and hardly on the number of experts. Tests
+compare with two other implementations: transformers' models and the runtime itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mc_gguf.artifacts import ATTENTION, PROJECTIONS
 from mc_gguf.common.errors import SourceError
+from mc_gguf.source.architecture import Shape
 
 if TYPE_CHECKING:
     from mc_gguf.source import Checkpoint
@@ -36,107 +37,33 @@ CHUNK = 2048
 MIN_WEIGHT_SUM = 6.103515625e-5
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What llama.cpp does for one architecture and not for another.
+@dataclass(frozen=True, eq=False)
+class RoutedTokens:
+    """Tokens of one expert.
 
-    `neox`: rotary embedding turns the pairs (i, i + d/2), not (2i, 2i + 1). `renormalise`: the weights of the
-    chosen experts are divided by their sum.
+    Attributes:
+        index: [n] int64, numbers of the tokens.
+        probs: [n] the router's probability of the expert (softmax over all experts).
+        weights: [n] what multiplies the expert's output.
     """
 
-    neox: bool
-    renormalise: bool
+    index: Tensor
+    probs: Tensor
+    weights: Tensor
 
-
-# By GGUF name: Mixtral, Qwen3-MoE, OLMoE and Qwen2-MoE.
-ARCHITECTURES = {
-    "llama": Architecture(neox=False, renormalise=True),
-    "qwen3moe": Architecture(neox=True, renormalise=True),
-    "olmoe": Architecture(neox=True, renormalise=False),
-    "qwen2moe": Architecture(neox=True, renormalise=False),
-}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the layers need besides their weights; from the GGUF metadata, defaults as in llama.cpp."""
-
-    architecture: Architecture
-    n_head: int
-    n_head_kv: int
-    head_dim: int
-    rope_base: float
-    rope_scale: float
-    eps: float
-    attn_scale: float
-    n_expert: int
-    n_used: int
-    weight_scale: float
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Shape:
-        """Raises SourceError when the model needs what this forward does not do."""
-        info, hparams = checkpoint.info, checkpoint.hparams
-        if info.architecture not in ARCHITECTURES or info.n_expert < 1:
-            raise SourceError(
-                f"calibration supports the GGUF architectures {', '.join(ARCHITECTURES)}, with experts, not "
-                f"{info.architecture!r} with {info.n_expert} experts"
-            )
-        n_head = _count(hparams, "attention.head_count")
-        n_head_kv = (
-            _count(hparams, "attention.head_count_kv") if "attention.head_count_kv" in hparams else n_head
-        )
-        head_dim = int(hparams.get("attention.key_length", info.n_embd // n_head))
-        if int(hparams.get("rope.dimension_count", head_dim)) != head_dim:
-            raise SourceError(
-                f"rope.dimension_count differs from the head size {head_dim}: not supported by calibration"
-            )
-        return cls(
-            architecture=ARCHITECTURES[info.architecture],
-            n_head=n_head,
-            n_head_kv=n_head_kv,
-            head_dim=head_dim,
-            rope_base=float(hparams.get("rope.freq_base", 10000.0)),
-            rope_scale=_rope_scale(hparams),
-            eps=float(_need(hparams, "attention.layer_norm_rms_epsilon")),
-            attn_scale=_attn_scale(info.architecture, hparams) or head_dim**-0.5,
-            n_expert=info.n_expert,
-            n_used=info.n_expert_used,
-            weight_scale=float(hparams.get("expert_weights_scale", 0.0)) or 1.0,
-        )
-
-
-def _need(hparams: Mapping[str, Any], key: str) -> Any:
-    if key not in hparams:
-        raise SourceError(f"the model's metadata lacks {key}")
-    return hparams[key]
-
-
-def _count(hparams: Mapping[str, Any], key: str) -> int:
-    value = _need(hparams, key)
-    if not isinstance(value, int):
-        raise SourceError(f"{key} differs between layers ({value}): not supported by calibration")
-    return value
-
-
-def _attn_scale(architecture: str, hparams: Mapping[str, Any]) -> float:
-    """0: by the head size. Only the graph of `llama` has another."""
-    return float(hparams.get("attention.scale", 0.0)) if architecture == "llama" else 0.0
-
-
-def _rope_scale(hparams: Mapping[str, Any]) -> float:
-    kind = str(hparams.get("rope.scaling.type", "none"))
-    if kind not in ("none", "linear"):
-        raise SourceError(f"rope.scaling.type {kind!r} is not supported by calibration")
-    return 1.0 / float(hparams.get("rope.scaling.factor", 1.0) or 1.0) if kind == "linear" else 1.0
+    def __len__(self) -> int:
+        return len(self.index)
 
 
 @dataclass(frozen=True, eq=False)
-class Routing:
-    """Router output of N tokens, K experts each, best first.
+class RouterOutput:
+    """What the router makes of N tokens: K of E experts for each, best first.
 
-    experts [N, K] int64; probs [N, K]: softmax over all experts; weights [N, K]: what multiplies the expert's
-    output. all_probs [N, E].
+    Attributes:
+        experts: [N, K] int64, the chosen experts.
+        probs: [N, K] their probabilities (softmax over all experts).
+        weights: [N, K] what multiplies their outputs.
+        all_probs: [N, E] the probabilities of all experts.
     """
 
     experts: Tensor
@@ -144,17 +71,22 @@ class Routing:
     weights: Tensor
     all_probs: Tensor
 
+    def tokens_of(self, expert: int) -> RoutedTokens:
+        """The tokens that are routed to `expert`."""
+        index, ranks = torch.nonzero(self.experts == expert, as_tuple=True)
+        return RoutedTokens(index, self.probs[index, ranks], self.weights[index, ranks])
+
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """float32 matrices of one expert: gate and up [n_ff, n_embd], down [n_embd, n_ff]."""
+    """The float32 matrices of one expert: gate and up [n_ff, n_embd], down [n_embd, n_ff]."""
 
     gate: Tensor
     up: Tensor
     down: Tensor
 
     def hidden(self, x: Tensor) -> Tensor:
-        """x [n, n_embd] -> silu(x gate') * (x up') [n, n_ff]."""
+        """silu(x gate') * (x up') [n, n_ff] of x [n, n_embd]."""
         return F.silu(x @ self.gate.T).mul_(x @ self.up.T)
 
 
@@ -167,7 +99,7 @@ class Decoder:
         self._names = {t.name for t in checkpoint.info.tensors}
 
     def embed(self, rows: NDArray[np.int32]) -> Tensor:
-        """Token rows [n_rows, ctx] -> hidden states."""
+        """The hidden states of token rows [n_rows, ctx] before the first layer."""
         table = self.checkpoint.tensor("token_embd.weight")
         if rows.min() < 0 or rows.max() >= table.shape[0]:
             raise SourceError(f"a token id is outside the model's vocabulary of {table.shape[0]}")
@@ -180,7 +112,7 @@ class Decoder:
     def attention_block(
         self, layer: int, seen: Callable[[Tensor, Tensor], None] | None = None
     ) -> Callable[[Tensor], None]:
-        """attention() of `layer` with its weights, read now; `seen` as in attention_added."""
+        """attention() of `layer` as a function; its weights are read now. `seen` as in attention_added."""
         added = self.attention_added(layer, seen=seen)
 
         @torch.inference_mode()
@@ -196,10 +128,13 @@ class Decoder:
         matrices: Mapping[str, Tensor] | None = None,
         seen: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Callable[[Tensor], Tensor]:
-        """What the attention block of `layer` adds to a few rows of hidden states; differentiable.
+        """A function that returns what the attention block of `layer` adds to a few rows of hidden states. It
+        is differentiable; the weights are read now.
 
-        `matrices` by part (ATTENTION) are used instead of the model's; `seen` gets the input of q, k and v
-        and that of the output matrix.
+        Args:
+            layer: number of the layer.
+            matrices: by part (ATTENTION), used instead of the model's matrices.
+            seen: called with the input of q, k and v and the input of the output matrix.
         """
         norm = self._tensor(f"blk.{layer}.attn_norm.weight")
         linears = (self._linear(f"blk.{layer}.attn_{part}", (matrices or {}).get(part)) for part in ATTENTION)
@@ -225,32 +160,53 @@ class Decoder:
         return added
 
     def attention_matrix(self, layer: int, part: str) -> Tensor:
-        """One matrix of the attention block, `part` of ATTENTION: [outputs, inputs]."""
+        """One matrix [outputs, inputs] of the attention block; `part` is one of ATTENTION."""
         return self._tensor(f"blk.{layer}.attn_{part}.weight")
 
-    def route(self, layer: int, hidden: Tensor) -> Routing:
-        """Router of `layer` for `hidden` [N, n_embd] as it is after attention (not normalised yet)."""
+    def route(self, layer: int, hidden: Tensor) -> RouterOutput:
+        """The output of the router of `layer` for `hidden` [N, n_embd] as it is after attention, not
+        normalised.
+        """
         return self.router(layer)(hidden)
 
-    def router(self, layer: int) -> Callable[[Tensor], Routing]:
-        """route() of `layer` with its weights, read now; differentiable (the choice is constant)."""
+    def router(self, layer: int) -> Callable[[Tensor], RouterOutput]:
+        """route() of `layer` as a function; its weights are read now. It is differentiable; the choice of
+        experts is constant.
+        """
         norm, matrix = self.ffn_norm(layer), self._tensor(f"blk.{layer}.ffn_gate_inp.weight")
 
-        def route(hidden: Tensor) -> Routing:
+        def route(hidden: Tensor) -> RouterOutput:
             logits = torch.cat([self.norm(part, norm) @ matrix.T for part in torch.split(hidden, CHUNK)])
             all_probs = torch.softmax(logits, dim=-1)
             probs, experts = torch.topk(all_probs, self.shape.n_used, dim=-1)
-            return Routing(experts, probs, self.weights(probs), all_probs)
+            return RouterOutput(experts, probs, self.weights(probs), all_probs)
 
         return route
 
     def weights(self, probs: Tensor) -> Tensor:
-        """Routing weights [N, K] of the chosen experts' probabilities (0: a dropped one)."""
+        """Routing weights [N, K] of chosen experts with these probabilities; 0 means a dropped expert."""
         if self.shape.architecture.renormalise:
             probs = probs / probs.sum(-1, keepdim=True).clamp_(min=MIN_WEIGHT_SUM)
         return probs * self.shape.weight_scale
 
+    def nearest_tokens(
+        self, output: RouterOutput, expert: int, count: int, excluded: Tensor | None = None
+    ) -> RoutedTokens:
+        """Up to `count` tokens that are not routed to `expert` but come nearest to it, by its probability.
+
+        Their weights are what the runtime would compute if the expert took the place of the last one that the
+        token uses. `excluded` [N] bool marks tokens that are left out.
+        """
+        probs = output.all_probs[:, expert].clone()
+        probs[output.tokens_of(expert).index] = -1
+        if excluded is not None:
+            probs[excluded] = -1
+        probs, index = torch.topk(probs, min(count, int((probs >= 0).sum())))
+        chosen = torch.cat([output.probs[index, :-1], probs[:, None]], dim=1)
+        return RoutedTokens(index, probs, self.weights(chosen)[:, -1])
+
     def ffn_norm(self, layer: int) -> Tensor:
+        """Weight [n_embd] of the norm before the feed-forward block."""
         return self._tensor(f"blk.{layer}.ffn_norm.weight")
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -258,12 +214,14 @@ class Decoder:
         return F.rms_norm(x, (x.shape[-1],), weight, self.shape.eps)
 
     def expert(self, layer: int, expert: int) -> Expert:
-        """Weights of one expert, read now."""
+        """The matrices of one expert, read now."""
         return Expert(*(_aligned(self.checkpoint.expert(layer, p, expert)) for p in PROJECTIONS))
 
     def unrouted(self, layer: int) -> Callable[[Tensor], Tensor]:
-        """What the MoE block of `layer` adds to `hidden` [N, n_embd] whatever the router says, weights read
-        now: the shared expert times its own gate where the model has one, else zeros. Differentiable.
+        """A function that returns what the MoE block of `layer` adds to `hidden` [N, n_embd] independently of
+        the
+        router: the output of the shared expert times its own gate where the model has one, else zeros. It is
+        differentiable; the weights are read now.
         """
         prefix = f"blk.{layer}.ffn_"
         if f"{prefix}gate_inp_shexp.weight" not in self._names:
@@ -282,22 +240,22 @@ class Decoder:
     def feed_forward(self, layer: int, hidden: Tensor) -> None:
         """Add the MoE block of `layer` to `hidden`, in place, without collecting anything."""
         flat = hidden.flatten(0, 1)
-        routing, norm, added = self.route(layer, flat), self.ffn_norm(layer), self.unrouted(layer)(flat)
+        output, norm, added = self.route(layer, flat), self.ffn_norm(layer), self.unrouted(layer)(flat)
         for number in range(self.shape.n_expert):
-            tokens, slots = torch.nonzero(routing.experts == number, as_tuple=True)
-            expert = self.expert(layer, number)
-            for part in torch.split(torch.arange(len(tokens)), CHUNK):
-                y = expert.hidden(self.norm(flat[tokens[part]], norm)) @ expert.down.T
-                added.index_add_(0, tokens[part], y * routing.weights[tokens[part], slots[part], None])
+            tokens, expert = output.tokens_of(number), self.expert(layer, number)
+            parts = zip(torch.split(tokens.index, CHUNK), torch.split(tokens.weights, CHUNK), strict=True)
+            for index, weights in parts:
+                y = expert.hidden(self.norm(flat[index], norm)) @ expert.down.T
+                added.index_add_(0, index, y * weights[:, None])
         flat += added
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and output matrix: [..., n_vocab]."""
+        """Logits [..., n_vocab]: final norm and output matrix."""
         return self.output()(hidden)
 
     def output(self) -> Callable[[Tensor], Tensor]:
-        """logits() with its weights, read now. The output matrix may be tied to the embeddings."""
+        """logits() as a function; its weights are read now. The output matrix may be the embeddings."""
         name = "output.weight" if "output.weight" in self._names else "token_embd.weight"
         norm, matrix = self._tensor("output_norm.weight"), self._tensor(name)
         return lambda hidden: self.norm(hidden, norm) @ matrix.T
@@ -313,15 +271,17 @@ class Decoder:
         return weight, self._optional(f"{name}.bias")
 
     def _heads(self, x: Tensor, norm: Tensor | None = None) -> Tensor:
-        """[rows, ctx, heads * head_dim] -> [rows, heads, ctx, head_dim]; normalised over each head, or over
-        all together, by the length of `norm`.
+        """[rows, ctx, heads * head_dim] -> [rows, heads, ctx, head_dim], normalised over each head or over
+        all heads together, depending on the length of `norm`.
         """
         if norm is not None:
             x = self.norm(x.view(*x.shape[:2], -1, len(norm)), norm).flatten(-2)
         return x.view(*x.shape[:2], -1, self.shape.head_dim).transpose(1, 2)
 
     def _rotation(self, ctx: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [ctx, head_dim / 2]; in float64 first, positions times small frequencies lose bits."""
+        """cos and sin [ctx, head_dim / 2]; computed in float64, as positions times small frequencies lose
+        bits.
+        """
         half = torch.arange(0, self.shape.head_dim, 2, dtype=torch.float64) / self.shape.head_dim
         frequency = self.shape.rope_base**-half * self.shape.rope_scale
         if "rope_freqs.weight" in self._names:
@@ -331,8 +291,8 @@ class Decoder:
 
 
 def _aligned(array: NDArray[np.float32]) -> Tensor:
-    """The array as a tensor on a 64-byte boundary: elsewhere the last bits of a product depend on where it
-    lies.
+    """The array as a tensor on a 64-byte boundary; elsewhere the last bits of a product depend on the
+    address.
     """
     tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
@@ -343,7 +303,7 @@ def _apply(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, neox: bool) -> Tensor:
-    """Rotary embedding of the pairs (i, i + d/2), or of neighbours (2i, 2i + 1): for these the converter
+    """Rotary embedding of the pairs (i, i + d/2), or of the pairs (2i, 2i + 1), for which the converter
     permutes Q and K.
     """
     first, second = x.chunk(2, dim=-1) if neox else (x[..., 0::2], x[..., 1::2])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import PROJECTIONS, Calibration
-from mc_gguf.calibrate.calibrator import Options, calibrate, calibrate_to_file, measured_types
-from mc_gguf.calibrate.losses import NOMINAL, nominal_errors
+from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Calibration
+from mc_gguf.calibrate.calibrator import calibrate, calibrate_to_file
+from mc_gguf.calibrate.expert_errors import nominal_errors
+from mc_gguf.calibrate.options import CalibrationOptions, measured_types
+from mc_gguf.calibrate.state import state_bytes
 from mc_gguf.common.errors import McError, SourceError
+from mc_gguf.common.workdir import Workdir, workdir_path
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.ggml.types import CANDIDATES, FALLBACKS
 from mc_gguf.source.text import Corpus
@@ -32,29 +36,6 @@ from tests.support.small_models import MemoryCheckpoint, random_mixtral
 pytestmark = pytest.mark.native
 
 TYPES = ("IQ4_NL", "Q5_0", "Q8_0")
-ARRAYS = (
-    "frequency",
-    "routing_weight",
-    "sq_error",
-    "output_sq",
-    "imatrix_in",
-    "imatrix_mid",
-    "ratio_quantiles",
-    "routing_sensitivity",
-    "routing_curve",
-    "nominal_error",
-    "relative_error",
-    "weight_error",
-    "hessian_trace",
-    "kld_per_error",
-    "block_score",
-    "hidden_max",
-    "hidden_median",
-    "down_max",
-    "attention_error",
-    "attention_in",
-    "attention_mid",
-)
 
 
 def corpus(n_rows: int = 6, ctx: int = 32, n_vocab: int = 96) -> Corpus:
@@ -65,7 +46,9 @@ def corpus(n_rows: int = 6, ctx: int = 32, n_vocab: int = 96) -> Corpus:
 @cache
 def case() -> tuple[Any, Calibration]:
     model = random_mixtral()
-    return model, calibrate(MemoryCheckpoint(model), corpus(), Options(types=TYPES, threads=2), quiet=True)
+    return model, calibrate(
+        MemoryCheckpoint(model), corpus(), CalibrationOptions(types=TYPES, threads=2), quiet=True
+    )
 
 
 @cache
@@ -133,7 +116,7 @@ def test_errors_are_those_of_the_whole_block(layer: int, expert: int, projection
         "up": block.experts.gate_up_proj.data[expert, 96:],
         "down": block.experts.down_proj.data[expert],
     }[projection]
-    imatrix = (calibration.imatrix_mid if projection == "down" else calibration.imatrix_in)[layer, expert]
+    imatrix = calibration.imatrix(layer, projection, expert)
     with torch.inference_mode():
         before = _tensor(block(x))
         data = quantize_rows(weights.float().numpy(), TYPES[kind], imatrix, 1)
@@ -169,8 +152,8 @@ def test_errors_of_attention_are_those_of_the_whole_block(layer: int, part: str)
     states = list[torch.Tensor]()
     block = model.model.layers[layer]
     handles.append(block.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])))
-    table = calibration.attention_mid if part == "output" else calibration.attention_in
-    data = quantize_rows(weight.numpy(), "IQ4_NL", table[layer], 1)
+    imatrix = calibration.attention_imatrix(layer, part)
+    data = quantize_rows(weight.numpy(), "IQ4_NL", imatrix, 1)
     weight.copy_(torch.from_numpy(dequantize_rows(data, "IQ4_NL", weight.shape[1], weight.shape[0])))
     with torch.inference_mode():
         for one in (model, changed):
@@ -183,7 +166,7 @@ def test_errors_of_attention_are_those_of_the_whole_block(layer: int, part: str)
     found = calibration.attention_error[layer, ["q", "k", "v", "output"].index(part), 0]
     assert found == pytest.approx(float(expected), rel=5e-3)
     if part != "output":
-        assert table[layer] == pytest.approx(inputs.square().mean((0, 1)).numpy(), rel=1e-3)
+        assert imatrix == pytest.approx(inputs.square().mean((0, 1)).numpy(), rel=1e-3)
 
 
 def _tensor(output: Any) -> torch.Tensor:
@@ -193,7 +176,10 @@ def _tensor(output: Any) -> torch.Tensor:
 def test_sampling_tokens_scales_to_all_of_them() -> None:
     model, exact = case()
     sampled = calibrate(
-        MemoryCheckpoint(model), corpus(), Options(types=TYPES, max_tokens=40, threads=2), quiet=True
+        MemoryCheckpoint(model),
+        corpus(),
+        CalibrationOptions(types=TYPES, max_tokens=40, threads=2),
+        quiet=True,
     )
     assert (sampled.output_sq == exact.output_sq).all()
     assert sampled.sq_error.sum() == pytest.approx(exact.sq_error.sum(), rel=0.1)
@@ -203,7 +189,7 @@ def test_sampling_tokens_scales_to_all_of_them() -> None:
 def test_the_file_carries_model_types_and_text(tmp_path: Path) -> None:
     model, expected = case()
     checkpoint, output = MemoryCheckpoint(model), tmp_path / "calib.safetensors"
-    calibrate_to_file(checkpoint, corpus(), output, Options(types=TYPES, threads=2), quiet=True)
+    calibrate_to_file(checkpoint, corpus(), output, CalibrationOptions(types=TYPES, threads=2), quiet=True)
     loaded = Calibration.load(output)
     assert_equal(loaded, expected)
     assert (loaded.model, loaded.types, loaded.layers) == (checkpoint.info, TYPES, (0, 1))
@@ -212,11 +198,18 @@ def test_the_file_carries_model_types_and_text(tmp_path: Path) -> None:
 
 
 def assert_equal(one: Calibration, other: Calibration) -> None:
-    for name in ARRAYS:
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+    assert set(one.statistics) == set(other.statistics) == {line.name for line in Calibration.table()}
+    for name, array in one.statistics.items():
+        np.testing.assert_array_equal(array, other.statistics[name], err_msg=name)
 
 
-STATE_AFTER_ONE = [*(f"branches-1/{i}.npy" for i in range(3)), "hidden-1.npy", "stats.safetensors"]
+STATE_AFTER_ONE = [
+    *(f"branches-1/{i}.npy" for i in range(3)),
+    "hidden-1.npy",
+    "identity.json",
+    "lock",
+    "stats.safetensors",
+]
 
 
 def files(folder: Path) -> list[str]:
@@ -234,7 +227,7 @@ class Interrupted(MemoryCheckpoint):
 
 def test_interrupt_leaves_only_what_resume_needs(tmp_path: Path) -> None:
     model, expected = case()
-    output, options = tmp_path / "calib.safetensors", Options(types=TYPES, threads=2)
+    output, options = tmp_path / "calib.safetensors", CalibrationOptions(types=TYPES, threads=2)
     with pytest.raises(KeyboardInterrupt):
         calibrate_to_file(Interrupted(model), corpus(), output, options, quiet=True)
     partial = tmp_path / ".calib.safetensors.partial"
@@ -253,7 +246,11 @@ def test_a_failure_in_the_first_layer_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(SourceError):
         calibrate_to_file(
-            Failing(case()[0]), corpus(), tmp_path / "calib", Options(types=TYPES, threads=1), quiet=True
+            Failing(case()[0]),
+            corpus(),
+            tmp_path / "calib",
+            CalibrationOptions(types=TYPES, threads=1),
+            quiet=True,
         )
     assert not list(tmp_path.iterdir())
 
@@ -264,13 +261,13 @@ def test_a_kill_between_two_layers_loses_at_most_one(
 ) -> None:
     """The state as it is when `last` is the last thing of the second layer that was written."""
     model, expected = case()
-    output, options = tmp_path / "calib.safetensors", Options(types=TYPES, threads=2)
+    output, options = tmp_path / "calib.safetensors", CalibrationOptions(types=TYPES, threads=2)
     partial, seen = tmp_path / ".calib.safetensors.partial", tmp_path / "seen"
 
     def watched(function: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
         def watching(source: Any, target: Any) -> None:
             function(source, target)
-            if Path(target).relative_to(partial) == Path(last) and (partial / "branches-2").exists():
+            if Path(target) == partial / last and (partial / "branches-2").exists():
                 shutil.copytree(partial, seen)
 
         return watching
@@ -278,8 +275,8 @@ def test_a_kill_between_two_layers_loses_at_most_one(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", watched(Path.replace))
         patch.setattr(Path, "rename", watched(Path.rename))
-        calibrate(MemoryCheckpoint(model), corpus(), options, partial, quiet=True)
-    shutil.rmtree(partial)
+        calibrate_to_file(MemoryCheckpoint(model), corpus(), output, options, quiet=True)
+    output.unlink()
     seen.rename(partial)
     assert {"branches-1/0.npy", "branches-2/4.npy", "hidden-1.npy"} <= set(files(partial))
     checkpoint = MemoryCheckpoint(model)
@@ -296,8 +293,8 @@ class Killed(MemoryCheckpoint):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().expert(layer, projection, expert)
 
-calibrate_to_file(Killed(random_mixtral()), corpus(), Path(sys.argv[1]), Options(types=TYPES, threads=2),
-quiet=True)
+options = CalibrationOptions(types=TYPES, threads=2)
+calibrate_to_file(Killed(random_mixtral()), corpus(), Path(sys.argv[1]), options, quiet=True)
 """
 
 
@@ -317,7 +314,9 @@ def test_killed_run_continues_bit_for_bit(tmp_path: Path) -> None:
     left = [f"working/{name}.npy" for name in ("0", "1", "2", "added-0", "added-1", "added-2")]
     assert files(tmp_path / ".calib.safetensors.partial") == STATE_AFTER_ONE + left
     checkpoint = MemoryCheckpoint(model)
-    resumed = calibrate_to_file(checkpoint, corpus(), output, Options(types=TYPES, threads=2), quiet=True)
+    resumed = calibrate_to_file(
+        checkpoint, corpus(), output, CalibrationOptions(types=TYPES, threads=2), quiet=True
+    )
     assert checkpoint.n_reads == 5 * 3
     assert_equal(resumed, expected)
 
@@ -329,7 +328,7 @@ def test_a_state_of_something_else_is_not_continued(
     tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, _ = case()
-    output, options = tmp_path / "calib.safetensors", Options(types=TYPES, threads=2)
+    output, options = tmp_path / "calib.safetensors", CalibrationOptions(types=TYPES, threads=2)
     with pytest.raises(KeyboardInterrupt):
         calibrate_to_file(Interrupted(model), corpus(), output, options, quiet=True)
     text = replace(corpus(), sha256="1" * 64) if change == "text" else corpus()
@@ -348,6 +347,41 @@ def test_a_state_of_something_else_is_not_continued(
         calibrate_to_file(checkpoint, text, output, options, resume=change != "no resume", quiet=True)
     assert checkpoint.n_reads == 2 * 5 * 3
     assert ("starting anew" in caplog.text) == (change != "no resume")
+    assert ("made with another seed" in caplog.text) == (change == "seed")
+
+
+def test_the_disk_is_measured_and_the_lock_taken_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, output = MemoryCheckpoint(case()[0]), tmp_path / "new" / "calib"
+    options = CalibrationOptions(types=TYPES, threads=1)
+    with Workdir(output, {}), pytest.raises(McError, match=r"another process .* is writing .*calib"):
+        calibrate_to_file(checkpoint, corpus(), output, options, quiet=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(McError, match="has 1000 B free, but making calib takes"):
+        calibrate_to_file(checkpoint, corpus(), output, options, quiet=True)
+    assert checkpoint.n_reads == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_state_takes_no_more_than_was_asked_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured whenever a file of a state is complete; headers of files and the statistics are small."""
+    output, options = tmp_path / "calib", CalibrationOptions(types=TYPES, threads=1)
+    checkpoint, largest = MemoryCheckpoint(case()[0]), [0]
+    replace_file = Path.replace
+
+    def measured(self: Path, target: Path) -> Path:
+        found = replace_file(self, target)
+        states = (p.stat().st_size for p in workdir_path(output).rglob("*.npy"))
+        largest[0] = max(largest[0], sum(states))
+        return found
+
+    monkeypatch.setattr(Path, "replace", measured)
+    calibrate_to_file(checkpoint, corpus(), output, options, quiet=True)
+    promised = state_bytes(checkpoint.info, corpus().rows, options.sensitivity_tokens)
+    assert 0.3 * promised < largest[0] <= promised + 128 * 20
 
 
 class Unrouted(MemoryCheckpoint):
@@ -365,7 +399,7 @@ class Unrouted(MemoryCheckpoint):
 def test_an_unrouted_expert_counts_as_if_one_token_had_come(caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = Unrouted(random_mixtral(num_local_experts=7))
     with caplog.at_level(logging.WARNING):
-        calibration = calibrate(checkpoint, corpus(), Options(types=TYPES, threads=2), quiet=True)
+        calibration = calibrate(checkpoint, corpus(), CalibrationOptions(types=TYPES, threads=2), quiet=True)
     assert (calibration.frequency[:, 6] == 0).all()
     assert (calibration.imatrix_in[:, 6] == 0).all()
     assert (calibration.output_sq[:, 6] == 0).all()
@@ -390,11 +424,11 @@ def test_the_measured_types_depend_on_the_row_length() -> None:
 
 def test_nominal_errors_take_the_nearest_larger_type() -> None:
     errors = np.arange(1, 4, dtype=np.float64).reshape(1, 1, 1, 3).repeat(3, axis=2) ** 2 / 3
-    assert np.allclose(nominal_errors(errors, NOMINAL), [[[1, 2, 3]]])
+    assert np.allclose(nominal_errors(errors, NOMINAL_TYPES), [[[1, 2, 3]]])
     assert np.allclose(nominal_errors(errors, ("IQ1_M", "IQ2_S", "Q8_0")), [[[1, 2, 3]]])
     assert np.allclose(nominal_errors(errors, ("IQ1_S", "IQ1_M", "IQ2_XXS")), [[[1, 3, 3]]])
     errors[0, 0, 2, 0] = np.inf
-    assert np.allclose(nominal_errors(errors, NOMINAL) ** 2, [[[2 / 3 + 4 / 3, 4, 9]]])
+    assert np.allclose(nominal_errors(errors, NOMINAL_TYPES) ** 2, [[[2 / 3 + 4 / 3, 4, 9]]])
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
@@ -403,7 +437,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
             return super().tensor(name) * (np.nan if name == "blk.1.attn_output.weight" else 1)
 
     with pytest.raises(SourceError, match="layer 1 gives values that are not finite"):
-        calibrate(Damaged(random_mixtral()), corpus(), Options(types=TYPES, threads=2), quiet=True)
+        calibrate(Damaged(random_mixtral()), corpus(), CalibrationOptions(types=TYPES, threads=2), quiet=True)
 
 
 def test_models_with_dense_layers_are_refused() -> None:

@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from torch.profiler import ProfilerActivity, profile
 
 from mc_gguf.artifacts import Calibration
-from mc_gguf.calibrate.calibrator import Options, calibrate
+from mc_gguf.calibrate.calibrator import calibrate
+from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.calibrate.sensitivity import SENSITIVITY_TOKENS, branch_rows
-from mc_gguf.calibrate.state import N_QUANTILES
+from mc_gguf.calibrate.statistics import N_QUANTILES
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.source import open_checkpoint
 from mc_gguf.source.text import Corpus, load_corpus
+from tests.support import TINY
 from tests.support.moe_directories import CONFIGS, random_moe, save_moe
-from tests.support.small_models import TINY, MemoryCheckpoint, random_mixtral, tiny_mixtral
+from tests.support.small_models import MemoryCheckpoint, random_mixtral, tiny_mixtral
 
 pytestmark = pytest.mark.native
 MIDDLE = N_QUANTILES // 2
@@ -35,7 +37,7 @@ def case(name: str) -> tuple[Any, NDArray[np.int32], Calibration]:
     """The bundled model on its text (top-2), or a random one: top-3, or of another architecture and top-8;
     model, rows and calibration.
     """
-    options = Options(types=("Q8_0",), max_rows=8, max_tokens=8, threads=2)
+    options = CalibrationOptions(types=("Q8_0",), max_rows=8, max_tokens=8, threads=2)
     if name in CONFIGS:
         model = random_moe(name)
         rows = np.random.default_rng(7).integers(0, 4096, (6, 32)).astype(np.int32)
@@ -194,7 +196,7 @@ def test_one_expert_a_token_has_nothing_to_drop() -> None:
     rows = np.random.default_rng(7).integers(0, 96, (2, 32)).astype(np.int32)
     text = Corpus(rows, ("random",), "0" * 64, rows.size, 0)
     checkpoint = MemoryCheckpoint(random_mixtral(num_experts_per_tok=1))
-    calibration = calibrate(checkpoint, text, Options(types=("Q8_0",), threads=2), quiet=True)
+    calibration = calibrate(checkpoint, text, CalibrationOptions(types=("Q8_0",), threads=2), quiet=True)
     assert (calibration.routing_sensitivity == 0).all()
     assert RoutingProfile.of(calibration).n_rank == 1
 
@@ -222,7 +224,7 @@ def peak_bytes(n_layer: int) -> int:
     # Small weights: whether torch or numpy holds what is read depends on where it happens to lie.
     sizes = {"num_hidden_layers": n_layer, "hidden_size": N_EMBD, "intermediate_size": 32, "head_dim": 8}
     checkpoint = MemoryCheckpoint(random_mixtral(**sizes))
-    options = Options(types=("Q8_0",), max_rows=8, max_tokens=8, threads=1)
+    options = CalibrationOptions(types=("Q8_0",), max_rows=8, max_tokens=8, threads=1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         calibrate(checkpoint, text, options, quiet=True)
     assert profiler.profiler is not None
@@ -252,7 +254,7 @@ def test_every_weight_is_read_as_often_for_many_branches_as_for_few() -> None:
     rows = np.random.default_rng(7).integers(0, 96, (2, 32)).astype(np.int32)
     text = Corpus(rows, ("random",), "0" * 64, rows.size, 0)
     checkpoint = Counting(random_mixtral(num_hidden_layers=6))
-    calibrate(checkpoint, text, Options(types=("Q8_0",), max_rows=8, threads=1), quiet=True)
+    calibrate(checkpoint, text, CalibrationOptions(types=("Q8_0",), max_rows=8, threads=1), quiet=True)
     assert checkpoint.n_reads == 6 * 5 * 3
     for part in ("attn_norm", "attn_q", "attn_output", "ffn_gate_inp", "ffn_norm"):
         assert len({reads[f"blk.{layer}.{part}.weight"] for layer in range(6)}) == 1

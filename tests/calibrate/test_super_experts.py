@@ -1,6 +1,6 @@
-from __future__ import annotations
+"""Super experts: which experts are found by their extreme activations."""
 
-from dataclasses import replace
+from __future__ import annotations
 
 import numpy as np
 
@@ -23,17 +23,17 @@ def test_an_outlier_counts_only_where_hidden_states_are_massive() -> None:
     source = calibration()
     down = np.ones((6, 8))
     down[2, 5] = 300.0
-    source = replace(source, down_max=down)
+    source = source.with_statistics(down_max=down)
     assert super_experts(source) == ()
     largest = np.full(6, 10.0)
     largest[3] = 2000.0
-    assert super_experts(replace(source, hidden_max=largest)) == ()
+    assert super_experts(source.with_statistics(hidden_max=largest)) == ()
     largest[2] = 2000.0
-    (found,) = super_experts(replace(source, hidden_max=largest))
+    (found,) = super_experts(source.with_statistics(hidden_max=largest))
     assert (found.layer, found.expert, found.down_max, found.massive) == (2, 5, 300.0, True)
     assert str(found).startswith("layer 2 expert 5 (massive activations, down output up to 300; error")
 
 
 def test_layers_at_rest_have_none() -> None:
     source = calibration()
-    assert super_experts(replace(source, nominal_error=np.zeros((6, 8, 3)))) == ()
+    assert super_experts(source.with_statistics(nominal_error=np.zeros((6, 8, 3)))) == ()

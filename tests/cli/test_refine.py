@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mc_gguf.artifacts import Plan
-from mc_gguf.calibrate.calibrator import Options, calibrate
+from mc_gguf.calibrate.calibrator import calibrate
+from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.cli import main
 from mc_gguf.plan import Budget
 from mc_gguf.plan import plan as make_plan
@@ -29,7 +30,7 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = open_checkpoint(tiny_model)
     text = load_corpus(checkpoint, tokens=2048, ctx=128)
     calibration = calibrate(
-        checkpoint, text, Options(types=TYPES, max_rows=32, max_tokens=128, threads=1), quiet=True
+        checkpoint, text, CalibrationOptions(types=TYPES, max_rows=32, max_tokens=128, threads=1), quiet=True
     )
     saved = calibration.save(folder / "calib.safetensors")
     make_plan(saved, Budget(bpw=3.3), strategy="inverted").save(folder / "plan.json")
@@ -103,8 +104,8 @@ def test_what_does_not_belong_together_is_refused(tiny_model: Path, folder: Path
     assert result.exit_code == 1
     assert "was not made from a calibration of this source" in result.stderr
     for option, value, message in (
-        ("--time", "soon", "is not a duration"),
-        ("--memory", "much", "is not a size"),
+        ("--time", "soon", "Error: --time: 'soon' is not a duration"),
+        ("--memory", "much", "Error: --memory: 'much' is not a size"),
         ("--tokens", "256", "too few to compare"),
     ):
         result = run(tiny_model, folder, tmp_path / "r.json", option, value)

@@ -17,7 +17,7 @@ from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.progress import Progress
 from mc_gguf.compensate.bank import Bank
 from mc_gguf.compensate.experts import Wanted, calibration_text, compensate, open_bank
-from mc_gguf.compensate.hessian import Collector, Tokens, held_out_tokens, run_expert
+from mc_gguf.compensate.hessian import Collector, HessianTokens, held_out_tokens, run_expert
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.source import Checkpoint, open_checkpoint
 from mc_gguf.source.decoder import Decoder
@@ -46,7 +46,10 @@ def calibration(source: Checkpoint, corpus: Corpus) -> Calibration:
     ones = [np.ones((*shape, n), dtype=np.float32) for n in (info.n_embd, info.n_ff)]
     blank = Calibration.blank(info)
     return replace(
-        blank, imatrix_in=ones[0], imatrix_mid=ones[1], fingerprint="1" * 64, corpus=corpus.to_json()
+        blank,
+        statistics={"imatrix_in": ones[0], "imatrix_mid": ones[1]},
+        fingerprint="1" * 64,
+        corpus=corpus.to_json(),
     )
 
 
@@ -94,12 +97,12 @@ def test_killed_resumed_and_threads_give_the_same_bytes(
     outcome = compensate(source, calibration, wanted, corpus, whole, 2)
     assert outcome.compensated + outcome.plain == 12
     assert np.median(outcome.ratios) < 0.8
-    assert not list(whole.folder.glob("hidden*"))
-    parts = open_bank(tmp_path / "b", calibration)
+    parts, states = open_bank(tmp_path / "b", calibration), tmp_path / "states"
     with pytest.raises(Killed):
-        compensate(source, calibration, wanted, corpus, parts, 1, Bomb(9))
-    assert [path.name for path in parts.folder.glob("hidden*")] == ["hidden-2.npy"]
-    outcome = compensate(source, calibration, wanted, corpus, parts, 1)
+        compensate(source, calibration, wanted, corpus, parts, 1, Bomb(9), states=states)
+    assert [path.name for path in states.iterdir()] == ["hidden-2.npy"]
+    outcome = compensate(source, calibration, wanted, corpus, parts, 1, states=states)
+    assert not states.exists()
     assert outcome.compensated + outcome.plain == 3
     assert contents(parts, wanted) == contents(whole, wanted)
     assert not compensate(source, calibration, wanted, corpus, parts, 1).ratios
@@ -110,16 +113,17 @@ def test_the_pass_is_the_decoders_forward(tmp_path: Path) -> None:
     source = open_checkpoint(save_moe(random_moe("Qwen2Moe", num_experts_per_tok=1), tmp_path / "hf"))
     corpus, info, decoder = load_corpus(source, tokens=64, ctx=32), source.info, Decoder(source)
     ones = [np.ones((2, info.n_expert, n), dtype=np.float32) for n in (info.n_embd, info.n_ff)]
-    flat = replace(Calibration.blank(info), imatrix_in=ones[0], imatrix_mid=ones[1], corpus=corpus.to_json())
-    bank = open_bank(tmp_path / "bank", flat)
+    statistics = {"imatrix_in": ones[0], "imatrix_mid": ones[1]}
+    flat = replace(Calibration.blank(info), statistics=statistics, corpus=corpus.to_json())
+    bank, states = open_bank(tmp_path / "bank", flat), tmp_path / "states"
     with pytest.raises(Killed):
-        compensate(source, flat, want("Q4_0", (1,), (0,)), corpus, bank, 1, Bomb(3))
+        compensate(source, flat, want("Q4_0", (1,), (0,)), corpus, bank, 1, Bomb(3), states=states)
     hidden = decoder.embed(corpus.rows)
     decoder.attention(0, hidden)
     reached = set(decoder.route(0, hidden.flatten(0, 1)).experts.flatten().tolist())
     assert len(reached) < info.n_expert
     decoder.feed_forward(0, hidden)
-    np.testing.assert_allclose(np.load(bank.folder / "hidden-1.npy"), hidden.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.load(states / "hidden-1.npy"), hidden.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_block_output_is_closer_on_other_text(
@@ -176,15 +180,15 @@ def test_forward_is_the_decoders_and_hessians_add_up(source: Checkpoint, corpus:
         assert int(held_out.sum()) == len(flat) // 8
         used = torch.nonzero(~held_out)[:, 0]
         for number in range(source.info.n_expert):
-            expert, tokens = decoder.expert(0, number), Tokens.of(routing, number, held_out)
-            more = tokens.enough(routing, number, 100_000, held_out)  # more than there are
+            expert, tokens = decoder.expert(0, number), HessianTokens.routed(routing, number, held_out)
+            more = HessianTokens.enough(decoder, routing, number, 100_000, held_out)  # more than there are
             assert len(set(more.index.tolist())) == len(more.index)
             assert set(more.index.tolist()) == set(tokens.index.tolist()) | set(used.tolist())
-            assert float(more.weight[more.n_routed :].max()) < 0.2
+            assert float(more.weights[more.n_routed :].max()) < 0.2
             collector = Collector(expert, True, True)
             run_expert(decoder, expert, flat, norm, more, added, collector)
             x = decoder.norm(flat[more.index], norm)
-            weighted = (expert.hidden(x) * more.weight[:, None]).double()
+            weighted = (expert.hidden(x) * more.weights[:, None]).double()
             inputs = collector.inputs(True)
             assert len(inputs.held_out) == min(int(tokens.held_out.sum()), 512) > 0
             assert inputs.n_tokens == len(used)
@@ -199,7 +203,7 @@ def test_another_text_is_refused(source: Checkpoint, calibration: Calibration, t
     np.testing.assert_array_equal(corpus.rows, load_corpus(source, tokens=TOKENS, ctx=CTX).rows)
     other = tmp_path / "other.txt"
     other.write_text("Another text. " * 20_000)
-    with pytest.raises(ArtifactError, match=r"give it with --text FILE, or use --no-compensate"):
+    with pytest.raises(ArtifactError, match=r"give that one, or do without error compensation"):
         calibration_text(source, calibration, (other,))
 
 
@@ -221,7 +225,7 @@ def test_command_line(tiny_model: Path, tmp_path: Path) -> None:
     plan = tmp_path / "m.plan.json"
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"m.gguf", "m.plan.json", "m.calib.safetensors", "text.txt"}
-    for name, options in (("a", ("--text", text)), ("b", ("--no-compensate",))):
+    for name, options in (("a", ("--calibration-text", text)), ("b", ("--no-compensate",))):
         run("quantize", tiny_model, plan, "-o", tmp_path / name, *options)
     assert (tmp_path / "a").read_bytes() == model.read_bytes()
     assert (tmp_path / "b").stat().st_size == model.stat().st_size
@@ -229,4 +233,4 @@ def test_command_line(tiny_model: Path, tmp_path: Path) -> None:
     assert Plan.load(plan).file_bytes == model.stat().st_size
     result = CliRunner().invoke(main, ["quantize", str(tiny_model), str(plan), "-o", str(tmp_path / "c")])
     assert result.exit_code == 1
-    assert "--no-compensate" in result.output
+    assert "Error: --calibration-text: the calibration was made from another text" in result.output

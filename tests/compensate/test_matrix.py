@@ -8,7 +8,13 @@ import torch
 from numpy.typing import NDArray
 
 from mc_gguf.common.errors import McError
-from mc_gguf.compensate.matrix import Options, damped, quantize_compensated, supports, upper_factor
+from mc_gguf.compensate.matrix import (
+    CompensationOptions,
+    damped,
+    quantize_compensated,
+    supports,
+    upper_factor,
+)
 from mc_gguf.compensate.products import add_squares, mirror
 from mc_gguf.ggml.compensation_library import Metric
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
@@ -75,7 +81,7 @@ def test_every_step_gains(name: str) -> None:
     h = damped(torch.from_numpy(hessian), 0.01).numpy()
     losses = [
         loss(weights, quantize_compensated(weights, name, hessian, importance, options), name, h)
-        for options in (Options(0.01, p, s, unbiased=False) for p, s in ((0, 0), (3, 0), (3, 2)))
+        for options in (CompensationOptions(0.01, p, s, unbiased=False) for p, s in ((0, 0), (3, 0), (3, 2)))
     ]
     assert losses[0] > losses[1] > losses[2]
 
@@ -88,7 +94,7 @@ def test_outputs_are_as_large_as_they_were(name: str) -> None:
     gains = []
     for unbiased in (False, True):
         blocks = quantize_compensated(
-            weights, name, hessian, importance, Options(damping=1e-6, unbiased=unbiased)
+            weights, name, hessian, importance, CompensationOptions(damping=1e-6, unbiased=unbiased)
         )
         outputs = x @ dequantize_rows(blocks, name, 512, 16).T
         gains.append((outputs * exact).sum(0) / (exact**2).sum(0))
@@ -141,7 +147,7 @@ def test_squares_add_up_and_are_symmetric() -> None:
 
 
 def test_narrow_rows_and_hessians_without_inputs() -> None:
-    """32 columns short of a super-block; an expert that nothing reached has a zero Hessian."""
+    """32 columns short of a super-block; inputs whose squares underflow make a zero Hessian."""
     weights = make_weights(5, 288)
     blocks = quantize_compensated(weights, "IQ4_NL", np.zeros((288, 288), dtype=np.float32), None)
     plain = quantize_rows(weights, "IQ4_NL", None, 1)
@@ -161,10 +167,10 @@ def test_rows_of_zeros_stay_zero() -> None:
 
 def test_errors_say_what_to_do() -> None:
     weights, eye = make_weights(2, 256), np.eye(256, dtype=np.float32)
-    with pytest.raises(McError, match="no-compensate"):
+    with pytest.raises(McError, match="do without it"):
         quantize_compensated(weights, "F16", eye, None)
     with pytest.raises(McError, match="positive definite"):
-        quantize_compensated(weights, "Q2_K", -eye, None, Options(damping=-2.0))
+        quantize_compensated(weights, "Q2_K", -eye, None, CompensationOptions(damping=-2.0))
     with pytest.raises(McError, match="Hessian is"):
         quantize_compensated(weights, "Q2_K", eye[:32, :32], None)
     with pytest.raises(McError, match="not finite"):

@@ -16,22 +16,14 @@ from mc_gguf.evaluate.evaluation import evaluate, perplexity
 from mc_gguf.evaluate.result import table
 from mc_gguf.evaluate.scorer import Scorer
 from mc_gguf.evaluate.text import Text
+from tests.support import WIKITEXT
 
-pytestmark = pytest.mark.native
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stored references go where the test can see them; the runtime stays where it is."""
-    from mc_gguf import runtime
-
-    monkeypatch.setenv("MC_GGUF_RUNTIME", str(runtime.require().path))
-    monkeypatch.setenv("MC_GGUF_CACHE", str(tmp_path / "cache"))
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("own_cache")]
 
 
 @pytest.fixture(scope="module")
-def text(repo_root: Path) -> Text:
-    whole = Text.read(repo_root / "tests" / "data" / "wikitext-2.test.txt")
+def text() -> Text:
+    whole = Text.read(WIKITEXT)
     return Text(whole.name, whole.content[:40_000])
 
 
@@ -136,12 +128,12 @@ def test_tokens_are_rounded_up_to_chunks_and_limited_by_the_text(tiny_gguf: Path
     assert (most.tokens, most.perplexity) == (everything.tokens, everything.perplexity)
     assert most.tokens % 127 == 0
     assert most.tokens > some.tokens
-    with pytest.raises(McError, match=r"only .* tokens to score: give a longer text"):
+    with pytest.raises(McError, match=r"only .* tokens to score: give a longer one"):
         perplexity(tiny_gguf, short.content.decode(), 256, 10**9, 1)
 
 
 def test_too_little_text(tiny_gguf: Path) -> None:
-    with pytest.raises(McError, match=r"text has \d+ tokens, 256 are needed: give a longer text"):
+    with pytest.raises(McError, match=r"text has \d+ tokens, but 256 are needed: give a longer text"):
         perplexity(tiny_gguf, "Once upon a time", n_ctx=256)
 
 
@@ -150,7 +142,7 @@ def test_a_longer_context_than_the_model_knows_is_warned_of(
 ) -> None:
     monkeypatch.setattr(Scorer, "n_ctx_train", 256)
     evaluate(tiny_gguf, [text], n_ctx=512, n_tokens=1, n_threads=1)
-    assert "warning: context 512, but tiny-bf16.gguf was trained on 256 tokens" in capsys.readouterr().err
+    assert "warning: the context is 512, but tiny-bf16.gguf was trained on 256" in capsys.readouterr().err
 
 
 def test_logits_that_are_no_numbers(tiny_gguf: Path, tmp_path: Path, text: Text) -> None:
@@ -162,9 +154,9 @@ def test_logits_that_are_no_numbers(tiny_gguf: Path, tmp_path: Path, text: Text)
     entry = read_header(tiny_gguf).tensors["output_norm.weight"]
     data[entry.offset : entry.offset + entry.n_bytes] = np.full(entry.n_bytes // 4, np.nan, "<f4").tobytes()
     broken.write_bytes(data)
-    with pytest.raises(McError, match=r"nan\.gguf gives logits that are no numbers in chunk 1"):
+    with pytest.raises(McError, match=r"nan\.gguf gives logits that are not numbers in chunk 1"):
         evaluate(broken, [text], n_tokens=1, n_threads=1)
-    with pytest.raises(McError, match="no numbers"):
+    with pytest.raises(McError, match="not numbers"):
         references(broken, [text], n_tokens=1, n_threads=1)
     assert stored(tmp_path) == []
 
@@ -228,7 +220,7 @@ def test_routing_is_counted_for_what_is_evaluated(tiny_gguf: Path, text: Text) -
 
 
 def test_as_many_references_as_texts(tiny_gguf: Path, text: Text) -> None:
-    with pytest.raises(McError, match="1 texts need as many references, not 0"):
+    with pytest.raises(McError, match="1 texts need as many references, but there are 0"):
         evaluate(tiny_gguf, [text], [])
 
 
@@ -239,12 +231,12 @@ def test_interrupted_or_without_space_nothing_is_left(
         raise KeyboardInterrupt
 
     with Scorer(tiny_gguf, 512, n_threads=1) as scorer, pytest.raises(KeyboardInterrupt):
-        scorer.store(scorer.cut(text, 600), tmp_path / "cache" / "r.logits", interrupt)
-    assert list((tmp_path / "cache").iterdir()) == []
+        scorer.store(scorer.cut(text, 600), tmp_path / "stored" / "r.logits", interrupt)
+    assert list((tmp_path / "stored").iterdir()) == []
 
     usage = type("Usage", (), {"free": 260 << 20})()
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    message = r"need 4\d\.\d+ MiB, but only 260\.00 MiB are free .*--tokens.*MC_GGUF_CACHE"
+    message = r"need 4\d\.\d+ MiB, but only 260\.00 MiB are free .*score fewer tokens.*MC_GGUF_CACHE"
     with pytest.raises(McError, match=message):
         references(tiny_gguf, [text], n_tokens=6000, n_threads=1)
     assert stored(tmp_path) == []

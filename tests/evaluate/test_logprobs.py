@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mc_gguf.evaluate import logprobs as kernels
+from mc_gguf.evaluate import logprobs
 from mc_gguf.evaluate.logprobs import by_blocks
 from mc_gguf.evaluate.result import statistics
 from mc_gguf.evaluate.scorer import Scores
@@ -27,14 +27,14 @@ def log_p(values: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def stored(base: NDArray[np.float32]) -> NDArray[np.uint16]:
-    rows = np.zeros((len(base), kernels.row_words(base.shape[1])), dtype=np.uint16)
-    kernels.encode(base, np.zeros(len(base), dtype=np.int32), rows)
+    rows = np.zeros((len(base), logprobs.row_words(base.shape[1])), dtype=np.uint16)
+    logprobs.encode(base, np.zeros(len(base), dtype=np.int32), rows)
     return rows
 
 
 @pytest.mark.parametrize(("n_vocab", "words"), [(4096, 4100), (33, 38), (1, 6)])
 def test_row_words(n_vocab: int, words: int) -> None:
-    assert kernels.row_words(n_vocab) == words
+    assert logprobs.row_words(n_vocab) == words
 
 
 def test_a_stored_row_by_hand() -> None:
@@ -49,7 +49,7 @@ def test_a_stored_row_by_hand() -> None:
 def test_rows_of_equal_logits() -> None:
     """Scale 0."""
     row = stored(np.zeros((1, 4), dtype=np.float32))
-    found = kernels.compare(np.zeros((1, 4), np.float32), np.array([2], np.int32), row)
+    found = logprobs.compare(np.zeros((1, 4), np.float32), np.array([2], np.int32), row)
     assert found[:, 0] == pytest.approx([np.log(4), np.log(4), 0, 1], abs=1e-6)
 
 
@@ -71,13 +71,13 @@ def test_compare_is_the_definition() -> None:
     targets = RNG.integers(0, base.shape[1], len(base)).astype(np.int32)
     p, q = log_p(base), log_p(mine)
     rows = np.arange(len(base))
-    found = kernels.compare(mine, targets, stored(base))
+    found = logprobs.compare(mine, targets, stored(base))
     assert found[0] == pytest.approx(-q[rows, targets], abs=1e-5)
     likely = p[rows, targets] > -16
     assert found[1][likely] == pytest.approx(-p[rows, targets][likely], abs=2e-4)
     assert found[2] == pytest.approx((np.exp(p) * (p - q)).sum(axis=1), abs=2e-5)
     assert (found[3] == (base.argmax(axis=1) == mine.argmax(axis=1))).all()
-    assert kernels.log_likelihood(mine, targets) == pytest.approx(found[0], abs=1e-5)
+    assert logprobs.log_likelihood(mine, targets) == pytest.approx(found[0], abs=1e-5)
 
 
 def test_storage_does_not_matter_at_small_divergences() -> None:
@@ -86,7 +86,7 @@ def test_storage_does_not_matter_at_small_divergences() -> None:
     mine = base + RNG.normal(0, 0.015, base.shape).astype(np.float32)
     p, q = log_p(base), log_p(mine)
     exact = (np.exp(p) * (p - q)).sum(axis=1)
-    found = kernels.compare(mine, np.zeros(len(base), np.int32), stored(base))[2]
+    found = logprobs.compare(mine, np.zeros(len(base), np.int32), stored(base))[2]
     assert 0.5e-4 < exact.mean() < 2e-4
     assert found.mean(dtype=np.float64) == pytest.approx(exact.mean(), abs=1e-7)
     assert (found - exact).std() < 2e-6
@@ -96,16 +96,16 @@ def test_improbable_reference_tokens_are_left_out() -> None:
     """Below -16 nats, also where the model rules a token out."""
     base = np.array([[0.0, 0.0, -20.0]], dtype=np.float32)
     mine = np.array([[0.0, 0.0, -np.inf]], dtype=np.float32)
-    assert kernels.compare(mine, np.array([0], np.int32), stored(base))[2] == pytest.approx(0, abs=1e-6)
+    assert logprobs.compare(mine, np.array([0], np.int32), stored(base))[2] == pytest.approx(0, abs=1e-6)
 
 
 def test_blocks_and_threads_change_nothing() -> None:
     base, mine = logits(50, 20_000), logits(50, 20_000)
     rows, targets = stored(base), np.arange(50, dtype=np.int32)
-    whole = kernels.compare(mine, targets, rows)
+    whole = logprobs.compare(mine, targets, rows)
     with ThreadPoolExecutor(2) as pool:
         for threads in (None, pool):
-            assert np.array_equal(by_blocks(kernels.compare, threads, mine, targets, rows), whole)
+            assert np.array_equal(by_blocks(logprobs.compare, threads, mine, targets, rows), whole)
 
 
 def test_statistics_by_hand() -> None:

@@ -23,6 +23,7 @@ from mc_gguf.evaluate.evaluation import evaluate
 from mc_gguf.evaluate.reference import MAGIC, Reference, file_size
 from mc_gguf.evaluate.scorer import Scorer
 from mc_gguf.evaluate.text import Text
+from tests.support import WIKITEXT
 
 pytestmark = pytest.mark.native
 
@@ -30,8 +31,8 @@ Q2_K = 10  # LLAMA_FTYPE_MOSTLY_Q2_K
 
 
 @pytest.fixture(scope="module")
-def wikitext(repo_root: Path) -> Text:
-    return Text.read(repo_root / "tests" / "data" / "wikitext-2.test.txt")
+def wikitext() -> Text:
+    return Text.read(WIKITEXT)
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +107,9 @@ def test_the_tools_file_serves_as_reference(
 
 def test_a_reference_that_does_not_fit(tiny_gguf: Path, written_by_the_tool: Path, wikitext: Text) -> None:
     stored = references(written_by_the_tool, [wikitext])
-    with pytest.raises(McError, match="made with a context of 8 tokens, not 16: give --ctx 8"):
+    with pytest.raises(McError, match="made with a context of 8 tokens, not 16: give the context 8"):
         evaluate(tiny_gguf, [wikitext], stored, n_ctx=16, n_threads=1)
-    with pytest.raises(McError, match="does not have the tokens that are stored in"):
+    with pytest.raises(McError, match=r"the tokens in .* are not those of"):
         evaluate(tiny_gguf, [Text("other", wikitext.content[500:])], stored, n_ctx=8, n_threads=1)
     with pytest.raises(McError, match="belongs to one text, but 2 are given"):
         references(written_by_the_tool, [wikitext, wikitext])

@@ -1,9 +1,22 @@
-from pathlib import Path
+"""The table of ggml types against llama.cpp's documentation and gguf-py."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
 from mc_gguf.common.errors import McError
-from mc_gguf.ggml.types import CANDIDATES, SIXTEEN_BIT, TYPES, ggml_type
+from mc_gguf.ggml.types import (
+    CANDIDATES,
+    FALLBACKS,
+    FILE_TYPE_GUESSED,
+    SIXTEEN_BIT,
+    TYPES,
+    TYPES_BY_ID,
+    ggml_type,
+)
+from mc_gguf.runtime import packages
 
 # Bits per weight as llama.cpp's documentation states them: a second source for block sizes and bytes.
 RATES = {
@@ -50,6 +63,23 @@ def test_what_needs_an_importance_matrix() -> None:
     assert needing == {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}
 
 
+def test_fallbacks_fit_rows_that_the_candidates_do_not() -> None:
+    assert all(TYPES[name].fits(288) for name in FALLBACKS)
+    assert not any(TYPES[name].fits(288) for name in CANDIDATES)
+
+
+def test_the_table_is_sorted_by_size() -> None:
+    """Everything that is derived from the table relies on its order."""
+    rates = [t.bpw for t in TYPES.values()]
+    assert rates == sorted(rates)
+
+
+def test_every_type_that_is_written_has_its_own_file_type() -> None:
+    found = [t.file_type for t in TYPES.values()]
+    assert len(set(found)) == len(found)
+    assert FILE_TYPE_GUESSED not in found
+
+
 def test_row_bytes_count_whole_blocks() -> None:
     assert TYPES["Q4_K"].row_bytes(512) == 288
     assert TYPES["Q8_0"].row_bytes(64) == 68
@@ -66,21 +96,25 @@ def test_a_type_is_found_in_any_case() -> None:
 
 
 def test_an_unknown_type_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(McError, match=r"unknown ggml type 'IQ9_Z'; known: F32, F16, .*IQ4_XS"):
+    with pytest.raises(McError, match=r"unknown ggml type 'IQ9_Z'; known: IQ1_S, IQ1_M, .*F32$"):
         ggml_type("IQ9_Z")
 
 
-def test_the_pinned_gguf_agrees() -> None:
-    """Against the second implementation in the pinned source, when it is here."""
-    from mc_gguf.common.errors import RuntimeBuildError
-    from mc_gguf.runtime import packages
+@pytest.fixture(scope="module")
+def gguf() -> Any:
+    """The second implementation, in the pinned source."""
+    return packages.load_gguf()
 
-    try:
-        source: Path = packages.source_dir()
-    except RuntimeBuildError:
-        pytest.skip("no pinned source; mc-gguf runtime build fetches it")
-    assert source.is_dir()
-    gguf = packages.load_gguf()
-    for name, t in TYPES.items():
-        kind = gguf.GGMLQuantizationType[name]
-        assert (int(kind), *gguf.GGML_QUANT_SIZES[kind]) == (t.id, t.block_size, t.block_bytes)
+
+@pytest.mark.native
+def test_the_pinned_gguf_has_the_same_types(gguf: Any) -> None:
+    sizes = {int(t): (t.name, *gguf.GGML_QUANT_SIZES[t]) for t in gguf.GGMLQuantizationType}
+    assert {i: (t.name, t.block_size, t.block_bytes) for i, t in TYPES_BY_ID.items()} == sizes
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("name", TYPES)
+def test_the_pinned_gguf_has_the_same_file_types(gguf: Any, name: str) -> None:
+    """llama_ftype names mixtures of k-quants (Q4_K_M, Q3_K_S) as well as types."""
+    found = gguf.LlamaFileType(TYPES[name].file_type).name
+    assert found in ("ALL_F32", f"MOSTLY_{name}", f"MOSTLY_{name}_M")

@@ -28,14 +28,14 @@ def source() -> Calibration:
     return with_attention(calibration(), TYPES)
 
 
-def size_of(calibrated: Calibration, fixed: FixedTypes = FixedTypes()) -> FileBytes:  # noqa: B008 - frozen
+def measure(calibrated: Calibration) -> FileBytes:
     assert calibrated.model is not None
-    return partial(file_bytes, calibrated.model, fixed=fixed)
+    return partial(file_bytes, calibrated.model)
 
 
 def made(calibrated: Calibration, size: int, attention: Any = (), **options: Any) -> Plan:
-    measure = size_of(calibrated, options.get("fixed", FixedTypes()))
-    return plan(calibrated, Budget(size_bytes=size), file_bytes=measure, attention=attention, **options)
+    of_file = measure(calibrated)
+    return plan(calibrated, Budget(size_bytes=size), file_bytes=of_file, attention=attention, **options)
 
 
 def weighed(calibrated: Calibration, found: Plan) -> float:
@@ -66,11 +66,11 @@ def divergence(calibrated: Calibration, found: Plan, compensated: float = 1.0) -
 def test_optimal_among_all_assignments(seed: int, tightness: float) -> None:
     own = calibration(1, 1, types=("IQ2_XXS", "Q4_K"), seed=seed)
     calibrated = with_attention(own, ("IQ3_XXS", "Q4_K", "Q8_0"), seed)
-    measure, every = size_of(calibrated), {}
+    every = {}
     for experts in itertools.product(calibrated.types, repeat=3):
         table = {p: ((name,),) for p, name in zip(PROJECTIONS, experts, strict=True)}
         for attention in itertools.product(calibrated.attention_types, repeat=4):
-            size = measure(table, fixed=FixedTypes(attention=(attention,)))
+            size = measure(calibrated)(table, FixedTypes(attention=(attention,)))
             every[experts, attention] = size, error_of(calibrated, experts, attention)
     smallest, largest = min(s for s, _ in every.values()), max(s for s, _ in every.values())
     limit = int(smallest + tightness * (largest - smallest))
@@ -148,7 +148,7 @@ def test_rows_of_odd_length_get_only_what_fits() -> None:
     calibrated.sq_error[...] = calibrated.relative_error[...] = 1.0
     found = made(calibrated, 4_982_368)
     assert set(itertools.chain(*found.fixed.attention)) == {"Q8_0"}
-    with pytest.raises(McError, match="can have none of Q4_K"):
+    with pytest.raises(McError, match="can have none of the types Q4_K"):
         made(calibrated, 4_982_368, ("Q4_K",))
 
 
@@ -158,21 +158,25 @@ def test_rows_of_odd_length_get_only_what_fits() -> None:
 @pytest.mark.parametrize(
     ("budget", "options", "message"),
     [
-        (Budget(bpw=2.5), {}, "give --size"),
+        (Budget(bpw=2.5), {}, "size of the whole file"),
         (Budget(size_bytes=6_000_000), {"strategy": "frequency"}, "strategy pmq or layer"),
-        (Budget(size_bytes=6_000_000), {"objective": "block"}, "not pmq with block"),
-        (Budget(size_bytes=6_000_000), {"attention": ("IQ1_S",)}, "no errors of attention in IQ1_S"),
+        (Budget(size_bytes=6_000_000), {"objective": "block"}, "not by pmq with block"),
+        (
+            Budget(size_bytes=6_000_000),
+            {"attention": ("IQ1_S",)},
+            "no errors of attention were measured for IQ1_S",
+        ),
         (Budget(size_bytes=6_000_000), {"attention": ("Q77",)}, "unknown ggml type"),
     ],
 )
 def test_what_cannot_be_is_refused(budget: Budget, options: dict[str, Any], message: str) -> None:
     calibrated = source()
     with pytest.raises(McError, match=message):
-        plan(calibrated, budget, file_bytes=size_of(calibrated), **{"attention": (), **options})
+        plan(calibrated, budget, file_bytes=measure(calibrated), **{"attention": (), **options})
 
 
 def test_a_calibration_without_attention_says_what_to_do() -> None:
-    with pytest.raises(ArtifactError, match="calibrate again or give --attention fixed"):
+    with pytest.raises(ArtifactError, match="calibrate again, or leave attention fixed"):
         made(calibration(), 6_000_000)
 
 
@@ -209,7 +213,8 @@ def test_a_calibration_made_before_attention_was_measured_is_read(tmp_path: Path
     save_file(arrays, tmp_path / "old", metadata=header)
     old = Calibration.load(tmp_path / "old")
     assert old.attention_types == ()
-    assert old.attention_error.size == old.attention_in.size == old.attention_mid.size == 0
+    assert old.attention_imatrix(0, "q") is None
+    assert not any(old.has(name) for name in ("attention_error", "attention_in", "attention_mid"))
 
 
 def test_the_summary_counts_layers() -> None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration
 from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.ggml.types import TYPES
-from mc_gguf.plan import OBJECTIVES, Budget, plan
+from mc_gguf.plan import OBJECTIVES, STRATEGIES, Budget, plan
 from mc_gguf.plan.objectives import type_rates
-from mc_gguf.plan.planner import BASELINES
 from mc_gguf.plan.published import EXPONENTS
 from tests.support.synthetic_calibration import calibration, model_info
 from tools import bench_allocate
 
 SOURCE = calibration()
 L, E, P, T = SOURCE.sq_error.shape
+BASELINES = [name for name, strategy in STRATEGIES.items() if strategy.objective == name]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -33,7 +31,7 @@ def test_every_objective_has_one_value_for_every_type(name: str) -> None:
 
 def test_kld_is_the_price_of_a_layer_times_its_error_a_token() -> None:
     price = np.linspace(1, 2, L)
-    source = replace(SOURCE, kld_per_error=price)
+    source = SOURCE.with_statistics(kld_per_error=price)
     n_token = SOURCE.frequency[3].sum() / model_info().n_expert_used
     expected = SOURCE.relative_error[3, 5, 1, 0] / n_token * price[3]
     assert OBJECTIVES["kld"](source, SOURCE.types)[3, 5, 1, 0] == pytest.approx(expected)
@@ -59,7 +57,7 @@ def test_published_is_the_papers_cost_for_each_projection() -> None:
 
 def test_hessian_is_trace_times_change_of_the_weights() -> None:
     error = OBJECTIVES["hessian"](SOURCE, SOURCE.types)
-    doubled = replace(SOURCE, hessian_trace=2 * SOURCE.hessian_trace)
+    doubled = SOURCE.with_statistics(hessian_trace=2 * SOURCE.hessian_trace)
     assert OBJECTIVES["hessian"](doubled, SOURCE.types) == pytest.approx(2 * error)
     ratio = error[1, 2, 0, 0] / error[1, 2, 0, 4]
     assert ratio == pytest.approx(SOURCE.weight_error[1, 2, 0, 0] / SOURCE.weight_error[1, 2, 0, 4])
@@ -68,11 +66,11 @@ def test_hessian_is_trace_times_change_of_the_weights() -> None:
 def test_the_rate_of_a_type_is_the_median_of_the_experts_that_saw_text() -> None:
     frequency = SOURCE.frequency.copy()
     frequency[0] = 0
-    rates = type_rates(replace(SOURCE, frequency=frequency), SOURCE.types)
+    rates = type_rates(SOURCE.with_statistics(frequency=frequency), SOURCE.types)
     relative = SOURCE.sq_error[1:] / SOURCE.output_sq[1:, :, None, None]
     assert rates == pytest.approx(np.median(relative, axis=(0, 1)))
     with pytest.raises(ArtifactError, match="no expert of this calibration saw any text"):
-        type_rates(replace(SOURCE, frequency=0 * frequency), SOURCE.types)
+        type_rates(SOURCE.with_statistics(frequency=0 * frequency), SOURCE.types)
 
 
 @pytest.mark.parametrize("name", ["frequency", "routing-weight", "bsp"])
@@ -110,11 +108,11 @@ def test_a_layers_plan_is_compared_with() -> None:
 
 
 def test_objectives_that_lack_their_data_say_so() -> None:
-    old = replace(SOURCE, kld_per_error=np.zeros(0), block_score=np.zeros(0))
+    old = SOURCE.with_statistics(kld_per_error=None, block_score=None)
     assert plan(old, Budget(bpw=2.5)).objective == "block"
     assert plan(old, Budget(bpw=2.5)).predicted_kld is None
     for name, what in (("kld", "kld_per_error"), ("bsp", "block_score")):
-        with pytest.raises(ArtifactError, match=f"needs {what}, which this calibration lacks"):
+        with pytest.raises(ArtifactError, match=f"{what} is needed, but this calibration did not measure it"):
             OBJECTIVES[name](old, old.types)
 
 
@@ -126,13 +124,11 @@ def test_objectives_belong_to_strategies_that_have_none() -> None:
             plan(SOURCE, Budget(bpw=2.5), strategy, objective="block")
 
 
-@pytest.mark.parametrize(("n_layer", "gap", "seconds"), [(1, 1e-9, 20), (58, 1e-3, 240)])
-def test_large_programs_are_solved_to_their_gap(n_layer: int, gap: float, seconds: float) -> None:
-    """Ten times what a quiet machine is allowed, twice for the large one (which takes half a second)."""
+@pytest.mark.parametrize(("n_layer", "gap"), [(1, 1e-9), (58, 1e-3)])
+def test_large_programs_are_solved_to_their_gap(n_layer: int, gap: float) -> None:
     found = bench_allocate.measure("test", n_layer, 256, 2.2)
     assert found.n_item == n_layer * 768
     assert found.gap <= gap
-    assert found.seconds < seconds
 
 
 def test_made_up_calibrations_are_calibrations() -> None:

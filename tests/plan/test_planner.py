@@ -1,7 +1,8 @@
+"""plan(): budgets are met exactly, and no better assignment is left."""
+
 from __future__ import annotations
 
 import itertools
-import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,6 @@ from mc_gguf.container import file_bytes
 from mc_gguf.ggml.types import TYPES
 from mc_gguf.plan import STRATEGIES, Budget, Experts, FileBytes, fixed_types
 from mc_gguf.plan import plan as any_plan
-from mc_gguf.plan.planner import BASELINES
 from tests.support.synthetic_calibration import calibration, model_info
 
 OPTIMISED = ("pmq", "layer")
@@ -27,14 +27,18 @@ BUDGETED = ("pmq", "uniform", "layer", "random", "inverted", "frequency", "hessi
 
 def make_plan(source: Calibration, budget: Budget, strategy: str = "pmq", **options: Any) -> Plan:
     """plan(), minimising the block error unless the strategy has its own objective."""
-    if strategy != "mc" and strategy not in BASELINES:
+    if STRATEGIES[strategy].objective is None:
         options.setdefault("objective", "block")
     return any_plan(source, budget, strategy, **options)
 
 
-def size_of(source: Calibration, fixed: FixedTypes = FixedTypes()) -> FileBytes:  # noqa: B008 - frozen
+def measure(source: Calibration) -> FileBytes:
     assert source.model is not None
-    return partial(file_bytes, source.model, fixed=fixed)
+    return partial(file_bytes, source.model)
+
+
+def size_of(source: Calibration, experts: Experts, fixed: FixedTypes = FixedTypes()) -> int:  # noqa: B008 - frozen
+    return measure(source)(experts, fixed)
 
 
 def expert_bytes(source: Calibration, experts: Experts) -> int:
@@ -97,7 +101,7 @@ def test_the_whole_model_is_one_program() -> None:
     source = calibration(n_layer=4)
     error = source.sq_error.copy()
     error[2] *= 1e3
-    plan = make_plan(replace(source, sq_error=error), Budget(bpw=2.3))
+    plan = make_plan(source.with_statistics(sq_error=error), Budget(bpw=2.3))
     rates = [np.mean([TYPES[n].bpw for p in PROJECTIONS for n in plan.experts[p][i]]) for i in range(4)]
     assert rates[2] > 4
     assert max(rates[i] for i in (0, 1, 3)) < 2
@@ -108,7 +112,7 @@ def test_a_larger_type_with_more_error_is_never_chosen() -> None:
     error = source.sq_error.copy()
     error[..., source.types.index("Q2_K")] = error[..., source.types.index("IQ2_S")] * 1.1
     for bpw in (2.0, 2.6, 3.0):
-        plan = make_plan(replace(source, sq_error=error), Budget(bpw=bpw))
+        plan = make_plan(source.with_statistics(sq_error=error), Budget(bpw=bpw))
         assert all("Q2_K" not in counts(plan, p) for p in PROJECTIONS)
 
 
@@ -116,7 +120,7 @@ def test_an_expert_without_tokens_gets_the_smallest_type() -> None:
     source = calibration()
     error = source.sq_error.copy()
     error[3, 5] = 0.0
-    plan = make_plan(replace(source, sq_error=error), Budget(bpw=3.0))
+    plan = make_plan(source.with_statistics(sq_error=error), Budget(bpw=3.0))
     assert {plan.type_of(3, 5, p) for p in PROJECTIONS} == {"IQ1_S"}
 
 
@@ -124,7 +128,7 @@ def test_an_error_estimated_below_zero_counts_as_none() -> None:
     source = calibration()
     error = source.sq_error.copy()
     error[3, 5, :, 0] = -1e9
-    plan = make_plan(replace(source, sq_error=error), Budget(bpw=3.0))
+    plan = make_plan(source.with_statistics(sq_error=error), Budget(bpw=3.0))
     assert plan.predicted_error is not None
     assert plan.predicted_error > 0
 
@@ -147,10 +151,9 @@ def test_bpw_is_never_exceeded(strategy: str, bpw: float) -> None:
 @pytest.mark.parametrize("strategy", BUDGETED)
 def test_a_file_size_is_never_exceeded(strategy: str, offset: int) -> None:
     source = calibration()
-    size = size_of(source)
-    limit = size(make_plan(source, Budget(bpw=2.0625), "uniform").experts) + offset
-    plan = make_plan(source, Budget(size_bytes=limit), strategy, file_bytes=size)
-    assert plan.file_bytes == size(plan.experts)
+    limit = size_of(source, make_plan(source, Budget(bpw=2.0625), "uniform").experts) + offset
+    plan = make_plan(source, Budget(size_bytes=limit), strategy, file_bytes=measure(source))
+    assert plan.file_bytes == size_of(source, plan.experts)
     assert plan.file_bytes <= limit
 
 
@@ -158,10 +161,10 @@ def test_a_file_size_is_never_exceeded(strategy: str, offset: int) -> None:
 @pytest.mark.parametrize("budget", ["bpw", "size"])
 def test_no_single_step_that_saves_error_is_left(strategy: str, budget: str) -> None:
     source = calibration()
-    measure = size_of(source) if budget == "size" else partial(expert_bytes, source)
+    size = partial(size_of if budget == "size" else expert_bytes, source)
     if budget == "size":
         limit = 5_800_123
-        plan = make_plan(source, Budget(size_bytes=limit), strategy, file_bytes=measure)
+        plan = make_plan(source, Budget(size_bytes=limit), strategy, file_bytes=measure(source))
     else:
         limit = int(2.47 * 6 * 8 * 3 * 256 * 256 / 8)
         plan = make_plan(source, Budget(bpw=2.47), strategy)
@@ -172,7 +175,7 @@ def test_no_single_step_that_saves_error_is_left(strategy: str, budget: str) -> 
         other = changed(plan.experts, p, i, e, name)
         if error_of(source, other) < error * (1 - 1e-12):
             n_step += 1
-            assert measure(other) > limit, (p, i, e, name)
+            assert size(other) > limit, (p, i, e, name)
     assert n_step > 100 if strategy == "pmq" else n_step
 
 
@@ -180,7 +183,7 @@ def test_no_single_step_that_saves_error_is_left(strategy: str, budget: str) -> 
 def test_a_file_is_filled_to_within_the_smallest_step(limit: int) -> None:
     """The smallest step here: IQ2_S to Q2_K, 256 blocks of 82 and 84 bytes; and a header."""
     source = calibration()
-    plan = make_plan(source, Budget(size_bytes=limit), file_bytes=size_of(source))
+    plan = make_plan(source, Budget(size_bytes=limit), file_bytes=measure(source))
     assert plan.file_bytes is not None
     assert 0 <= limit - plan.file_bytes <= 512 + 256
 
@@ -188,7 +191,7 @@ def test_a_file_is_filled_to_within_the_smallest_step(limit: int) -> None:
 @pytest.mark.parametrize("limit", [5_200_000, 5_800_123, 6_543_210, 7_000_001])
 def test_the_gap_under_a_file_size_is_small(limit: int) -> None:
     """Headers decide as well here: 24 KB in a matrix, 100 bytes for a group's header."""
-    plan = make_plan(calibration(), Budget(size_bytes=limit), file_bytes=size_of(calibration()))
+    plan = make_plan(calibration(), Budget(size_bytes=limit), file_bytes=measure(calibration()))
     assert plan.optimality_gap is not None
     assert plan.optimality_gap < 5e-3
 
@@ -196,29 +199,28 @@ def test_the_gap_under_a_file_size_is_small(limit: int) -> None:
 def test_a_mixtral_file_is_filled_to_within_the_smallest_step() -> None:
     source = calibration(32, 8, 4096, 14336)
     limit = 31 << 29  # 15.5 GiB
-    start = time.perf_counter()
-    plan = make_plan(source, Budget(size_bytes=limit), file_bytes=size_of(source))
-    taken = time.perf_counter() - start
+    plan = make_plan(source, Budget(size_bytes=limit), file_bytes=measure(source))
     assert plan.file_bytes is not None
     assert 0 <= limit - plan.file_bytes <= 2 * 4096 * 14336 // 256
     assert plan.optimality_gap is not None
     assert plan.optimality_gap < 1e-4
-    assert taken < 20, f"{taken:.1f} s"
 
 
 @pytest.mark.parametrize("strategy", BUDGETED)
 @pytest.mark.parametrize("bpw", [0.5, 1.56, 4.51, 8.0])
 def test_an_infeasible_bpw_says_the_range(strategy: str, bpw: float) -> None:
-    with pytest.raises(BudgetError, match=r"bpw is not feasible: .* 1\.5625 bpw to 4\.5000 bpw; --bpw 16"):
+    with pytest.raises(
+        BudgetError, match=r"bpw is not feasible: .* 1\.5625 bpw to 4\.5000 bpw; a budget of 16 bpw"
+    ):
         make_plan(calibration(), Budget(bpw=bpw), strategy)
 
 
 @pytest.mark.parametrize("strategy", BUDGETED)
 def test_an_infeasible_size_says_the_range_and_its_ends_are_feasible(strategy: str) -> None:
     source = calibration()
-    size = size_of(source)
-    low = size(make_plan(source, Budget(bpw=1.5625), "uniform").experts)
-    high = size(make_plan(source, Budget(bpw=4.5), "uniform").experts)
+    size = measure(source)
+    low = size_of(source, make_plan(source, Budget(bpw=1.5625), "uniform").experts)
+    high = size_of(source, make_plan(source, Budget(bpw=4.5), "uniform").experts)
     for limit in (low - 1, high + 1):
         message = rf"{limit} bytes .* not feasible: .* {low} bytes .* to {high} bytes"
         with pytest.raises(BudgetError, match=message):
@@ -239,7 +241,7 @@ def test_an_infeasible_size_says_the_range_and_its_ends_are_feasible(strategy: s
     ],
 )
 def test_exactly_one_budget(limits: dict[str, int]) -> None:
-    with pytest.raises(BudgetError, match="exactly one of --bpw, --size and --bits-per-layer"):
+    with pytest.raises(BudgetError, match="exactly one of bpw, size and bits_per_layer"):
         Budget(**limits)
 
 
@@ -263,12 +265,12 @@ def test_sixteen_bits_is_the_plain_file_in_the_source_type(strategy: str, type_n
     source = calibration(type_name=type_name)
     budget = Budget(bpw=16.0)
     fixed = fixed_types(source.model, budget, FixedTypes())
-    plan = make_plan(source, budget, strategy, file_bytes=size_of(source, fixed))
+    plan = make_plan(source, budget, strategy, file_bytes=measure(source))
     assert {name for p in PROJECTIONS for name in counts(plan, p)} == {type_name}
     assert plan.fixed == fixed == FixedTypes(type_name, type_name, type_name, type_name)
     assert plan.expert_bpw == 16
     assert plan.expert_bytes == 2 * 6 * 8 * 3 * 256 * 256
-    assert plan.file_bytes == size_of(source, fixed)(plan.experts)
+    assert plan.file_bytes == size_of(source, plan.experts, fixed)
     assert plan.predicted_error == 0
 
 
@@ -293,7 +295,7 @@ def test_only_the_types_asked_for_are_used() -> None:
 
 def test_bad_types_say_the_known_ones() -> None:
     source = calibration(types=("IQ2_XXS", "Q4_K"))
-    with pytest.raises(McError, match=r"unknown ggml type 'Q9'; known: F32"):
+    with pytest.raises(McError, match=r"unknown ggml type 'Q9'; known: IQ1_S"):
         make_plan(source, Budget(bpw=2.5), types=["Q9"])
     with pytest.raises(McError, match=r"no errors of Q3_K .* measured IQ2_XXS, Q4_K"):
         make_plan(source, Budget(bpw=2.5), types=["Q3_K", "Q4_K"])
@@ -308,7 +310,9 @@ def test_bad_types_say_the_known_ones() -> None:
 def test_more_types_than_a_file_holds_are_refused() -> None:
     source = calibration(types=("IQ2_XXS",))
     many = tuple(name for name in TYPES if name != "F32")[:14]
-    source = replace(source, types=many, sq_error=np.repeat(source.sq_error, 14, axis=-1))
+    by_type = ("sq_error", "relative_error", "weight_error")
+    repeated = {name: np.repeat(source.statistics[name], 14, axis=-1) for name in by_type}
+    source = replace(source, types=many, statistics={**source.statistics, **repeated})
     with pytest.raises(McError, match="at most 13"):
         make_plan(source, Budget(bpw=2.5))
 
@@ -327,9 +331,11 @@ def test_types_that_fit_only_some_rows_are_used_there() -> None:
     source = calibration(n_ff=288, types=("IQ2_XXS", "Q4_K", "Q8_0"))
     error = source.sq_error.copy()
     error[:, :, 2, 2] = 1.0
-    plan = make_plan(replace(source, sq_error=error, relative_error=error), Budget(bpw=5.0))
+    plan = make_plan(source.with_statistics(sq_error=error, relative_error=error), Budget(bpw=5.0))
     assert set(counts(plan, "down")) == {"Q8_0"}
-    uniform = make_plan(replace(source, sq_error=error, relative_error=error), Budget(bpw=6.0), "uniform")
+    uniform = make_plan(
+        source.with_statistics(sq_error=error, relative_error=error), Budget(bpw=6.0), "uniform"
+    )
     assert [set(counts(uniform, p)) for p in PROJECTIONS] == [{"Q4_K"}, {"Q4_K"}, {"Q8_0"}]
 
 
@@ -340,7 +346,7 @@ def test_unknown_strategies_say_the_known_ones() -> None:
     with pytest.raises(
         McError, match="unknown strategy 'best'; known: pmq, mc, uniform, layer, random, inverted, bsp"
     ):
-        make_plan(calibration(), Budget(bpw=2.5), "best")
+        any_plan(calibration(), Budget(bpw=2.5), "best")
 
 
 @pytest.mark.parametrize("strategy", BUDGETED)
@@ -363,7 +369,7 @@ def test_uniform_takes_the_better_of_two_types_of_one_size(better: str) -> None:
     source = calibration()
     error = source.sq_error.copy()
     error[..., source.types.index(better)] *= 0.5
-    plan = make_plan(replace(source, sq_error=error), Budget(bpw=3.5), "uniform")
+    plan = make_plan(source.with_statistics(sq_error=error), Budget(bpw=3.5), "uniform")
     assert set(counts(plan, "gate")) == {better}
 
 
@@ -431,12 +437,10 @@ def test_a_plan_carries_its_inputs() -> None:
 
 def test_inconsistent_calibrations_are_refused() -> None:
     source = calibration()
-    with pytest.raises(ArtifactError, match="shape"):
-        make_plan(replace(source, sq_error=source.sq_error[:, :4]), Budget(bpw=2.5))
     broken = source.sq_error.copy()
     broken[0, 0, 0, 0] = np.nan
     with pytest.raises(ArtifactError, match="not numbers"):
-        make_plan(replace(source, sq_error=broken), Budget(bpw=2.5))
+        make_plan(source.with_statistics(sq_error=broken), Budget(bpw=2.5))
     broken[0, 0, 0, 0] = np.inf
     with pytest.raises(ArtifactError, match="infinite"):
-        make_plan(replace(source, sq_error=broken), Budget(bpw=2.5))
+        make_plan(source.with_statistics(sq_error=broken), Budget(bpw=2.5))

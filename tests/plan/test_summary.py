@@ -1,9 +1,11 @@
+"""The summary says what the plan holds."""
+
 from __future__ import annotations
 
 import json
 from functools import partial
 
-from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes
+from mc_gguf.artifacts import PROJECTIONS, Calibration
 from mc_gguf.container import file_bytes
 from mc_gguf.plan import Budget
 from mc_gguf.plan import plan as make_plan
@@ -17,7 +19,7 @@ DATA = ROOT / "tests" / "data" / "mixtral-8x7b"
 def test_the_summary_says_what_the_plan_says() -> None:
     source = calibration()
     assert source.model is not None
-    size = partial(file_bytes, source.model, fixed=FixedTypes())
+    size = partial(file_bytes, source.model)
     plan = make_plan(source, Budget(size_bytes=6_000_000), file_bytes=size)
     summary = summarize(plan)
     assert (summary.n_layer, summary.n_expert, summary.notes) == (6, 8, ())
@@ -31,7 +33,7 @@ def test_the_summary_says_what_the_plan_says() -> None:
     assert text["bits"] == f"{plan.expert_bpw:.4f} per expert weight"
     assert text["layers"] == "6 of 8 experts"
     assert text["others"] == "attn_kv Q8_0, attn Q6_K, token_embd Q6_K, output Q6_K"
-    assert text["predicted"] == f"KLD   {plan.predicted_kld:.4g} nats a token"
+    assert text["predicted"] == f"KLD   {plan.predicted_kld:.4g} nats per token"
     assert "% of the experts' output energy" in "\n".join(summary.lines())
     assert text["optimality"].startswith("gap")
 
@@ -53,12 +55,12 @@ def test_published_statistics_are_noted_to_have_no_sizes() -> None:
     source = Calibration.load(DATA / "calibration.json")
     lines = summarize(make_plan(source, Budget(bits_per_layer=16), "mc")).lines()
     assert lines[0].endswith("mc, objective published, budget 16 nominal bits per layer")
-    assert "no file can be made of this plan" in lines[-1]
+    assert "no file can be made from this plan" in lines[-1]
     assert not any(line.startswith(("file size", "predicted")) for line in lines)
 
 
 def test_a_fallback_is_noted() -> None:
     notes = summarize(make_plan(calibration(n_ff=288), Budget(bpw=3.2))).notes
     assert len(notes) == 1
-    assert notes[0].startswith("down: rows fit none of IQ1_S, ")
-    assert "all its experts get IQ4_NL" in notes[0]
+    assert notes[0].startswith("down: its rows fit none of IQ1_S, ")
+    assert "all of its experts get IQ4_NL" in notes[0]

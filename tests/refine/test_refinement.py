@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from mc_gguf.artifacts import Plan
 from mc_gguf.common.errors import ArtifactError, McError, SourceError
@@ -19,22 +18,14 @@ from mc_gguf.common.progress import Progress, progress
 from mc_gguf.plan import Budget
 from mc_gguf.plan import plan as make_plan
 from mc_gguf.refine.budget import scope_of
+from mc_gguf.refine.options import RefinementOptions
 from mc_gguf.refine.passes import Evaluator
-from mc_gguf.refine.refinement import Options, refine_to_file
+from mc_gguf.refine.refinement import refine_to_file
 from mc_gguf.refine.search import Search
-from mc_gguf.refine.state import State
+from mc_gguf.refine.state import SearchState
 from tests.support.refine_models import TYPES, layers, rows, small
 
-pytestmark = pytest.mark.native
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices are too small for two, and results shall not depend on the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_torch_thread")]
 
 
 def start_plan(bpw: float = 5.2, strategy: str = "random") -> Plan:
@@ -43,7 +34,7 @@ def start_plan(bpw: float = 5.2, strategy: str = "random") -> Plan:
 
 
 class Ticks:
-    """A clock that goes one second a round; and what it shall do then."""
+    """A clock that advances by one second per round, and what to do then."""
 
     def __init__(self, at_end: Callable[[], None] = lambda: None) -> None:
         self.now, self.at_end = 0.0, at_end
@@ -56,7 +47,7 @@ class Ticks:
 def search(folder: Path, seconds: float, bar: Progress, ticks: Ticks | None = None) -> Search:
     scope, columns = scope_of(start_plan(), replace(small()[2], fingerprint="c" * 64))
     (folder / "bank").mkdir(parents=True, exist_ok=True)
-    state = State.resume(folder / "state.json", "test", False, columns)
+    state = SearchState.resume(folder / "state.json", columns)
     state.expansion_rows = 8
     ticks = ticks or Ticks()
     evaluator = Evaluator(layers(folder / "bank"), rows(16), TYPES)
@@ -103,18 +94,13 @@ def test_a_killed_search_continues_bit_for_bit(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "killed").glob("memory-*")] == ["memory-3.npz"]
 
 
-def test_a_state_of_another_search_or_a_damaged_one_is_not_taken(tmp_path: Path) -> None:
+def test_a_damaged_state_or_one_of_another_shape_is_not_taken(tmp_path: Path) -> None:
     path, start = tmp_path / "state.json", np.zeros((2, 5, 3), dtype=np.int64)
-    State.resume(path, "a", False, start).save(path)
-    mine = State.resume(path, "a", False, start)
-    mine.columns, mine.rounds = start + 1, 7
-    mine.save(path)
-    assert State.resume(path, "a", False, start).rounds == 7
-    assert State.resume(path, "b", False, start).rounds == 0
-    assert State.resume(path, "a", True, start).rounds == 0
-    assert State.resume(path, "a", False, start[:1]).rounds == 0
+    SearchState(start + 1, rounds=7).save(path)
+    assert SearchState.resume(path, start).rounds == 7
+    assert SearchState.resume(path, start[:1]).rounds == 0
     path.write_text(path.read_text()[:-9])
-    assert State.resume(path, "a", False, start).rounds == 0
+    assert SearchState.resume(path, start).rounds == 0
 
 
 def test_scope_is_the_plans_own(tmp_path: Path) -> None:
@@ -154,5 +140,5 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     info = replace(small()[1].info, architecture="gpt-oss", fingerprint=plan.model_fingerprint)
     source: Any = SimpleNamespace(info=info, hparams=small()[1].hparams)
     with pytest.raises(SourceError, match="gpt-oss"):
-        refine_to_file(source, calibration, plan, tmp_path / "plan.json", Options(1.0), quiet=True)
+        refine_to_file(source, calibration, plan, tmp_path / "plan.json", RefinementOptions(1.0), quiet=True)
     assert not list(tmp_path.iterdir())

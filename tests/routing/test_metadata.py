@@ -26,10 +26,10 @@ from mc_gguf.common.progress import progress
 from mc_gguf.container.routing import routing_bytes, routing_kv
 from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, FLOAT64, STRING, UINT32, Value, encode_kv, read_header
 from mc_gguf.routing import RoutingMetadata, default_metadata
-from mc_gguf.routing.metadata import choose, of_calibration
+from mc_gguf.routing.metadata import choose_thresholds, routing_metadata_from
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.routing.report import describe, summary
-from mc_gguf.routing.thresholds import at_quantiles, for_target_drop
+from mc_gguf.routing.thresholds import quantiles_for_drop, thresholds_at
 from mc_gguf.runtime.packages import load_gguf
 from tests.support.gguf_models import (
     ONES,
@@ -42,6 +42,8 @@ from tests.support.gguf_models import (
 )
 from tests.support.routing_predictions import predicted_damage, predicted_drop
 from tests.support.synthetic_calibration import synthetic_routing
+
+pytestmark = pytest.mark.native
 
 N_LAYER = 4
 MIXED = {p: [["Q8_0", "Q4_0", "Q8_0"], *[["Q4_0"] * 3] * (N_LAYER - 1)] for p in PROJECTIONS}
@@ -136,9 +138,9 @@ def test_gguf_py_reads_the_same(ours: Path) -> None:
 
 
 def test_layers_without_experts_and_more_ranks(tmp_path: Path) -> None:
-    """Layers 0 and 2 of 4 have experts, a token uses three; the last index of an array runs fastest."""
+    """Layers 0 and 2 of 4 have experts, a token uses three; the last index of an array varies fastest."""
     some = profile((0, 2), 4, 3)
-    kv = routing_kv(choose(default_metadata(some), quantile=0.5))
+    kv = routing_kv(choose_thresholds(default_metadata(some), quantile=0.5))
     q = some.ratio_quantiles
     assert kv["mc_gguf.routing.ratio_quantiles"].value == [
         q[i, r, k] for i in (0, 1) for r in (0, 1) for k in range(11)
@@ -160,10 +162,10 @@ def test_sizes_are_exact(checkpoint: RandomCheckpoint, tmp_path: Path) -> None:
 
 
 def test_golden_bytes() -> None:
-    """The example of docs/format.md, to the byte: a change here is a change of the format."""
+    """The example of docs/reference/format.md, to the byte: a change here is a change of the format."""
     layers = np.array([[[0, 0.25, 1]]])
     small = RoutingProfile((0,), 1, layers, np.array([0.5]), np.array([[0, 1.0, 4]]))
-    kv = routing_kv(choose(default_metadata(small), quantile=0.5, protect=0.5))
+    kv = routing_kv(choose_thresholds(default_metadata(small), quantile=0.5, protect=0.5))
     data = b"".join(encode_kv(key, value) for key, value in kv.items())
     assert len(data) == 447
     assert hashlib.sha256(data).hexdigest() == GOLDEN_SHA256
@@ -250,7 +252,7 @@ BROKEN: dict[str, tuple[Callable[[KV], None], str]] = {
     "calibration no hash": (_set("calibration", Value(STRING, "x")), r"calibration: 'x' is not a SHA-256"),
     "model no hash": (_set("model", Value(STRING, FIVES[1:])), r"model: '5+' is not a SHA-256"),
     "no experts": (_set("llama.expert_count", None, ""), r"llama\.expert_count: is missing"),
-    "one expert a token": (
+    "one expert per token": (
         _set("llama.expert_used_count", Value(UINT32, 1), ""),
         r"llama\.expert_used_count: every token uses one expert",
     ),
@@ -316,7 +318,7 @@ def test_flipped_bytes_never_crash(ours: Path, tmp_path: Path, data: st.DataObje
 def test_only_the_routing_keys_change(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     path: Path = request.getfixturevalue(which)
     before, data, hashes = read_header(path), path.read_bytes(), tensors(path)
-    metadata = choose(default_metadata(profile()), 0.3, layers="all", protect=0.25)
+    metadata = choose_thresholds(default_metadata(profile()), 0.3, layers="all", protect=0.25)
     container.write_routing(path, tmp_path / "copy.gguf", metadata)
     assert path.read_bytes() == data
     container.write_routing(path, path, metadata)
@@ -341,8 +343,8 @@ def test_only_the_routing_keys_change(which: str, request: pytest.FixtureRequest
 
 def test_an_interrupted_copy_leaves_the_old_file(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = ours.read_bytes()
-    metadata = choose(default_metadata(profile()), 0.3)
-    monkeypatch.setattr("mc_gguf.container.routing._COPY_BYTES", 1000)
+    metadata = choose_thresholds(default_metadata(profile()), 0.3)
+    monkeypatch.setattr("mc_gguf.container.rewrite._COPY_BYTES", 1000)
 
     class Bar:
         calls = 0
@@ -360,7 +362,7 @@ def test_an_interrupted_copy_leaves_the_old_file(ours: Path, monkeypatch: pytest
 
 
 def test_a_file_that_shrinks_meanwhile_is_an_error(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mc_gguf.container.routing._COPY_BYTES", 1000)
+    monkeypatch.setattr("mc_gguf.container.rewrite._COPY_BYTES", 1000)
 
     class Bar:
         def update(self, done: float, total: float) -> None:
@@ -375,7 +377,7 @@ def test_a_full_disk_is_said_before_anything_is_written(ours: Path, monkeypatch:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 100))
     before = ours.read_bytes()
-    with pytest.raises(McError, match=r"has 100 B free, the copy needs .*-o"):
+    with pytest.raises(McError, match=r"has 100 B free, but the copy takes .*; make room"):
         container.write_routing(ours, ours, default_metadata(profile()))
     assert ours.read_bytes() == before
 
@@ -384,7 +386,7 @@ def test_links_and_modes_stay(ours: Path) -> None:
     ours.chmod(0o640)
     link = ours.with_name("link.gguf")
     link.symlink_to(ours.name)
-    metadata = choose(default_metadata(profile()), 0.25)
+    metadata = choose_thresholds(default_metadata(profile()), 0.25)
     container.write_routing(link, link, metadata)
     assert link.is_symlink()
     assert ours.stat().st_mode & 0o777 == 0o640
@@ -420,13 +422,13 @@ def test_a_file_s_own_profile_gives_what_its_calibration_gives(
     checkpoint: RandomCheckpoint, tmp_path: Path
 ) -> None:
     calibration = make_calibration(checkpoint.info, tmp_path / "c.safetensors")
-    routing = of_calibration(calibration)
+    routing = routing_metadata_from(calibration)
     assert routing is not None
     write_random(tmp_path / "m.gguf", checkpoint, MIXED, routing)
     header = read_header(tmp_path / "m.gguf")
     for options in ({"quantile": 0.123}, {"target_drop": 0.2, "layers": "all"}, {"layers": (1, 2)}):
-        own = choose(container.base_metadata(header, None), **options)
-        same(own, choose(container.base_metadata(header, calibration), **options))
+        own = choose_thresholds(container.base_metadata(header, None), **options)
+        same(own, choose_thresholds(container.base_metadata(header, calibration), **options))
 
 
 def calibrations(checkpoint: RandomCheckpoint, folder: Path) -> dict[str, Calibration]:
@@ -437,7 +439,7 @@ def calibrations(checkpoint: RandomCheckpoint, folder: Path) -> dict[str, Calibr
         "wider": make_calibration(RandomCheckpoint(N_LAYER, 3, n_embd=64).info, folder / "w.safetensors"),
         "deeper": make_calibration(RandomCheckpoint(N_LAYER + 1, 3).info, folder / "d.safetensors"),
         "more experts": make_calibration(RandomCheckpoint(N_LAYER, 4).info, folder / "e.safetensors"),
-        "without routing": replace(mine, routing_curve=np.zeros(0)),
+        "without routing": mine.with_statistics(routing_curve=None),
     }
 
 
@@ -445,7 +447,7 @@ def test_calibrations_of_other_models_are_refused(
     ours: Path, plain: Path, checkpoint: RandomCheckpoint, tmp_path: Path
 ) -> None:
     """A file of ours knows its model; of a plain one the sizes must agree."""
-    routing = of_calibration(make_calibration(checkpoint.info, tmp_path / "mine.safetensors"))
+    routing = routing_metadata_from(make_calibration(checkpoint.info, tmp_path / "mine.safetensors"))
     write_random(ours, checkpoint, MIXED, routing)
     given_ = calibrations(checkpoint, tmp_path)
     own, foreign = read_header(ours), read_header(plain)
@@ -462,7 +464,7 @@ def test_calibrations_of_other_models_are_refused(
             container.base_metadata(foreign, given_[name])
     with pytest.raises(ArtifactError, match="has no routing statistics"):
         container.base_metadata(own, given_["without routing"])
-    with pytest.raises(ArtifactError, match=r"plain\.gguf carries no routing profile .*--calibration FILE"):
+    with pytest.raises(ArtifactError, match=r"plain\.gguf carries no routing profile .*give a calibration"):
         container.base_metadata(foreign, None)
 
 
@@ -470,23 +472,24 @@ def test_no_routing_where_none_was_measured_or_none_is_possible(
     checkpoint: RandomCheckpoint, tmp_path: Path
 ) -> None:
     mine = make_calibration(checkpoint.info, tmp_path / "c.safetensors")
-    assert of_calibration(mine) is not None
-    assert of_calibration(replace(mine, model=None)) is None
-    assert of_calibration(Calibration.blank(checkpoint.info)) is None
+    assert routing_metadata_from(mine) is not None
+    assert routing_metadata_from(replace(mine, model=None)) is None
+    assert routing_metadata_from(Calibration.blank(checkpoint.info)) is None
     single = replace(checkpoint.info, n_expert_used=1)
-    assert of_calibration(replace(mine, model=single, ratio_quantiles=np.zeros((N_LAYER, 0, 11)))) is None
+    without_ranks = {**mine.statistics, "ratio_quantiles": np.zeros((N_LAYER, 0, 101))}
+    assert routing_metadata_from(replace(mine, model=single, statistics=without_ranks)) is None
 
 
-def test_choose(tmp_path: Path) -> None:
+def test_choose_thresholds(tmp_path: Path) -> None:
     base = default_metadata(profile(), FIVES, SIXES)
-    same(choose(base), base)  # the defaults are what quantize writes
+    same(choose_thresholds(base), base)  # the defaults are what quantize writes
     assert base.active == (0, 1, 2, 3)
-    at = choose(base, 0.3, layers=(2, 0, 2), protect=0.5)
+    at = choose_thresholds(base, 0.3, layers=(2, 0, 2), protect=0.5)
     assert (at.active, at.protect, at.calibration, at.model) == ((0, 2), 0.5, FIVES, SIXES)
-    np.testing.assert_array_equal(at.thresholds, at_quantiles(profile(), np.full(4, 0.3)))  # others too
-    target = choose(base, target_drop=0.15, layers=(0, 2))
-    quantiles = for_target_drop(profile(), 0.15, (0, 2))
-    np.testing.assert_array_equal(target.thresholds, at_quantiles(profile(), quantiles))
+    np.testing.assert_array_equal(at.thresholds, thresholds_at(profile(), np.full(4, 0.3)))  # others too
+    target = choose_thresholds(base, target_drop=0.15, layers=(0, 2))
+    quantiles = quantiles_for_drop(profile(), 0.15, (0, 2))
+    np.testing.assert_array_equal(target.thresholds, thresholds_at(profile(), quantiles))
     assert not target.thresholds[[1, 3]].any()
     for options, message in (
         ({"layers": (1, 4)}, "layer 4 has no experts; layers with experts are 0 to 3"),
@@ -498,9 +501,9 @@ def test_choose(tmp_path: Path) -> None:
         ({"target_drop": 0.3, "layers": (0, 2)}, r"30 % .* cannot be dropped; with 2 of 4 layers .* 25\.0 %"),
     ):
         with pytest.raises(McError, match=message):
-            choose(base, **options)
+            choose_thresholds(base, **options)
     with pytest.raises(McError, match="without a routing profile"):
-        choose(replace(base, profile=None))
+        choose_thresholds(replace(base, profile=None))
 
 
 @pytest.mark.parametrize("n_rank", [2, 4])
@@ -508,7 +511,7 @@ def test_choose(tmp_path: Path) -> None:
 def test_the_description_finds_the_quantiles_again(n_rank: int, quantile: float) -> None:
     """From thresholds alone, so that whatever is in a file is described, not what was asked for."""
     some = profile(n_rank=n_rank)
-    found = describe(choose(default_metadata(some), quantile, layers=(0, 3)))
+    found = describe(choose_thresholds(default_metadata(some), quantile, layers=(0, 3)))
     quantiles = np.array([quantile, 0, 0, quantile])
     assert found["predicted_drop"] == pytest.approx(predicted_drop(some, quantiles), abs=1e-5)
     assert found["predicted_damage"] == pytest.approx(predicted_damage(some, quantiles), rel=1e-4, abs=1e-12)
@@ -521,7 +524,7 @@ def test_the_description_finds_the_quantiles_again(n_rank: int, quantile: float)
 def test_ratios_that_are_all_the_same(tmp_path: Path) -> None:
     """A threshold at them drops nothing (w_r < threshold * w_0 is strict), one above drops everything."""
     flat = replace(profile(), ratio_quantiles=np.full((4, 1, 11), 0.25))
-    found: dict[str, Any] = describe(choose(default_metadata(flat), 0.5))
+    found: dict[str, Any] = describe(choose_thresholds(default_metadata(flat), 0.5))
     assert found["predicted_drop"] == 0
     above = replace(default_metadata(flat), thresholds=np.tile(np.array([0, 0.3], dtype=np.float32), (4, 1)))
     assert describe(above)["predicted_drop"] == 0.5

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mc_gguf.artifacts import Calibration
 from mc_gguf.common.errors import ArtifactError, McError
-from mc_gguf.routing import Routing, RoutingMetadata, default_metadata, resolve
-from mc_gguf.routing.params import POLICIES, RoutingParams, RoutingShape
-from mc_gguf.routing.policy import OPTIONS
+from mc_gguf.routing import Routing, RoutingMetadata, default_metadata, describe_policies, resolve
+from mc_gguf.routing.options import OPTIONS
+from mc_gguf.routing.params import RUNTIME_POLICIES, RoutingParams, RoutingShape
+from mc_gguf.routing.policy import POLICIES
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.routing.thresholds import at_quantiles, for_target_drop, tolerant_layers
+from mc_gguf.routing.thresholds import quantiles_for_drop, thresholds_at, tolerant_layers
 from tests.support.routing_predictions import predicted_drop
 from tests.support.synthetic_calibration import calibration as make_calibration
 from tests.support.synthetic_calibration import synthetic_routing
@@ -78,7 +79,7 @@ def test_text_says_what_python_says(text: str, expected: Routing) -> None:
         ("odp:quantile=1.5", "'1.5' is not a share"),
         ("odp:quantile=0.3,0.4", "'0.3,0.4' is not a share"),
         ("odp:quantile=0.3,target_drop=10%", "takes one of quantile and target_drop, not both"),
-        ("odp:importance=age", "there is no importance measure 'age'; choose from attention, l1"),
+        ("odp:importance=age", "there is no routing importance 'age'; choose from attention, l1"),
         ("odp:layers=some", "'some' names no layers"),
         ("threshold:threshold=high", "threshold=high is not a number"),
         ("threshold:threshold=-1", "threshold must be a number not below 0"),
@@ -87,7 +88,7 @@ def test_text_says_what_python_says(text: str, expected: Routing) -> None:
         ("keep_min:ratio=nan", "ratio must not be negative"),
         ("keep_min:ratio=1,2", "ratio=1,2 is not a number"),
         ("keep_min:keep_min=0", "keep_min must be an integer from 1"),
-        ("keep_min:keep_min=1.5", "keep_min=1.5 is not a number"),
+        ("keep_min:keep_min=1.5", "keep_min=1.5 is not an integer"),
         ("random:seed=-1", "seed must be an integer from 0"),
     ],
 )
@@ -99,15 +100,15 @@ def test_wrong_text_is_explained(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "top_p", "top_p": 1.5}, "top_p must be from 0 to 1, it is 1.5"),
+        ({"policy": "top_p", "top_p": 1.5}, "top_p must be from 0 to 1, but it is 1.5"),
         ({"protect": float("nan")}, "protect must be from 0 to 1"),
         ({"policy": "random", "quantile": 0.5}, "routing 'random' has no option 'quantile'"),
         ({"policy": "random", "seed": 2**32}, "seed must be an integer"),
-        ({"layers": ()}, "layers must be numbers from 0, or one of all and auto"),
+        ({"layers": ()}, "layers must be numbers from 0, or the word all or auto"),
         ({"layers": [-1]}, "layers must be numbers from 0"),
         ({"layers": "some"}, "layers must be numbers from 0"),
         ({"threshold": [[1.0], [1.0, 2.0]]}, "threshold must be numbers, in rows of equal length"),
-        ({"threshold": [[[1.0]]]}, r"threshold must be a number not below 0, one a layer, or rows"),
+        ({"threshold": [[[1.0]]]}, r"threshold must be a number not below 0, one number per layer, or rows"),
         ({"threshold": []}, "threshold must be a number not below 0"),
     ],
 )
@@ -117,7 +118,22 @@ def test_wrong_arguments_are_explained(options: dict[str, Any], message: str) ->
 
 
 def test_every_policy_of_the_runtime_can_be_asked_for() -> None:
-    assert set(OPTIONS) == {*POLICIES, "auto"}
+    assert set(POLICIES) == {*RUNTIME_POLICIES, "auto"}
+
+
+def test_the_tables_and_the_fields_of_a_routing_agree() -> None:
+    assert set(OPTIONS) == {field.name for field in fields(Routing)} - {"policy"}
+    assert {name for policy in POLICIES.values() for name in policy.options} == set(OPTIONS)
+
+
+def test_the_help_names_every_policy_and_option() -> None:
+    text = "\n".join(describe_policies())
+    for name in (*POLICIES, *OPTIONS):
+        assert f"\n  {name} " in text
+    assert (
+        "top_p       share of the selected experts' weight that is kept (0 to 1, or a percentage; for top_p)"
+        in text
+    )
 
 
 def test_auto_is_what_the_file_carries() -> None:
@@ -166,7 +182,7 @@ def test_thresholds_by_layer_and_rank() -> None:
     np.testing.assert_array_equal(by_rank[:, 1:], rows)
     for wrong, message in (
         ([1.0, 2.0], "for 2 layers; this model has 6 or 5, those with experts"),
-        ([[1.0]] * 6, "rows of 1; this model uses 3 experts a token, so a row has 2"),
+        ([[1.0]] * 6, "rows of 1; this model uses 3 experts per token, so a row has 2"),
     ):
         with pytest.raises(McError, match=message):
             resolve(Routing(threshold=wrong), metadata(), SHAPE)
@@ -176,43 +192,46 @@ def test_thresholds_by_layer_and_rank() -> None:
 
 def test_thresholds_at_a_quantile() -> None:
     found = resolve(Routing("threshold", quantile=0.3), metadata(), SHAPE)
-    np.testing.assert_array_equal(found.thresholds, at_quantiles(profile(), np.full(5, 0.3)))
+    np.testing.assert_array_equal(found.thresholds, thresholds_at(profile(), np.full(5, 0.3)))
     assert active(found) == [1, 3]
 
 
 def test_thresholds_for_a_wanted_saving_choose_among_all_layers() -> None:
     found = resolve(Routing(target_drop=0.2), metadata(), SHAPE)
-    quantiles = for_target_drop(profile(), 0.2, None)
+    quantiles = quantiles_for_drop(profile(), 0.2, None)
     assert predicted_drop(profile(), quantiles) == pytest.approx(0.2)
-    np.testing.assert_array_equal(found.thresholds, at_quantiles(profile(), quantiles))
+    np.testing.assert_array_equal(found.thresholds, thresholds_at(profile(), quantiles))
     assert active(found) == [n for n, q in zip(LAYERS, quantiles, strict=True) if q > 0]
     some = resolve(Routing(target_drop=0.2, layers=[2, 3]), metadata(), SHAPE)
     np.testing.assert_array_equal(
-        some.thresholds, at_quantiles(profile(), for_target_drop(profile(), 0.2, [2, 3]))
+        some.thresholds, thresholds_at(profile(), quantiles_for_drop(profile(), 0.2, [2, 3]))
     )
     with pytest.raises(McError, match="cannot be dropped"):
         resolve(Routing(target_drop=0.9), metadata(), SHAPE)
 
 
-def test_a_calibration_stands_in_for_the_file(tmp_path: Path) -> None:
-    measured = make_calibration()
-    measured.save(tmp_path / "a.calib")
+def test_a_calibration_stands_in_for_the_file() -> None:
+    measured, routing = make_calibration(), Routing(calibration="a.calib")
     known = RoutingProfile.of(measured)
-    found = resolve(Routing(calibration=tmp_path / "a.calib"), None, PLAIN_SHAPE)
+    found = resolve(routing, None, PLAIN_SHAPE, measured)
     np.testing.assert_array_equal(found.thresholds, default_metadata(known).thresholds)
     assert active(found) == list(default_metadata(known).active)
-    found = resolve(Routing(calibration=tmp_path / "a.calib", quantile=0.2), None, PLAIN_SHAPE)
-    np.testing.assert_array_equal(found.thresholds, at_quantiles(known, np.full(6, 0.2)))
+    found = resolve(replace(routing, quantile=0.2), None, PLAIN_SHAPE, measured)
+    np.testing.assert_array_equal(found.thresholds, thresholds_at(known, np.full(6, 0.2)))
     of_other = metadata(model="0" * 64)
     for file, shape, message in (
-        (None, RoutingShape(5, 2, 8), "a model with 6 layers of 8 experts, this one has 5 of 8"),
-        (None, RoutingShape(6, 2, 4), "this one has 6 of 4"),
+        (None, RoutingShape(5, 2, 8), "a model with 6 layers of 8 experts, but this one has 5 layers of 8"),
+        (None, RoutingShape(6, 2, 4), "this one has 6 layers of 4"),
         (of_other, PLAIN_SHAPE, "is of another model than this file"),
     ):
         with pytest.raises(ArtifactError, match=message):
-            resolve(Routing(calibration=tmp_path / "a.calib"), file, shape)
-    with pytest.raises(ArtifactError, match=r"cannot read .*none\.calib"):
-        resolve(Routing(calibration=tmp_path / "none.calib"), None, PLAIN_SHAPE)
+            resolve(routing, file, shape, measured)
+    assert measured.model is not None
+    unmeasured = Calibration.blank(measured.model)
+    with pytest.raises(ArtifactError, match=r"a\.calib measured nothing about routing"):
+        resolve(routing, None, PLAIN_SHAPE, unmeasured)
+    with pytest.raises(McError, match=r"resolve\(\) needs the calibration that a\.calib holds"):
+        resolve(routing, None, PLAIN_SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +262,7 @@ def test_thresholds_of_more_layers_and_ranks_than_run_are_cut() -> None:
     np.testing.assert_array_equal(found, metadata().thresholds[:5, :2])
     for shape in (RoutingShape(6, 4, 8), RoutingShape(7, 3, 8)):
         with pytest.raises(
-            McError, match="thresholds for 6 layers and 3 experts a token, but the model runs"
+            McError, match="thresholds for 6 layers and 3 experts per token, but the model runs"
         ):
             resolve(Routing(), metadata(), shape)
         assert resolve(Routing("keep_min", ratio=0.5), metadata(), shape).policy == "keep_min"

@@ -13,7 +13,7 @@ from mc_gguf.artifacts import Calibration
 from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.routing import thresholds
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.routing.thresholds import at_quantiles, damages, for_target_drop, tolerant_layers
+from mc_gguf.routing.thresholds import predict_damages, quantiles_for_drop, thresholds_at, tolerant_layers
 from tests.support import ROOT
 from tests.support.routing_predictions import predicted_damage, predicted_drop
 from tests.support.synthetic_calibration import calibration
@@ -89,18 +89,18 @@ def test_the_median_must_be_a_quantile() -> None:
         replace(small(), curve=np.zeros((2, 4)), ratio_quantiles=np.zeros((2, 1, 4)))
 
 
-# --- at_quantiles
+# --- thresholds_at
 
 
 def test_thresholds_lie_between_the_quantiles() -> None:
-    found = at_quantiles(small(n_rank=3), np.array([0.5, 0.75]))
+    found = thresholds_at(small(n_rank=3), np.array([0.5, 0.75]))
     expected = np.array([[0, 0, 0], [0, 0.5, 0.25], [0, 0, 0], [0, 0.7, 0.35]])
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_quantile_0_drops_nothing_and_1_all_but_the_largest() -> None:
-    found = at_quantiles(small(), np.array([0.0, 1.0]))
+    found = thresholds_at(small(), np.array([0.0, 1.0]))
     np.testing.assert_allclose(found[[1, 3], 1], [0, 0.9], rtol=1e-6)
 
 
@@ -109,7 +109,7 @@ def test_quantile_0_drops_nothing_and_1_all_but_the_largest() -> None:
     [([0.5], "2 quantiles are needed.*got 1"), ([0.5, 1.1], "between 0 and 1"), ([np.nan, 0], "between")],
 )
 def test_wrong_quantiles_are_refused(quantiles: list[float], message: str) -> None:
-    for function in (at_quantiles, damages):
+    for function in (thresholds_at, predict_damages):
         with pytest.raises(McError, match=message):
             function(small(), np.array(quantiles))
 
@@ -130,7 +130,7 @@ def test_tolerant_layers_are_those_near_the_median() -> None:
     assert tolerant_layers(small((0.0, 0.0, 0.1))) == (1, 3)
 
 
-# --- for_target_drop
+# --- quantiles_for_drop
 
 
 def test_the_least_sensitive_layer_drops_most() -> None:
@@ -139,7 +139,7 @@ def test_the_least_sensitive_layer_drops_most() -> None:
     profile = RoutingProfile(
         (0, 1), 2, np.tile(grid, (2, 1, 1)), np.array([1.0, 3.0]), np.tile(4 * grid**2, (2, 1))
     )
-    np.testing.assert_allclose(for_target_drop(profile, 0.2, None), [0.6, 0.2], atol=1e-9)
+    np.testing.assert_allclose(quantiles_for_drop(profile, 0.2, None), [0.6, 0.2], atol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -152,7 +152,7 @@ def test_no_other_quantiles_are_better(
     grid = np.linspace(0, 1, 21)
     allowed = [grid if layers is None or i in layers else [0.0] for i in range(3)]
     for drop in (0.05, 0.15, 0.3):
-        found = for_target_drop(profile, drop, layers)
+        found = quantiles_for_drop(profile, drop, layers)
         assert predicted_drop(profile, found) == pytest.approx(drop)
         others = [np.array(q) for q in itertools.product(*allowed) if abs(sum(q) - 6 * drop) < 1e-9]
         least = min(predicted_damage(profile, q) for q in others)
@@ -162,22 +162,22 @@ def test_no_other_quantiles_are_better(
 def test_the_saving_is_at_least_the_one_wanted() -> None:
     profile = rough(3)
     for drop in np.linspace(0, 0.5, 12):
-        found = predicted_drop(profile, for_target_drop(profile, float(drop), None))
+        found = predicted_drop(profile, quantiles_for_drop(profile, float(drop), None))
         assert drop - 1e-9 <= found < drop + 1 / (2 * 3 * thresholds.STEPS)
 
 
 def test_the_ends_of_what_can_be_dropped() -> None:
-    assert (for_target_drop(small(), 0, None) == 0).all()
-    assert (for_target_drop(small(), 0.5, None) == 1).all()
-    assert (for_target_drop(small(), 0.25, [3]) == [0, 1]).all()
-    assert (for_target_drop(small(n_rank=4), 0.75, [3, 1, 1]) == 1).all()
+    assert (quantiles_for_drop(small(), 0, None) == 0).all()
+    assert (quantiles_for_drop(small(), 0.5, None) == 1).all()
+    assert (quantiles_for_drop(small(), 0.25, [3]) == [0, 1]).all()
+    assert (quantiles_for_drop(small(n_rank=4), 0.75, [3, 1, 1]) == 1).all()
 
 
 @pytest.mark.parametrize(
     ("drop", "layers", "message"),
     [
-        (0.51, None, r"51 % .* 2 of 2 layers active it can be 0 to 50\.0 %"),
-        (0.26, (1,), r"1 of 2 layers active it can be 0 to 25\.0 %"),
+        (0.51, None, r"51 % .* 2 of 2 layers active, it can be 0 to 50\.0 %"),
+        (0.26, (1,), r"1 of 2 layers active, it can be 0 to 25\.0 %"),
         (-0.1, None, "cannot be dropped"),
         (float("nan"), None, "cannot be dropped"),
         (0.1, (2,), "layer 2 has no experts; layers with experts are 1 to 3"),
@@ -186,4 +186,4 @@ def test_the_ends_of_what_can_be_dropped() -> None:
 )
 def test_an_impossible_saving_is_refused(drop: float, layers: tuple[int, ...] | None, message: str) -> None:
     with pytest.raises(McError, match=message):
-        for_target_drop(small(), drop, layers)
+        quantiles_for_drop(small(), drop, layers)

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from mc_gguf.cli import main
 from mc_gguf.common.errors import McError
 from mc_gguf.run import chat as chats
-from mc_gguf.run.chat import HELP, Conversation, Sampling, say, talk
+from mc_gguf.run.chat import HELP, say, talk
+from mc_gguf.run.conversation import Conversation, Sampling
 from mc_gguf.run.llama import Llama
 
 pytestmark = pytest.mark.native
@@ -112,7 +113,7 @@ def test_the_interactive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     ("trouble", "shown"),
     [
         (KeyboardInterrupt(), "<\n(stopped)\n"),
-        (ValueError("full"), "<\nError: full: shorten the prompt, /reset, or give a larger --ctx\n"),
+        (ValueError("full"), "<\nError: full: shorten the prompt, /reset, or give a larger context\n"),
     ],
 )
 def test_trouble_ends_the_answer_but_not_the_conversation(
@@ -165,6 +166,7 @@ def test_what_routing_saved_is_said_at_the_end(tiny_gguf: Path) -> None:
     assert 40 < float(err.split(", ")[-1].split("%")[0]) <= 60
     assert out != run(tiny_gguf, *prompt)[1]
     assert run(tiny_gguf, *prompt, "--routing", "off")[2] == ""
+    assert run(tiny_gguf, *prompt, "--routing", "odp:threshold=0.5", "--quiet")[2] == ""
 
 
 def test_stats_on_the_way(tiny_gguf: Path) -> None:

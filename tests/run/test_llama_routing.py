@@ -13,14 +13,13 @@ import pytest
 from mc_gguf import Llama, Routing
 from mc_gguf.artifacts import PROJECTIONS, Calibration
 from mc_gguf.common.errors import FormatError, McError
-from mc_gguf.container import expert_bytes
-from mc_gguf.container.routing import write_routing
+from mc_gguf.container import expert_bytes, write_routing
 from mc_gguf.ggml.gguf_file import read_header
 from mc_gguf.quantize.writer import quantize
 from mc_gguf.routing import RoutingMetadata, default_metadata
-from mc_gguf.routing.metadata import choose
+from mc_gguf.routing.metadata import choose_thresholds
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.routing.thresholds import at_quantiles
+from mc_gguf.routing.thresholds import thresholds_at
 from mc_gguf.runtime.packages import load_gguf
 from mc_gguf.source import open_checkpoint
 from tests.support.gguf_models import make_calibration, make_plan
@@ -43,7 +42,7 @@ def made_up() -> Calibration:
 @pytest.fixture(scope="module")
 def carried(made_up: Calibration) -> RoutingMetadata:
     known = default_metadata(RoutingProfile.of(made_up))
-    return choose(known, quantile=0.5, layers=(0, 1, 3, 4), protect=0.1)
+    return choose_thresholds(known, quantile=0.5, layers=(0, 1, 3, 4), protect=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +145,7 @@ def test_thresholds_from_the_file_at_other_quantiles(llm: Llama, made_up: Calibr
         answer(llm)
         shares.append(llm.routing_stats().dropped_share)
     assert shares[0] < shares[1] < shares[2]
-    same = at_quantiles(RoutingProfile.of(made_up), np.full(6, 0.8))[:, 1].tolist()
+    same = thresholds_at(RoutingProfile.of(made_up), np.full(6, 0.8))[:, 1].tolist()
     llm.routing = Routing("threshold", threshold=same, layers="all")
     llm.reset_routing_stats()
     answer(llm)

@@ -15,7 +15,8 @@ from mc_gguf.common.errors import SourceError
 from mc_gguf.runtime import Runtime
 from mc_gguf.source import Checkpoint, open_checkpoint
 from mc_gguf.source import decoder as forward
-from mc_gguf.source.decoder import ARCHITECTURES, Decoder
+from mc_gguf.source.architecture import ARCHITECTURES
+from mc_gguf.source.decoder import Decoder, RouterOutput
 from tests.support.moe_directories import CONFIGS, random_moe, save_moe, write_f32
 from tests.support.small_models import MemoryCheckpoint, random_mixtral, tiny_mixtral
 
@@ -149,3 +150,41 @@ def test_routing_weights_are_normalised_where_the_architecture_says_so() -> None
     torch.testing.assert_close(decoder.weights(probs), torch.tensor([[0.6, 0.4, 0.0]]))
     decoder.shape = replace(decoder.shape, architecture=ARCHITECTURES["olmoe"])
     torch.testing.assert_close(decoder.weights(probs), probs)
+
+
+# What the models' authors do; llama.cpp's graphs agree.
+RENORMALISES = {"Qwen3Moe": True, "Mixtral": True, "Olmoe": False, "Qwen2Moe": False}
+
+
+def router_output(decoder: Decoder) -> RouterOutput:
+    hidden = decoder.embed(random_rows(4096, (2, 40)))
+    decoder.attention(0, hidden)
+    return decoder.route(0, hidden.flatten(0, 1))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nearest_tokens_have_the_weight_of_the_last_place(name: str, tmp_path: Path) -> None:
+    """Against the definition, spelled out for one token after another."""
+    decoder = Decoder(open_checkpoint(save_moe(random_moe(name), tmp_path)))
+    output, expert = router_output(decoder), 5
+    routed = output.tokens_of(expert)
+    assert 0 < len(routed) < 80
+    found = decoder.nearest_tokens(output, expert, 12)
+    assert not set(found.index.tolist()) & set(routed.index.tolist())
+    others = sorted(set(range(80)) - set(routed.index.tolist()), key=lambda t: -output.all_probs[t, expert])
+    assert set(found.index.tolist()) == set(others[:12])
+    for token, prob, weight in zip(found.index, found.probs, found.weights, strict=True):
+        chosen = [float(output.all_probs[token, e]) for e in (*output.experts[token, :-1], expert)]
+        assert float(prob) == pytest.approx(chosen[-1])
+        expected = chosen[-1] / sum(chosen) if RENORMALISES[name] else chosen[-1]
+        assert float(weight) == pytest.approx(expected, rel=1e-5)
+
+
+def test_nearest_tokens_are_not_those_that_are_excluded() -> None:
+    decoder = Decoder(MemoryCheckpoint(random_mixtral()))
+    output = decoder.route(0, torch.randn(30, 64))
+    excluded = torch.arange(30) % 2 == 0
+    found = decoder.nearest_tokens(output, 2, 100, excluded)  # more than there are
+    routed = set(output.tokens_of(2).index.tolist())
+    assert set(found.index.tolist()) == set(range(1, 30, 2)) - routed
+    assert (found.probs.diff() <= 0).all()

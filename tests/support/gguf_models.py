@@ -25,11 +25,9 @@ from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, STRING, UINT32, TensorEntry, 
 from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.routing import RoutingMetadata
 from mc_gguf.runtime.packages import load_gguf
-from mc_gguf.source.base import fingerprint, kv_size
-from tests.support import ROOT
+from mc_gguf.source.base import fingerprint, measure_metadata
 from tests.support.synthetic_calibration import synthetic_routing
 
-TINY = ROOT / "models" / "tiny-mixtral"
 ONES = hashlib.sha256(b"1").hexdigest()
 TWOS = hashlib.sha256(b"2").hexdigest()
 
@@ -57,7 +55,7 @@ def model_kv(n_layer: int, n_expert: int, n_embd: int, n_ff: int, n_used: int = 
 
 
 def model_tensors(n_layer: int, n_expert: int, n_embd: int, n_ff: int, kind: str) -> list[TensorSpec]:
-    """The tensors of a Mixtral-like model in the converter's kind of order, shapes in ggml order."""
+    """The tensors of a Mixtral-like model, ordered like the converter's, with shapes in ggml order."""
     tensors = [
         TensorSpec("output.weight", (n_embd, 3), kind),
         TensorSpec("token_embd.weight", (n_embd, 3), kind),
@@ -76,7 +74,7 @@ def model_tensors(n_layer: int, n_expert: int, n_embd: int, n_ff: int, kind: str
 
 
 class RandomCheckpoint:
-    """mc_gguf.source.Checkpoint with weights drawn anew at every read, always the same."""
+    """A mc_gguf.source.Checkpoint whose random weights are made anew at every read, always the same."""
 
     def __init__(
         self, n_layer: int = 2, n_expert: int = 4, n_embd: int = 32, n_ff: int = 64, kind: str = "BF16"
@@ -91,7 +89,7 @@ class RandomCheckpoint:
             n_embd=n_embd,
             n_ff=n_ff,
             fingerprint=fingerprint(self.kv, "llama", tensors, []),
-            kv_bytes=kv_size(self.kv, "llama"),
+            kv_bytes=measure_metadata(self.kv, "llama"),
             n_kv=len(self.kv) + 1,
             tensors=tuple(tensors),
         )
@@ -132,6 +130,13 @@ def uniform(info: ModelInfo, type_name: str) -> dict[str, tuple[tuple[str, ...],
     return {p: tuple((type_name,) * info.n_expert for _ in info.expert_layers) for p in PROJECTIONS}
 
 
+def mixed(checkpoint: RandomCheckpoint, types: tuple[str, ...], seed: int = 1) -> dict[str, list[list[str]]]:
+    """Types of a plan, drawn from `types`."""
+    rng = np.random.default_rng(seed)
+    info = checkpoint.info
+    return {p: rng.choice(types, (len(info.expert_layers), info.n_expert)).tolist() for p in PROJECTIONS}
+
+
 def make_plan(
     info: ModelInfo,
     experts: Mapping[str, Sequence[Sequence[str]]],
@@ -160,8 +165,8 @@ def make_plan(
 
 
 def make_calibration(info: ModelInfo, path: Path, unused: Sequence[tuple[int, int]] = ()) -> Calibration:
-    """A saved calibration with random importance matrices; `unused` experts (layer index, expert) saw no
-    token.
+    """A saved calibration with random importance matrices; the `unused` experts (layer index, expert) saw no
+    tokens.
     """
     n_layer, n_expert = len(info.expert_layers), info.n_expert
     rng = np.random.default_rng(5)
@@ -170,27 +175,22 @@ def make_calibration(info: ModelInfo, path: Path, unused: Sequence[tuple[int, in
     )
     for place in unused:
         wide[place] = mid[place] = 0
-    flat, none = np.ones((n_layer, n_expert)), np.zeros(0)
-    calibration = Calibration(
-        model=info,
-        layers=info.expert_layers,
-        types=("Q2_K",),
-        corpus={},
-        frequency=flat,
-        routing_weight=flat,
-        sq_error=np.ones((n_layer, n_expert, 3, 1)),
-        output_sq=flat,
-        imatrix_in=wide,
-        imatrix_mid=mid,
+    flat = np.ones((n_layer, n_expert))
+    statistics = {
+        "frequency": flat,
+        "routing_weight": flat,
+        "sq_error": np.ones((n_layer, n_expert, 3, 1)),
+        "output_sq": flat,
+        "imatrix_in": wide,
+        "imatrix_mid": mid,
         **synthetic_routing(n_layer),
-        nominal_error=none,
-    )
-    return calibration.save(path)
+    }
+    return Calibration(info, info.expert_layers, ("Q2_K",), {}, statistics).save(path)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor taken out of a file. Shape in ggml order."""
+    """A tensor taken out of a file; the shape is in ggml order."""
 
     name: str
     shape: tuple[int, ...]
@@ -204,11 +204,11 @@ def write_random(
     experts: Mapping[str, Sequence[Sequence[str]]],
     routing: RoutingMetadata | None = None,
 ) -> None:
-    """A file of ours with true header and maps and random bytes for weights; needs no ggml."""
+    """Write a file with a true header and maps, and random bytes for weights. This needs no ggml."""
     tensors = container.layout(checkpoint.info, experts, FixedTypes(), routing)
     rng = np.random.default_rng(7)
     data = bytearray(container.total_bytes(tensors))
-    header = container.header(checkpoint, tensors, ONES, TWOS, routing)
+    header = container.encode_header(checkpoint, tensors, ONES, TWOS, routing)
     data[: len(header)] = header
     for t in tensors:
         body = rng.bytes(t.n_bytes) if t.map is None else np.asarray(t.map, dtype="<i4").tobytes()
@@ -217,7 +217,7 @@ def write_random(
 
 
 def take_apart(path: Path) -> tuple[dict[str, Value], list[Part]]:
-    """Metadata and tensors of a file, to be changed and written again by write_parts."""
+    """A file's metadata and tensors, which can be changed and written again by write_parts."""
     header, data = read_header(path), path.read_bytes()
 
     def part(t: TensorEntry) -> Part:
@@ -227,7 +227,7 @@ def take_apart(path: Path) -> tuple[dict[str, Value], list[Part]]:
 
 
 def write_parts(path: Path, kv: Mapping[str, Value], parts: Sequence[Part]) -> None:
-    """Write a GGUF with gguf-py alone, whatever it contains."""
+    """Write a GGUF with gguf-py alone, whatever is in it."""
     gguf = load_gguf()
     writer = gguf.GGUFWriter(path, "llama")
     add_values(writer, {k: v for k, v in kv.items() if k != "general.architecture"})

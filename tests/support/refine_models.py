@@ -1,4 +1,4 @@
-"""A small random Mixtral with a calibration, for the tests of refinement; and its twin in transformers."""
+"""A small random Mixtral with a calibration, and its twin in transformers, for the tests of refinement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration
-from mc_gguf.calibrate.calibrator import Options, calibrate
+from mc_gguf.calibrate.calibrator import calibrate
+from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.compensate.bank import Bank
 from mc_gguf.ggml.quantizers import dequantize_rows
 from mc_gguf.refine.matrices import GgmlQuantizer, Matrices
@@ -32,7 +33,7 @@ def small() -> tuple[Any, MemoryCheckpoint, Calibration]:
     calibration = calibrate(
         checkpoint,
         Corpus(rows(24, seed=9), ("random",), "0" * 64, 768, 0),
-        Options(types=TYPES, threads=1),
+        CalibrationOptions(types=TYPES, threads=1),
         quiet=True,
     )
     return model, checkpoint, calibration
@@ -51,14 +52,14 @@ def layers(folder: Path, limit_bytes: int = 1 << 30) -> Layers:
     return Layers(Decoder(small()[1]), matrices(folder, limit_bytes))
 
 
-def drawn(seed: int, n_type: int = len(TYPES)) -> Assignment:
-    """Types by lot."""
+def random_types(seed: int, n_type: int = len(TYPES)) -> Assignment:
+    """Random types."""
     columns = np.random.default_rng(seed).integers(0, n_type, (2, 5, len(PROJECTIONS)))
     return Assignment(TYPES, columns)
 
 
 def twin(assignment: Assignment) -> Any:
-    """transformers' model with what the types make of its experts."""
+    """transformers' model with its experts as the types make them."""
     model, checkpoint, calibration = small()
     copy = random_mixtral()
     copy.load_state_dict(model.state_dict())

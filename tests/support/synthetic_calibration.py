@@ -10,24 +10,7 @@ import numpy as np
 
 from mc_gguf.artifacts import ATTENTION, PROJECTIONS, Calibration, ModelInfo, TensorSpec, expert_tensor_name
 from mc_gguf.ggml.types import CANDIDATES
-
-# Relative squared error of each type on unit Gaussian rows, measured.
-RELATIVE_ERROR = {
-    "IQ1_S": 0.251,
-    "IQ1_M": 0.222,
-    "IQ2_XXS": 0.123,
-    "IQ2_XS": 0.096,
-    "IQ2_S": 0.065,
-    "Q2_K": 0.074,
-    "IQ3_XXS": 0.036,
-    "IQ3_S": 0.020,
-    "Q3_K": 0.021,
-    "IQ4_XS": 0.0058,
-    "Q4_K": 0.0051,
-    "Q5_K": 0.0014,
-    "Q6_K": 0.0004,
-    "Q8_0": 0.00003,
-}
+from tools.common import RELATIVE_ERROR
 
 
 def model_info(
@@ -55,7 +38,7 @@ def model_info(
 
 
 def synthetic_routing(n_layer: int, n_rank: int = 2, n_quantile: int = 101) -> dict[str, Any]:
-    """The routing arrays of a Calibration, shaped like measured ones: the last layers are the sensitive."""
+    """The routing arrays of a Calibration, shaped like measured ones: the last layers are sensitive."""
     q = np.linspace(0, 1, n_quantile)
     power, rank = np.linspace(1, 2, n_layer)[:, None, None], np.arange(1, n_rank)[:, None]
     return {
@@ -85,30 +68,28 @@ def calibration(
     for p, projection in enumerate(PROJECTIONS):
         if model.expert_shape(projection)[1] % 256:
             error[:, :, p] = np.inf
-    return Calibration(
-        model=model,
-        layers=tuple(range(n_layer)),
-        types=tuple(types),
-        corpus={"sha256": "0" * 64},
-        frequency=rng.integers(1, 1000, shape).astype(np.float64),
-        routing_weight=rng.uniform(1, 500, shape),
-        sq_error=error,
-        output_sq=output_sq,
-        imatrix_in=np.ones((*shape, n_embd), dtype=np.float32),
-        imatrix_mid=np.ones((*shape, n_ff), dtype=np.float32),
+    statistics = {
+        "frequency": rng.integers(1, 1000, shape).astype(np.float64),
+        "routing_weight": rng.uniform(1, 500, shape),
+        "sq_error": error,
+        "output_sq": output_sq,
+        "imatrix_in": np.ones((*shape, n_embd), dtype=np.float32),
+        "imatrix_mid": np.ones((*shape, n_ff), dtype=np.float32),
         **synthetic_routing(n_layer),
-        nominal_error=np.sqrt(output_sq)[..., None]
+        "nominal_error": np.sqrt(output_sq)[..., None]
         * np.array([0.5, 0.35, 0.2])
         * rng.uniform(0.9, 1.1, (*shape, 3)),
-        relative_error=error * 1e-3,
-        weight_error=error * 1e-4,
-        hessian_trace=np.ones((*shape, 3)),
-        kld_per_error=np.full(n_layer, 0.3),
-        block_score=np.linspace(0.5, 0.1, n_layer),
-        hidden_max=np.full(n_layer, 10.0),
-        hidden_median=np.ones(n_layer),
-        down_max=np.ones(shape),
-        fingerprint="c" * 64,
+        "relative_error": error * 1e-3,
+        "weight_error": error * 1e-4,
+        "hessian_trace": np.ones((*shape, 3)),
+        "kld_per_error": np.full(n_layer, 0.3),
+        "block_score": np.linspace(0.5, 0.1, n_layer),
+        "hidden_max": np.full(n_layer, 10.0),
+        "hidden_median": np.ones(n_layer),
+        "down_max": np.ones(shape),
+    }
+    return Calibration(
+        model, tuple(range(n_layer)), tuple(types), {"sha256": "0" * 64}, statistics, fingerprint="c" * 64
     )
 
 
@@ -117,10 +98,9 @@ def with_attention(source: Calibration, types: Sequence[str], seed: int = 0) -> 
     assert source.model is not None
     rng, shape = np.random.default_rng(seed), (len(source.layers), len(ATTENTION))
     spread = rng.lognormal(-2, 1, (*shape, 1)) * rng.lognormal(0, 0.05, (*shape, len(types)))
-    return replace(
-        source,
-        attention_types=tuple(types),
-        attention_error=spread * np.array([RELATIVE_ERROR[t] for t in types]),
-        attention_in=np.ones((shape[0], source.model.n_embd), dtype=np.float32),
-        attention_mid=np.ones((shape[0], source.model.n_embd), dtype=np.float32),
-    )
+    attention = {
+        "attention_error": spread * np.array([RELATIVE_ERROR[t] for t in types]),
+        "attention_in": np.ones((shape[0], source.model.n_embd), dtype=np.float32),
+        "attention_mid": np.ones((shape[0], source.model.n_embd), dtype=np.float32),
+    }
+    return replace(source, attention_types=tuple(types), statistics={**source.statistics, **attention})

@@ -1,13 +1,13 @@
-"""Many short token sequences at once: what they begin with in common is computed once.
+"""Many short token sequences at once: what they share at the beginning is computed once.
 
-A multiple-choice question is one context with several continuations, and its examples are those of the next
-question, too. Sequences are put into a tree of tokens; each node is one token in llama.cpp's batch and KV
-cache, belonging to all sequences that pass through it. The Sequences must be unified.
+A multiple-choice question is one context with several continuations, and the next question often has the
+same examples in front. Sequences are put into a tree of tokens. Each node is one token in llama.cpp's batch
+and KV cache, and belongs to all sequences that pass through it. The Sequences must be unified.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,12 +18,13 @@ from mc_gguf.evaluate.sequences import Sequences
 import llama_cpp  # isort: skip  after mc_gguf, which picks its libraries
 
 Tokens = Sequence[int]
+Targets = dict[int, list[tuple[int, int]]]  # by node: the pair's number, and the token that follows
 Advance = Callable[[int], None]
 
 
 @dataclass
 class Tree:
-    """Nodes in an order in which parents come before children. wanted: nodes whose logits are needed."""
+    """Nodes, parents before children. `wanted` are those whose logits are needed."""
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -33,7 +34,7 @@ class Tree:
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def path(self, tokens: Tokens) -> list[int]:
-        """The nodes of the longest beginning of `tokens` that is there."""
+        """The nodes of the longest beginning of `tokens` that is in the tree."""
         found, node = [], -1
         for token in tokens:
             if (child := self._children.get((node, token))) is None:
@@ -42,8 +43,10 @@ class Tree:
         return found
 
     def add(self, tokens: Tokens, own_sequence: bool = False) -> list[int]:
-        """The nodes of `tokens`, new ones made. It gets a number of its own, n_seq before the call, if it has
-        new nodes or `own_sequence`.
+        """The nodes of `tokens`; those that are missing are made.
+
+        If some were missing, or with `own_sequence`, `tokens` become a sequence of their own: number n_seq
+        before the call.
         """
         nodes = self.path(tokens)
         if len(nodes) == len(tokens) and not own_sequence:
@@ -61,12 +64,15 @@ class Tree:
         return nodes
 
     def has_room(self, tokens: Tokens, llm: Sequences, reserved: int = 0) -> bool:
-        """Whether `tokens` fit, and `reserved` more nodes."""
+        """Whether there is room for `tokens` and `reserved` more nodes."""
         new = len(tokens) - len(self.path(tokens)) + reserved
         return self.n_seq < llm.n_seq and len(self.tokens) + new <= llm.n_ctx_seq
 
-    def compute(self, llm: Sequences, use: Callable[[int, NDArray[np.float32]], None]) -> None:
-        """Runs the model over all nodes; `use` gets the number and logits [V] of each wanted one."""
+    def compute(self, llm: Sequences) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Run the model over all nodes; yields the number and logits [V] of each wanted one.
+
+        The logits are llama.cpp's own memory: valid until the next pair.
+        """
         llm.clear()
         for start in range(0, len(self.tokens), llm.n_batch):
             part = range(start, min(start + llm.n_batch, len(self.tokens)))
@@ -77,46 +83,49 @@ class Tree:
                 [self.members[i] for i in part],
                 np.array(wanted),
             )
-            for node, row in zip((i for i in part if i in self.wanted), logits, strict=True):
-                use(node, row)
+            yield from zip((i for i in part if i in self.wanted), logits, strict=True)
 
 
 def log_likelihoods(
     llm: Sequences, pairs: Sequence[tuple[Tokens, Tokens]], advance: Advance = lambda n: None
 ) -> list[tuple[float, bool]]:
-    """For each (context, continuation), neither empty, together at most n_ctx_seq + 1 tokens: the natural
-    logarithm of the continuation's probability, and whether it is what greedy decoding gives.
+    """For each (context, continuation): the continuation's log-probability in nats, and whether it is greedy.
+
+    Greedy: greedy decoding would give it. Neither part may be empty, and both together have at most
+    n_ctx_seq + 1 tokens.
     """
-    total, greedy = [0.0] * len(pairs), [True] * len(pairs)
-    tree, targets = Tree(), dict[int, list[tuple[int, int]]]()
-
-    def use(node: int, logits: NDArray[np.float32]) -> None:
-        top, best = float(logits.max()), int(logits.argmax())
-        log_sum = top + float(np.log(np.exp(logits - top).sum()))
-        for index, token in targets[node]:
-            total[index] += float(logits[token]) - log_sum
-            greedy[index] = greedy[index] and token == best
-
+    found = [(0.0, True)] * len(pairs)
+    tree, targets = Tree(), Targets()
     for index in sorted(range(len(pairs)), key=lambda i: [*pairs[i][0], *pairs[i][1]]):
         context, continuation = pairs[index]
         tokens = [*context, *continuation][:-1]
         if not tree.has_room(tokens, llm):
-            tree.compute(llm, use)
-            tree = Tree()
-            targets.clear()
+            _add_up(llm, tree, targets, found)
+            tree, targets = Tree(), Targets()
         nodes = tree.add(tokens)[len(context) - 1 :]
         for node, token in zip(nodes, continuation, strict=True):
             targets.setdefault(node, []).append((index, token))
         tree.wanted.update(nodes)
         advance(1)
-    tree.compute(llm, use)
-    return list(zip(total, greedy, strict=True))
+    _add_up(llm, tree, targets, found)
+    return found
+
+
+def _add_up(llm: Sequences, tree: Tree, targets: Targets, found: list[tuple[float, bool]]) -> None:
+    """Run the tree, and add the log-probabilities of its targets to `found`."""
+    for node, logits in tree.compute(llm):
+        top, best = float(logits.max()), int(logits.argmax())
+        log_sum = top + float(np.log(np.exp(logits - top).sum()))
+        for index, token in targets[node]:
+            total, is_greedy = found[index]
+            found[index] = (total + float(logits[token]) - log_sum, is_greedy and token == best)
 
 
 @dataclass(frozen=True)
 class Generation:
-    """When an answer ends (besides the model's own end token), and how its tokens are chosen: temperature 0
-    is greedy.
+    """When an answer ends, besides at the model's own end token, and how its tokens are chosen.
+
+    Temperature 0 is greedy.
     """
 
     max_tokens: int = 256
@@ -131,7 +140,7 @@ class Generation:
         return int(random.choice(len(p), p=p / p.sum()))
 
     def cut(self, text: str) -> str | None:
-        """The text before the first stop; None when there is none in it."""
+        """The text before the first stop; None when it has none."""
         places = [place for stop in self.stop if stop and (place := text.find(stop)) >= 0]
         return text[: min(places)] if places else None
 
@@ -139,8 +148,9 @@ class Generation:
 def generate(
     llm: Sequences, prompts: Sequence[Tokens], options: Generation, advance: Advance = lambda n: None
 ) -> list[str]:
-    """What follows each prompt, as many as fit at once. A prompt has at least one token, and together with
-    max_tokens at most n_ctx_seq.
+    """What follows each prompt; as many prompts as fit are answered together.
+
+    A prompt has at least one token, and at most n_ctx_seq together with max_tokens.
     """
     answers: dict[int, str] = {}
     random = np.random.default_rng(options.seed)
@@ -160,6 +170,28 @@ def generate(
     return [answers[i] for i in range(len(prompts))]
 
 
+@dataclass
+class _Answer:
+    """An answer while it is generated, to the prompt with this number and this many tokens."""
+
+    index: int
+    n_prompt: int
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+
+    def extend(self, token: int, llm: Sequences, options: Generation) -> bool:
+        """Append the token that the model chose. Returns whether the answer goes on."""
+        if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
+            return False
+        self.tokens.append(token)
+        self.text = llm.detokenize(self.tokens).decode("utf-8", "ignore")
+        before_stop = options.cut(self.text)
+        if before_stop is not None:
+            self.text = before_stop
+            return False
+        return len(self.tokens) < options.max_tokens
+
+
 def _answer(
     llm: Sequences,
     tree: Tree,
@@ -167,34 +199,18 @@ def _answer(
     options: Generation,
     random: np.random.Generator,
 ) -> dict[int, str]:
-    """Answers to the prompts in the tree, prompt s being sequence s: its nodes, then token by token."""
+    """Answers to the prompts in the tree, prompt s being sequence s: first its nodes, then token by token."""
     last = [tree.path(tokens)[-1] for _, tokens in prompts]
     tree.wanted = set(last)
-    first: dict[int, int] = {}
-    rows: dict[int, NDArray[np.float32]] = {}
-    tree.compute(llm, lambda node, logits: rows.update({node: logits.copy()}))
-    first = {s: options.choose(rows[node], random) for s, node in enumerate(last)}
-    said: list[list[int]] = [[] for _ in prompts]
-    texts = [""] * len(prompts)
-    following = first
-    while following:
-        for s, token in list(following.items()):
-            ended = llama_cpp.llama_vocab_is_eog(llm._model.vocab, token)
-            if not ended:
-                said[s].append(token)
-                texts[s] = llm.detokenize(said[s]).decode("utf-8", "ignore")
-            before_stop = options.cut(texts[s])
-            texts[s] = texts[s] if before_stop is None else before_stop
-            if ended or before_stop is not None or len(said[s]) >= options.max_tokens:
-                del following[s]
-        if not following:
-            break
-        running = list(following)
+    rows = {node: logits.copy() for node, logits in tree.compute(llm)}
+    answers = [_Answer(index, len(tokens)) for index, tokens in prompts]
+    following = {s: options.choose(rows[node], random) for s, node in enumerate(last)}
+    while running := [s for s, token in following.items() if answers[s].extend(token, llm, options)]:
         logits = llm.decode(
             np.array([following[s] for s in running], dtype=np.int32),
-            np.array([len(prompts[s][1]) + len(said[s]) - 1 for s in running], dtype=np.int32),
+            np.array([answers[s].n_prompt + len(answers[s].tokens) - 1 for s in running], dtype=np.int32),
             np.array(running, dtype=np.int32),
             np.ones(len(running), dtype=np.bool_),
         )
         following = {s: options.choose(row, random) for s, row in zip(running, logits, strict=True)}
-    return {index: texts[s] for s, (index, _) in enumerate(prompts)}
+    return {answer.index: answer.text for answer in answers}

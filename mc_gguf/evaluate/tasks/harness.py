@@ -1,4 +1,4 @@
-"""HarnessModel: lm-evaluation-harness's model class over our Llama, in this process. Imports lm_eval."""
+"""HarnessModel: lm-evaluation-harness's model class over our Llama, in this process. It imports lm_eval."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mc_gguf.common.progress import progress
 from mc_gguf.evaluate.sequences import Sequences
 from mc_gguf.evaluate.tasks.continuations import Generation, generate, log_likelihoods
 
-N_SEQ = 64  # that share what they begin with
-BATCH = 512  # tokens; so many rows of logits at most
+N_SEQ = 64  # sequences at once
+BATCH = 512  # tokens, and so the most rows of logits
 SAMPLING = frozenset({"until", "max_gen_toks", "do_sample", "temperature"})
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is optional: mypy does not read it
-    """Loads the model for up to n_ctx tokens of context, less if it was trained on less. Use it with `with`.
+    """Loads the model for up to n_ctx tokens of context, less if it was trained on less. Use it in a `with`.
 
-    Text is tokenized as transformers would: BOS in front where the model adds one, special tokens
-    recognised. What is longer than the context loses its beginning.
+    Text is tokenized as transformers would: with BOS in front where the model adds one, and special tokens
+    recognised. Text that is longer than the context loses its beginning.
     """
 
     def __init__(self, model: Path, n_ctx: int, routing: str = "off", n_threads: int = 0) -> None:
@@ -81,12 +81,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is optional: my
             return log_likelihoods(self.llm, pairs, bar.advance)
 
     def _fitting(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Both within the context, at least one token of `context` kept."""
+        """Both, cut to fit the context; at least one token of `context` is kept."""
         continuation = continuation[-self.max_length :]
         return context[-(self.max_length + 1 - len(continuation)) :], continuation
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Of whole texts, each token with the fullest context that there is."""
+        """Log-likelihoods of whole texts, each token with as much context as there is."""
         windows = [list(self._windows(request.args[0])) for request in requests]
         flat = self._loglikelihood_tokens([(None, *pair) for several in windows for pair in several])
         values = iter(value for value, _ in flat)
@@ -100,7 +100,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is optional: my
         return map(make_disjoint_window, windows)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Requests with the same options are generated together."""
+        """Answers to all requests; those with the same options are generated together."""
         groups: dict[Generation, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(self._options(request.args[1]), []).append(i)
@@ -117,6 +117,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is optional: my
         found = normalize_gen_kwargs(arguments, default_max_gen_toks=256)
         temperature = float(found.get("temperature") or 0) if found.get("do_sample") else 0.0
         if temperature and (unknown := sorted(set(found) - SAMPLING)):
-            raise McError(f"this task samples with {', '.join(unknown)}, which eval does not know")
+            raise McError(
+                f"this task samples with {', '.join(unknown)}, which eval does not know; choose another task"
+            )
         max_tokens = min(int(found["max_gen_toks"]), self.max_length - 1)
         return Generation(max_tokens, tuple(found["until"]), temperature)

@@ -1,8 +1,7 @@
-"""Tasks of lm-evaluation-harness (the package lm_eval), which is imported only when a task is asked for."""
+"""Runs tasks of lm-evaluation-harness (the package lm_eval), which is imported only when one is asked for."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from mc_gguf.common.errors import McError
+from mc_gguf.common.extras import require
 from mc_gguf.evaluate.files import file_bytes
+from mc_gguf.evaluate.result import align_columns
 
 DEFAULT_CTX = 4096  # tokens of context for a task, or what the model was trained on if that is less
 
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """Names of tasks or groups; `folder` is searched for them, too. `limit`: documents of each task, None:
-    all. `n_fewshot`: None for what the task says.
+    """Names of tasks or groups.
+
+    `folder` is searched for them, too. `limit` is the number of documents of each task (None: all),
+    `n_fewshot` the number of examples before each (None: what the task says).
     """
 
     names: tuple[str, ...]
@@ -30,7 +33,7 @@ class TaskRequest:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One metric of one task. `documents`: how many were used. stderr: None where the harness has none."""
+    """One metric of one task, over `documents` documents. `stderr` is None where the harness has none."""
 
     model: str
     file_bytes: int
@@ -47,16 +50,16 @@ class TaskResult:
 
 
 def check_tasks(request: TaskRequest) -> None:
-    """McError when lm_eval is missing or does not know a task."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise McError("--tasks needs lm-evaluation-harness: pip install lm_eval (or 'mc_gguf[tasks]')")
+    """Raises MissingExtraError without lm_eval, McError when it does not know a task."""
+    require("tasks")
     if request.folder and not request.folder.is_dir():
-        raise McError(f"{request.folder} is no folder: --tasks-path takes one that holds tasks (YAML)")
+        raise McError(f"{request.folder} is not a folder with tasks (YAML)", parameter="tasks_path")
     known = set(_manager(request).all_tasks)
     if unknown := [name for name in request.names if name not in known]:
         raise McError(
-            f"lm-evaluation-harness has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them, "
-            "--tasks-path names a folder with your own"
+            f"lm-evaluation-harness has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them, and "
+            "tasks_path names a folder with your own",
+            parameter="tasks",
         )
 
 
@@ -72,7 +75,7 @@ def _manager(request: TaskRequest) -> Any:
 def run_tasks(
     model: Path, request: TaskRequest, routing: str = "off", n_threads: int = 0
 ) -> list[TaskResult]:
-    """All metrics of all tasks. Data sets come from where the task says; McError when they cannot be had."""
+    """All metrics of all tasks. Raises McError when a task's data set cannot be loaded."""
     from lm_eval import simple_evaluate
 
     from mc_gguf.evaluate.tasks.harness import HarnessModel
@@ -119,11 +122,10 @@ def _number(values: dict[str, Any], metric: str, suffix: str) -> float | None:
 
 
 def task_table(results: Sequence[TaskResult]) -> str:
-    """Aligned text, a line for each result."""
+    """The results as aligned text, one line each."""
     rows = [("model", "task", "metric", "value", "documents")]
     rows += [(r.model, r.task, r.metric, value_text(r), f"{r.documents:,}") for r in results]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+    return align_columns(rows, [True] * len(rows[0]))
 
 
 def value_text(result: TaskResult) -> str:

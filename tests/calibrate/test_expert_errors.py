@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mc_gguf.calibrate.losses import MAX_ROWS, Sample, draw, expert_errors, fits, quantization_error
+from mc_gguf.calibrate.expert_errors import MAX_ROWS, Sample, draw, expert_errors, quantization_error
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.source.decoder import Decoder, Expert
 from tests.support.small_models import MemoryCheckpoint, tiny_mixtral
@@ -131,11 +131,11 @@ def test_sampled_rows_are_unbiased_and_rank_experts_alike() -> None:
 
 def test_scaling_up_the_sampled_rows_alone_would_be_biased() -> None:
     """Why squared_error has a common part: a projection that only shrinks moves all hidden units together."""
-    from mc_gguf.calibrate.losses import _Tokens, _Up
+    from mc_gguf.calibrate.expert_errors import _ExpertInputs, _Up
 
     expert, sample, _, _ = trained_layer()[0]
     one = torch.ones(len(sample.x), 1)
-    tokens = _Tokens(sample.x, sample.g[:, None], sample.x @ expert.gate.T, sample.x @ expert.up.T, one)
+    tokens = _ExpertInputs(sample.x, sample.g[:, None], sample.x @ expert.gate.T, sample.x @ expert.up.T, one)
     change = _Up(expert, tokens)
     whole = draw(np.ones(256), EVERYTHING, np.random.default_rng(0))
     exact, _ = change.squared_errors(whole, -0.2 * expert.up)
@@ -163,8 +163,6 @@ def test_types_that_do_not_fit_are_infinite() -> None:
     assert np.isinf(errors[:2, 0]).all()
     assert np.isfinite(errors[2]).all()
     assert np.isfinite(errors[:, 1]).all()
-    assert fits("Q8_0", 64)
-    assert not fits("IQ1_S", 64)
 
 
 def test_an_expert_without_importance_is_quantized_as_if_all_were_one() -> None:

@@ -1,27 +1,28 @@
-"""Error of one expert under every type: ggml's quantizer, the expert's own importance matrix and tokens.
+"""The error of one expert under every type: ggml's quantizer, the expert's own importance matrix and tokens.
 
-For y = g W_down h, h = silu(W_gate x) * (W_up x) and the final routing weight g, the error of one projection
-in type t is sum over the routed tokens of |y_t - y|^2 with that projection alone replaced. Exact when every
-row of the matrix and every routed token is used. Otherwise rows are sampled (quantization works row by row),
-and tokens, with probability near their squared output: a few of them can make most of an expert's error.
+With y = g W_down h, h = silu(W_gate x) * (W_up x) and the final routing weight g, the error of one projection
+in type t is the sum over the routed tokens of |y_t - y|^2 with that projection alone replaced. It is exact
+when every row of the matrix and every routed token is used. Otherwise rows are sampled, because quantization
+works row by row, and so are tokens, with probabilities near their squared output, because a few of them can
+make most of an expert's error.
 
 Sampling rows. A row of W_down makes one output, so the total is a plain sum over rows. A row i of W_gate or
-W_up makes one dh_i, and |W_down dh|^2 = sum_ij dh_i dh_j <w_i, w_j> has cross terms: quantizers shrink
+W_up makes one dh_i, and |W_down dh|^2 = sum_ij dh_i dh_j <w_i, w_j> has cross terms. Quantizers shrink
 weights (the error of a least-squares fit is not orthogonal to the weight: -25 % for IQ1_S), so the dh_i move
-together, and scaling up the sampled rows alone is biased. The common part is known on all rows, dh = a b + r
-with b = dh/da of shrinking the projection, so: total = a^2 |W b|^2 + 2 a <W b, W r> + |W r|^2; the first term
-is exact, the second and the diagonal of the third are sums over rows. Rows are drawn with probability near
-their expected share of the error (Horvitz-Thompson), systematically, the same rows for every type, so that
-types are compared on equal terms.
+together, and scaling up the sampled rows alone would be biased. The common part is known for all rows: dh = a
+b + r, where b = dh/da is the effect of shrinking the projection. Hence total = a^2 |W b|^2 + 2 a <W b, W r> +
+|W r|^2; the first term is exact, and the second and the diagonal of the third are sums over rows. Rows are
+drawn with probabilities near their expected share of the error (Horvitz-Thompson), systematically, and the
+same rows for every type, so that types are compared on equal terms.
 
-Beside the plain sum over tokens there is one of relative errors, |y_t - y|^2 / |hidden state|^2: RMS norms
-follow, so that what an error does depends on its size relative to the hidden state, and the few tokens with
+Beside the plain sum over tokens there is a sum of relative errors, |y_t - y|^2 / |hidden state|^2. RMS norms
+follow, so the effect of an error depends on its size relative to the hidden state, and the few tokens with
 massive activations do not decide alone.
 
-Budget. On one AVX-512 core a million weights take 2.7 s for the 11 default types together (Q3_K 26 M
-weights/s, IQ2_XS 1.5, the rest 2 to 9). Mixtral-8x7B has 45 G expert weights: 33 core-hours for all rows.
-With MAX_ROWS = 256 it is 5.8 M weights an expert, 1.5 G in all, one core-hour; the matmuls (MAX_TOKENS = 1024
-tokens) are 0.1 PFLOP, a few percent of the forward passes.
+Cost. On one AVX-512 core a million weights take 2.7 s for the 11 default types together (Q3_K 26 million
+weights per second, IQ2_XS 1.5, the others 2 to 9). Mixtral-8x7B has 45 billion expert weights: 33 core-hours
+for all rows. With MAX_ROWS = 256 there are 5.8 million weights per expert and 1.5 billion in all: one
+core-hour. The matrix products (MAX_TOKENS = 1024 tokens) are 0.1 PFLOP, a few percent of the forward passes.
 """
 
 from __future__ import annotations
@@ -37,26 +38,27 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mc_gguf.artifacts import PROJECTIONS, Floats
+from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Floats
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.ggml.types import TYPES
 from mc_gguf.source.decoder import Expert
 
 MAX_ROWS = 256
 MAX_TOKENS = 1024
-# Share of the sample that is drawn uniformly, so that a row that looks unimportant still has a bounded
-# weight.
+# Share of the sample that is drawn uniformly, so that the weight of a row that looks unimportant is bounded.
 UNIFORM_SHARE = 0.2
-# What nominal 1, 2 and 3 bits are in ggml types, for the published strategy.
-NOMINAL = ("IQ1_S", "IQ2_XXS", "IQ3_XXS")
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Tokens of one expert: x [T, n_embd] normalised inputs, g [T] final routing weights.
+    """Some tokens of one expert.
 
-    Errors go with g^2, so a token that stands for w tokens has g multiplied by sqrt(w). `scale` [T]: what
-    relative errors are measured by, 1 / norm of the hidden state (None: ones).
+    Errors are proportional to g^2, so the g of a token that stands for w tokens is multiplied by sqrt(w).
+
+    Attributes:
+        x: [T, n_embd] normalised inputs.
+        g: [T] final routing weights.
+        scale: [T] 1 / norm of the hidden state, which relative errors are multiplied by; None means ones.
     """
 
     x: Tensor
@@ -66,11 +68,14 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class ExpertErrors:
-    """Of one expert, summed over all of its tokens; inf where a row is not a whole number of blocks.
+    """Errors of one expert, summed over all of its tokens; infinite where a row is not a whole number of
+    blocks.
 
-    block, relative [3, T]: squared output error, and that relative to the hidden states; weight [3, T]:
-    squared change of the weights; trace [3]: trace of half the relative error's Hessian with respect to the
-    matrix, a weight on average.
+    Attributes:
+        block: [3, T] squared error of the output.
+        relative: [3, T] squared error of the output relative to the hidden states.
+        weight: [3, T] squared change of the weights.
+        trace: [3] trace of half the relative error's Hessian with respect to the matrix, per weight.
     """
 
     block: Floats
@@ -81,7 +86,7 @@ class ExpertErrors:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """A random part of some things (rows, tokens) and their weights 1/probability; or all, with weight 1."""
+    """A random sample of rows or tokens with their weights 1/probability, or all of them with weight 1."""
 
     index: Tensor
     weight: Tensor
@@ -98,16 +103,27 @@ def expert_errors(
     seed: Sequence[int] = (0,),
     threads: int = 1,
 ) -> ExpertErrors:
-    """Errors of every projection (gate, up, down) in every type. `seed` picks the rows."""
+    """Errors of every projection (gate, up, down) in every type.
+
+    Args:
+        expert: the exact matrices.
+        sample: tokens of the expert.
+        imatrix_in: [n_embd] importance matrix of gate and up.
+        imatrix_mid: [n_ff] importance matrix of down.
+        types: names of the ggml types.
+        max_rows: rows of a matrix that are quantized; the errors are scaled up to all rows.
+        seed: decides which rows are drawn.
+        threads: number of threads of the quantizers.
+    """
     rng = np.random.default_rng(list(seed))
     block, relative, weight = found = [np.full((len(PROJECTIONS), len(types)), np.inf) for _ in range(3)]
     trace = np.zeros(len(PROJECTIONS))
     with torch.inference_mode():
         scale = torch.ones_like(sample.g) if sample.scale is None else sample.scale
-        tokens = _Tokens(
+        tokens = _ExpertInputs(
             sample.x, sample.g[:, None], sample.x @ expert.gate.T, sample.x @ expert.up.T, scale[:, None]
         )
-        kinds: tuple[Callable[[Expert, _Tokens], _Change], ...] = (_Gate, _Up, _Down)
+        kinds: tuple[Callable[[Expert, _ExpertInputs], _Change], ...] = (_Gate, _Up, _Down)
         for p, kind in enumerate(kinds):
             change = kind(expert, tokens)
             imatrix = imatrix_mid if kind is _Down else imatrix_in
@@ -115,17 +131,12 @@ def expert_errors(
             weights = change.matrix[rows.index].contiguous()
             trace[p] = change.trace() / change.matrix.numel()
             for t, name in enumerate(types):
-                if fits(name, weights.shape[1]):
+                if TYPES[name].fits(weights.shape[1]):
                     delta = quantization_error(weights, name, imatrix, threads)
                     errors = (*change.squared_errors(rows, delta), _weighted_sum_sq(delta, rows.weight))
                     for values, error in zip(found, errors, strict=True):
                         values[p, t] = error
     return ExpertErrors(block, relative, weight, trace)
-
-
-def fits(type_name: str, n_per_row: int) -> bool:
-    """Whether rows of `n_per_row` weights are whole blocks of the type."""
-    return n_per_row % TYPES[type_name].block_size == 0
 
 
 def quantization_error(weights: Tensor, type_name: str, imatrix: NDArray[np.float32], threads: int) -> Tensor:
@@ -136,7 +147,9 @@ def quantization_error(weights: Tensor, type_name: str, imatrix: NDArray[np.floa
 
 
 def draw(importance: Floats, count: int, rng: np.random.Generator) -> Drawn:
-    """At most `count` of len(importance) things, drawn systematically, probability near importance."""
+    """At most `count` of len(importance) rows or tokens, drawn systematically with probabilities near their
+    share of the importance.
+    """
     n = len(importance)
     if n <= count:
         return Drawn(torch.arange(n), torch.ones(n), True)
@@ -153,7 +166,7 @@ def draw(importance: Floats, count: int, rng: np.random.Generator) -> Drawn:
 
 
 def _inclusion(share: Floats, count: int) -> Floats:
-    """Inclusion probabilities that sum to `count`, proportional to `share` but at most 1."""
+    """Inclusion probabilities that sum to `count`; proportional to `share`, but at most 1."""
     probability = np.zeros_like(share)
     certain = np.zeros(len(share), dtype=bool)
     while True:
@@ -166,8 +179,8 @@ def _inclusion(share: Floats, count: int) -> Floats:
 
 
 @dataclass(frozen=True, eq=False)
-class _Tokens:
-    """x [T, n_embd], g [T, 1], z = x gate', u = x up' [T, n_ff]; scale [T, 1] of relative errors."""
+class _ExpertInputs:
+    """x [T, n_embd], g [T, 1], z = x gate' and u = x up' [T, n_ff], scale [T, 1] of relative errors."""
 
     x: Tensor
     g: Tensor
@@ -183,29 +196,29 @@ class _Change(ABC):
 
     @abstractmethod
     def row_effect(self) -> Tensor | float:
-        """[rows] squared effect on the output of a unit change of the row's product with its input."""
+        """[rows] squared effect on the output of a unit change of the product of a row and its input."""
 
     @abstractmethod
     def squared_errors(self, rows: Drawn, delta: Tensor) -> tuple[float, float]:
-        """|change of the output|^2 over the tokens when `rows` change by `delta`, scaled up to all rows; and
-        the same relative to the hidden states.
+        """|change of the output|^2, summed over the tokens, when `rows` change by `delta`, scaled up to all
+        rows; and the same relative to the hidden states.
         """
 
     @abstractmethod
     def trace(self) -> float:
-        """Of half the Hessian of the relative squared error, with respect to the matrix."""
+        """Trace of half the Hessian of the relative squared error with respect to the matrix."""
 
     def row_importance(self, imatrix: Tensor) -> Floats:
-        """Expected share of the error of every row: its effect times its own weighted size."""
+        """Expected share of each row in the error: its effect times its own weighted size."""
         importance = imatrix if imatrix.any() else torch.ones_like(imatrix)
         own = torch.cat([part.square() @ importance for part in torch.split(self.matrix, 1024)])
         return np.asarray((own * self.row_effect()).double().numpy())
 
 
 class _Inner(_Change):
-    """Gate and up: rows are hidden units, errors go through W_down."""
+    """Gate and up: rows are hidden units, and errors go through W_down."""
 
-    def __init__(self, expert: Expert, tokens: _Tokens) -> None:
+    def __init__(self, expert: Expert, tokens: _ExpertInputs) -> None:
         self.tokens, self.down = tokens, expert.down
         self.column_sq = self.down.square().sum(0)
 
@@ -215,7 +228,7 @@ class _Inner(_Change):
 
     @abstractmethod
     def change(self, index: Tensor, product: Tensor) -> Tensor:
-        """g dh [T, rows] when the rows' products with x change by `product`."""
+        """g dh [T, rows] when the products of the rows and x change by `product`."""
 
     @cached_property
     def image(self) -> tuple[Tensor, Tensor]:
@@ -225,7 +238,7 @@ class _Inner(_Change):
 
     @abstractmethod
     def slopes(self) -> Tensor:
-        """[T, n_ff] derivative of g h with respect to the row's product with the input."""
+        """[T, n_ff] derivative of g h with respect to the products of the rows and the input."""
 
     def trace(self) -> float:
         inputs = (self.tokens.x * self.tokens.scale).square().sum(1)
@@ -254,7 +267,7 @@ class _Inner(_Change):
 
 
 class _Gate(_Inner):
-    def __init__(self, expert: Expert, tokens: _Tokens) -> None:
+    def __init__(self, expert: Expert, tokens: _ExpertInputs) -> None:
         super().__init__(expert, tokens)
         self.matrix = expert.gate
         s = torch.sigmoid(tokens.z)
@@ -275,7 +288,7 @@ class _Gate(_Inner):
 
 
 class _Up(_Inner):
-    def __init__(self, expert: Expert, tokens: _Tokens) -> None:
+    def __init__(self, expert: Expert, tokens: _ExpertInputs) -> None:
         super().__init__(expert, tokens)
         self.matrix = expert.up
         self.slope = F.silu(tokens.z).mul_(tokens.g)
@@ -294,9 +307,9 @@ class _Up(_Inner):
 
 
 class _Down(_Change):
-    """Rows are outputs: errors add up over rows."""
+    """Down: rows are outputs, and errors add up over rows."""
 
-    def __init__(self, expert: Expert, tokens: _Tokens) -> None:
+    def __init__(self, expert: Expert, tokens: _ExpertInputs) -> None:
         self.matrix = expert.down
         self.hidden = F.silu(tokens.z).mul_(tokens.u).mul_(tokens.g)
         self.scale_sq = tokens.scale[:, 0].square()
@@ -322,17 +335,17 @@ def _sum_sq(x: Tensor) -> float:
 
 
 def nominal_errors(sq_error: Floats, types: Sequence[str]) -> Floats:
-    """[L, E, 3] Frobenius norm of the output's change when a whole expert has nominal 1, 2, 3 bits.
+    """Frobenius norm [L, E, 3] of the output's change when a whole expert has nominal 1, 2 or 3 bits.
 
-    From sq_error [L, E, 3, T]: the squared errors of the projections add up as if independent. Where
-    NOMINAL's type was not measured, or does not fit a projection, the next larger one that was stands for it
-    (else the largest).
+    Computed from sq_error [L, E, 3, T] as if the errors of the projections were independent, so that their
+    squares add up. Where a type of NOMINAL_TYPES was not measured, or does not fit a projection, the next
+    larger measured type stands for it, and the largest where there is none.
     """
     by_size = sorted(range(len(types)), key=lambda t: TYPES[types[t]].bpw)
-    total = np.zeros((*sq_error.shape[:2], len(NOMINAL)))
+    total = np.zeros((*sq_error.shape[:2], len(NOMINAL_TYPES)))
     for p in range(len(PROJECTIONS)):
         usable = [t for t in by_size if np.isfinite(sq_error[:, :, p, t]).all()]
-        for n, name in enumerate(NOMINAL):
+        for n, name in enumerate(NOMINAL_TYPES):
             enough = [t for t in usable if TYPES[types[t]].bpw >= TYPES[name].bpw]
             total[:, :, n] += sq_error[:, :, p, (enough or usable[-1:])[0]]
     return np.asarray(np.sqrt(total))

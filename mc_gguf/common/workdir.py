@@ -1,0 +1,222 @@
+"""The directory beside an output in which a step keeps its work until the output is complete.
+
+    with Workdir(Path("model.calib.safetensors"), {"model": ..., "seed": 0}) as work:
+        with atomic_write(work.path("stats.safetensors")) as file:      # kept when the process is killed
+            ...
+        work.publish(work.path("result"))                               # the output appears, the work goes
+
+Beside `model.calib.safetensors` that is `.model.calib.safetensors.partial/`:
+
+    lock            held while a process is at work, with its process id
+    identity.json   what everything else in the directory depends on
+    ...             whatever the step keeps there
+
+A run that was killed or interrupted leaves the directory, and the next run of the same identity continues
+from it. Work of another identity is thrown away, with a word in the log. A run that ends before there is
+anything to continue from leaves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from mc_gguf import __version__
+from mc_gguf.common.errors import McError
+from mc_gguf.common.files import atomic_write, check_output, check_space
+
+LOCK = "lock"
+IDENTITY = "identity.json"
+_DISK_BLOCK_BYTES = 512  # the unit of st_blocks, on every file system
+
+log = logging.getLogger(__name__)
+
+
+class Workdir:
+    """The working directory of one output; a context manager that holds its lock.
+
+    `identity` is a JSON document of all that the work depends on; the version of mc_gguf is added. With
+    `resume` False whatever an earlier run left is thrown away. Entering raises McError when another process
+    is at work on the same output, or when the output is not a regular file.
+    """
+
+    def __init__(self, output: Path, identity: Mapping[str, object], resume: bool = True) -> None:
+        self.output, self.directory = output, workdir_path(output)
+        self._identity, self._resume = identity, resume
+        self._made_folders: list[Path] = []
+        self._removed = False
+        self._lock: TextIO
+
+    def __enter__(self) -> Workdir:
+        check_output(self.output)
+        above = self.directory.parents
+        self._made_folders = [folder for folder in above if not folder.exists()]  # the innermost first
+        self._lock = self._acquire_lock()
+        try:
+            for path in self.directory.glob(".*.tmp"):  # of an atomic_write that was killed
+                path.unlink()
+            _claim(self.directory, self._identity, self._resume)
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        """Let go of the directory, and remove it where there is nothing to continue from."""
+        if not self._removed and not _holds_work(self.directory):
+            self.remove()
+            for folder in self._made_folders:
+                with contextlib.suppress(OSError):  # something else is in it now
+                    folder.rmdir()
+        self._lock.close()
+
+    def path(self, name: str) -> Path:
+        """Where to keep `name`."""
+        return self.directory / name
+
+    def part(self, name: str, identity: Mapping[str, object]) -> Path:
+        """A folder inside for work that depends on more than the rest does; created, and emptied when what
+        it holds is of another identity.
+        """
+        folder = self.path(name)
+        folder.mkdir(exist_ok=True)
+        _claim(folder, identity)
+        return folder
+
+    def check_space(self, n_bytes: int) -> None:
+        """Raises McError when the disk is too small for the directory to grow to `n_bytes` in all."""
+        there = sum(path.stat().st_blocks * _DISK_BLOCK_BYTES for path in self.directory.rglob("*"))
+        check_space(self.output.parent, n_bytes - there, f"making {self.output.name}")
+
+    def publish(self, file: Path) -> None:
+        """`file`, which lies inside, becomes the output, and the directory is removed."""
+        check_output(self.output)
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+        file.replace(self.output)
+        _sync_folder(self.output.parent)  # before the work is gone from which it could be made again
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the directory. The lock goes last: whoever finds it gone finds nothing else either."""
+        _clear(self.directory)
+        self.path(LOCK).unlink()
+        self._removed = True
+        with contextlib.suppress(OSError):  # another process has begun with a lock of its own
+            self.directory.rmdir()
+
+    def _acquire_lock(self) -> TextIO:
+        if self.directory.is_file():
+            log.warning("%s was left by an older version of mc_gguf; starting anew", self.directory)
+            self.directory.unlink()
+        while True:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = self.path(LOCK).open("a+")
+            except FileNotFoundError:
+                continue  # another process has just removed the directory
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with lock:
+                    raise McError(_busy(self.output, lock)) from None
+            except OSError as error:  # some network file systems have no locks
+                log.warning("cannot lock %s (%s); start no second run for the same output", lock.name, error)
+            if self._is_current(lock):
+                lock.truncate(0)
+                lock.write(f"{os.getpid()}\n")
+                lock.flush()
+                return lock
+            lock.close()
+
+    def _is_current(self, lock: TextIO) -> bool:
+        """Whether `lock` still is the file in the directory, not one that another process has removed."""
+        try:
+            return os.path.samestat(os.fstat(lock.fileno()), self.path(LOCK).stat())
+        except FileNotFoundError:
+            return False
+
+
+def workdir_path(output: Path) -> Path:
+    """The working directory of `output`, whether it exists or not."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def forget_work(output: Path) -> None:
+    """Removes what an earlier run may have left to continue from. Raises McError while one is at work."""
+    if workdir_path(output).exists():
+        with Workdir(output, {}, resume=False):
+            pass  # emptied on entering, and so removed on leaving
+
+
+def keep_only(folder: Path, names: Collection[str]) -> None:
+    """Removes everything from a working directory, or a part of one, but `names`, its lock and identity."""
+    for path in folder.iterdir():
+        if path.name in (LOCK, IDENTITY, *names):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _clear(folder: Path) -> None:
+    """Removes everything but the lock. The identity goes first: what a kill leaves then belongs to nobody."""
+    (folder / IDENTITY).unlink(missing_ok=True)
+    keep_only(folder, ())
+
+
+def _claim(folder: Path, identity: Mapping[str, object], resume: bool = True) -> None:
+    """Make `folder` one of this identity: as it is if it is one already, else empty."""
+    wanted = json.loads(json.dumps({"mc_gguf": __version__, **identity}))
+    found = _stored_identity(folder)
+    if resume and found == wanted:
+        return
+    if resume and _holds_work(folder):
+        keys = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        why = f"made with another {', '.join(keys)}" if found else "it does not say what it is of"
+        log.warning("not continuing the work in %s (%s); starting anew", folder, why)
+    _clear(folder)
+    with atomic_write(folder / IDENTITY) as file:
+        file.write(json.dumps(wanted, indent=1, sort_keys=True).encode())
+
+
+def _stored_identity(folder: Path) -> dict[str, object]:
+    """Empty when there is none, or it is damaged."""
+    try:
+        found = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether there is a file of a step in it."""
+    return any(path.name not in (LOCK, IDENTITY) and not path.is_dir() for path in folder.rglob("*"))
+
+
+def _busy(output: Path, lock: TextIO) -> str:
+    lock.seek(0)
+    pid = lock.read().strip() or "unknown"
+    return f"another process (PID {pid}) is writing {output}; wait for it or stop it"
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,116 @@
+"""The architectures that calibration supports, and the numbers of a model's graph beside its weights.
+
+To support another architecture whose graph consists of the parts that decoder.py has, add a line to
+ARCHITECTURES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mc_gguf.common.errors import SourceError
+
+if TYPE_CHECKING:
+    from mc_gguf.source import Checkpoint
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What llama.cpp does for some architectures and not for others.
+
+    Attributes:
+        neox: whether the rotary embedding turns the pairs (i, i + d/2) rather than (2i, 2i + 1).
+        renormalise: whether the weights of the chosen experts are divided by their sum.
+    """
+
+    neox: bool
+    renormalise: bool
+
+
+# By GGUF name: Mixtral, Qwen3-MoE, OLMoE and Qwen2-MoE.
+ARCHITECTURES = {
+    "llama": Architecture(neox=False, renormalise=True),
+    "qwen3moe": Architecture(neox=True, renormalise=True),
+    "olmoe": Architecture(neox=True, renormalise=False),
+    "qwen2moe": Architecture(neox=True, renormalise=False),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the layers need besides their weights: from the GGUF metadata, with llama.cpp's defaults."""
+
+    architecture: Architecture
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    rope_base: float
+    rope_scale: float
+    eps: float
+    attn_scale: float
+    n_expert: int
+    n_used: int
+    weight_scale: float
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Shape:
+        """The shape of a checkpoint. Raises SourceError when the model needs something that Decoder does not
+        do.
+        """
+        info, hparams = checkpoint.info, checkpoint.hparams
+        if info.architecture not in ARCHITECTURES or info.n_expert < 1:
+            raise SourceError(
+                f"calibration supports the GGUF architectures {', '.join(ARCHITECTURES)}, with experts, not "
+                f"{info.architecture!r} with {info.n_expert} experts"
+            )
+        n_head = _count(hparams, "attention.head_count")
+        n_head_kv = (
+            _count(hparams, "attention.head_count_kv") if "attention.head_count_kv" in hparams else n_head
+        )
+        head_dim = int(hparams.get("attention.key_length", info.n_embd // n_head))
+        if int(hparams.get("rope.dimension_count", head_dim)) != head_dim:
+            raise SourceError(
+                f"calibration does not support a rope.dimension_count other than the head size, {head_dim}"
+            )
+        return cls(
+            architecture=ARCHITECTURES[info.architecture],
+            n_head=n_head,
+            n_head_kv=n_head_kv,
+            head_dim=head_dim,
+            rope_base=float(hparams.get("rope.freq_base", 10000.0)),
+            rope_scale=_rope_scale(hparams),
+            eps=float(_need(hparams, "attention.layer_norm_rms_epsilon")),
+            attn_scale=_attn_scale(info.architecture, hparams) or head_dim**-0.5,
+            n_expert=info.n_expert,
+            n_used=info.n_expert_used,
+            weight_scale=float(hparams.get("expert_weights_scale", 0.0)) or 1.0,
+        )
+
+
+def _need(hparams: Mapping[str, Any], key: str) -> Any:
+    if key not in hparams:
+        raise SourceError(f"the model's metadata lacks {key}")
+    return hparams[key]
+
+
+def _count(hparams: Mapping[str, Any], key: str) -> int:
+    value = _need(hparams, key)
+    if not isinstance(value, int):
+        raise SourceError(f"calibration does not support a {key} that differs between layers ({value})")
+    return value
+
+
+def _attn_scale(architecture: str, hparams: Mapping[str, Any]) -> float:
+    """The factor of the attention logits; 0 means 1 / sqrt(head size). Only the graph of `llama` reads
+    another.
+    """
+    return float(hparams.get("attention.scale", 0.0)) if architecture == "llama" else 0.0
+
+
+def _rope_scale(hparams: Mapping[str, Any]) -> float:
+    kind = str(hparams.get("rope.scaling.type", "none"))
+    if kind not in ("none", "linear"):
+        raise SourceError(f"calibration does not support rope.scaling.type {kind!r}, only none and linear")
+    return 1.0 / float(hparams.get("rope.scaling.factor", 1.0) or 1.0) if kind == "linear" else 1.0
