@@ -1,46 +1,327 @@
-"""calibrate, plan, refine (if asked for) and quantize in one: what `mc-gguf convert` does.
+"""convert(): calibrate, plan, refine (if asked for) and quantize. Nothing else knows the order of the steps.
 
-The intermediate files stay beside the output: <name>.calib.safetensors, <name>.plan.json and
-<name>.refined.plan.json. A calibration that is there and was made from the same model, text and options is
-used again, so another budget costs no second calibration, and so is a refined plan that was searched for from
-the same plan, on the same text, for as long. A run that was killed continues inside whichever step it was in.
+The intermediate files stay beside the output: NAME.calib.safetensors, NAME.plan.json and, after a search,
+NAME.refined.plan.json. A calibration that is there and was made from the same model, text and options is used
+again, so that another budget needs no second calibration. So is a refined plan that was searched for from the
+same plan, on the same text, for as long. A run that was killed continues inside the step that it was in.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mc_gguf.artifacts import Calibration, Plan
-from mc_gguf.calibrate.attention import attention_types
-from mc_gguf.calibrate.calibrator import calibrate_to_file
-from mc_gguf.calibrate.request import CalibrationOptions, is_calibration_of
-from mc_gguf.common.errors import ArtifactError
-from mc_gguf.common.machine import usable_cores
-from mc_gguf.common.progress import progress
+from mc_gguf import container
+from mc_gguf.artifacts import Calibration, FixedTypes, ModelInfo, Plan
+from mc_gguf.calibrate.arguments import CalibrationRequest
+from mc_gguf.common.arguments import Names, PathLike, Paths, to_path, to_paths, to_seconds
+from mc_gguf.common.errors import ArtifactError, McError, NoBudgetError, SizeProposal, about
+from mc_gguf.common.extras import require
+from mc_gguf.common.machine import memory_bytes
 from mc_gguf.common.workdir import forget_work
 from mc_gguf.container import MixedGguf
-from mc_gguf.quantize.writer import model_workdir, quantize_in
-from mc_gguf.source import Checkpoint
+from mc_gguf.plan import stand_in
+from mc_gguf.plan.problem import Experts, FileBytes
+from mc_gguf.plan.proposals import propose_sizes
+from mc_gguf.plan.request import PlanRequest
+from mc_gguf.routing.metadata import routing_metadata_from
+from mc_gguf.source import Checkpoint, open_checkpoint, refuse_to_overwrite
 from mc_gguf.source.text import Corpus
 
 if TYPE_CHECKING:
+    from mc_gguf.calibrate.options import CalibrationOptions
     from mc_gguf.refine.options import RefinementOptions
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """One conversion: from where to where, and the files in between."""
+def convert(
+    source: PathLike,
+    output: PathLike,
+    *,
+    size: str | int | None = None,
+    bpw: float | None = None,
+    bits_per_layer: int | None = None,
+    strategy: str | None = None,
+    objective: str | None = None,
+    types: Names | None = None,
+    attention: Names | None = None,
+    attn_type: str | None = None,
+    attn_kv_type: str | None = None,
+    embd_type: str | None = None,
+    output_type: str | None = None,
+    text: Paths = (),
+    tokens: int = 65_536,
+    ctx: int = 512,
+    rows: int = 256,
+    calibration: PathLike | None = None,
+    compensate: bool = True,
+    refine: str | float | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    resume: bool = True,
+    quiet: bool = False,
+) -> MixedGguf:
+    """Make a mixed-expert GGUF of a model within a budget: calibrate, plan, refine and quantize.
 
-    checkpoint: Checkpoint
-    output: Path
+    The calibration and the plan stay beside the output. A killed run continues where it was when it is
+    started again with the same arguments, and gives the same bytes. (With `refine` the result depends on how
+    far the search came in its time; the plan that it found is kept too.)
+
+    Args:
+        source: a Hugging Face directory or a 16-bit GGUF.
+        output: the GGUF to write.
+        size: largest size of the whole file, "15.5GiB" or bytes.
+        bpw: average bits per routed expert weight; 16 makes a plain 16-bit file.
+        bits_per_layer: nominal bits summed over a layer's experts, for strategy mc. Give exactly one of these
+            three budgets.
+        strategy: a name in mc_gguf.plan.STRATEGIES; by default mc with `bits_per_layer`, else pmq.
+        objective: what the strategy minimises, a name in mc_gguf.plan.OBJECTIVES.
+        types: ggml types to measure and to choose from for experts; by default all candidates.
+        attention, attn_type, attn_kv_type, embd_type, output_type: types of other tensors; see PlanRequest.
+        text: UTF-8 files to calibrate on; by default the mixture that comes with mc_gguf.
+        tokens: tokens to use, spread over the whole text.
+        ctx: tokens per row of text; at most the model's context.
+        rows: rows of a matrix on which the errors of the types are measured.
+        calibration: use this calibration file; by default the one beside the output if it was made from the
+            same model, text and options, else a new one.
+        compensate: round experts with error compensation, on the calibration's text.
+        refine: search this long ("10m", or seconds) for a better plan of the same size.
+        seed: random seed of every step.
+        threads: threads; by default all usable cores.
+        resume: continue a killed run; False starts again.
+        quiet: show no progress on stderr.
+
+    Returns:
+        The file that was written, opened and validated.
+
+    Raises:
+        NoBudgetError: no budget was given; it carries sizes to choose from.
+        BudgetError: the budget cannot be met, or there are several.
+        MissingExtraError: torch or another package of mc-gguf[convert] is not installed.
+        SourceError: the model or the text cannot be read, or the architecture is not supported.
+        ArtifactError: the given calibration belongs to another model.
+        McError: arguments contradict each other; `parameters` names them.
+
+    Example:
+        >>> from mc_gguf import convert
+        >>> few = {"tokens": 2048, "ctx": 128, "types": "Q2_K,Q3_K"}
+        >>> model = convert("models/tiny-mixtral", "m.gguf", size="6.5MiB", **few)
+        >>> model.header.file_bytes <= 6.5 * 2**20
+        True
+    """
+    request = ConversionRequest(
+        size=size,
+        bpw=bpw,
+        bits_per_layer=bits_per_layer,
+        strategy=strategy,
+        objective=objective,
+        types=types,
+        attention=attention,
+        attn_type=attn_type,
+        attn_kv_type=attn_kv_type,
+        embd_type=embd_type,
+        output_type=output_type,
+        text=text,
+        tokens=tokens,
+        ctx=ctx,
+        rows=rows,
+        calibration=calibration,
+        compensate=compensate,
+        refine=refine,
+        seed=seed,
+        threads=threads,
+        resume=resume,
+        quiet=quiet,
+    )
+    work = Conversion(Path(source), Path(output), request)
+    return work.write(work.plan())
+
+
+def make_plan(
+    calibration: PathLike,
+    output: PathLike | None = None,
+    *,
+    size: str | int | None = None,
+    bpw: float | None = None,
+    bits_per_layer: int | None = None,
+    strategy: str | None = None,
+    objective: str | None = None,
+    types: Names | None = None,
+    attention: Names | None = None,
+    attn_type: str | None = None,
+    attn_kv_type: str | None = None,
+    embd_type: str | None = None,
+    output_type: str | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Decide the type of every expert under a budget.
+
+    Args:
+        calibration: a file made by calibrate(), or published statistics (JSON; with `bits_per_layer` only).
+        output: the plan to write (JSON); None writes nothing.
+        size, bpw, bits_per_layer: give exactly one budget, as for convert().
+        strategy, objective, types, seed: how types are chosen for experts, and from which; see PlanRequest.
+        attention, attn_type, attn_kv_type, embd_type, output_type: types of other tensors; see PlanRequest.
+
+    Returns:
+        The plan; with its fingerprint if it was written.
+
+    Raises:
+        MissingExtraError: scipy of mc-gguf[convert] is not installed.
+        BudgetError: there is no budget, there are several, or the budget cannot be met.
+        ArtifactError: the calibration cannot be read, or lacks what the strategy needs.
+        McError: a name is unknown, or arguments contradict each other; `parameters` names them.
+
+    Example:
+        >>> from mc_gguf import make_plan
+        >>> plan = make_plan("m.calib.safetensors", "m.plan.json", bpw=2.8)
+        >>> plan.expert_bpw <= 2.8
+        True
+        >>> plan.type_of(layer=0, expert=3, projection="down") in ("Q2_K", "Q3_K")
+        True
+    """
+    request = PlanRequest(
+        size=size,
+        bpw=bpw,
+        bits_per_layer=bits_per_layer,
+        strategy=strategy,
+        objective=objective,
+        types=types,
+        attention=attention,
+        attn_type=attn_type,
+        attn_kv_type=attn_kv_type,
+        embd_type=embd_type,
+        output_type=output_type,
+        seed=seed,
+    )
+    require("convert", "scipy")
+    known = Calibration.load(Path(calibration))
+    plan = request.plan(known, file_bytes_for(known))
+    return plan if output is None else plan.save(Path(output))
+
+
+def file_bytes_for(calibration: Calibration) -> FileBytes | None:
+    """The function that gives the exact size of a file; None for published statistics: they know no model."""
+    model = calibration.model
+    if model is None:
+        return None
+    routing = routing_metadata_from(calibration)
+
+    def file_bytes(experts: Experts, fixed: FixedTypes) -> int:
+        return container.file_bytes(model, experts, fixed, routing)
+
+    return file_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionRequest(PlanRequest, CalibrationRequest):
+    """What is planned, what is calibrated on, and how the steps are run: the arguments of convert()."""
+
+    calibration: PathLike | None = None
+    compensate: bool = True
+    refine: str | float | None = None
     resume: bool = True
     quiet: bool = False
+
+    def refinement(self) -> RefinementOptions | None:
+        """A search on the calibration's text, cut into other rows. None: no search.
+
+        Raises McError when there is nothing to refine, or too little text for it.
+        """
+        if self.refine is None:
+            return None
+        from mc_gguf.refine.options import MIN_ROWS, RefinementOptions
+
+        if self.budget.is_sixteen_bit:
+            raise McError("16-bit experts leave nothing to refine; give a smaller bpw", parameter="refine")
+        if self.tokens // self.ctx < MIN_ROWS:
+            needed = MIN_ROWS * self.ctx
+            raise McError(
+                f"a search needs {MIN_ROWS} rows of text: at least {needed} tokens", parameter="refine"
+            )
+        text = to_paths(self.text)
+        return RefinementOptions(
+            to_seconds(self.refine, "refine"),
+            text,
+            min(self.tokens, max(RefinementOptions.tokens, MIN_ROWS * self.ctx)),
+            self.ctx,
+            self.seed + 1,
+            self.threads or 0,
+            compensate=self.compensate,
+            calibration_text=text,
+        )
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One conversion, step by step: write(plan()) is convert()."""
+
+    source: Path
+    output: Path
+    request: ConversionRequest
+
+    def plan(self) -> Plan:
+        """Calibrate, plan, and refine if that was asked for; what can be refused is refused first.
+
+        The plan lies beside the output, in a file of its own when it was refined.
+        """
+        require("convert")
+        given = (*to_paths(self.request.text), *to_paths(self.request.calibration))
+        refuse_to_overwrite(self.output, self.source, *given)
+        search = self._check()
+        decided = self.request.plan(self.calibration, file_bytes_for(self.calibration))
+        plan = decided.save(self.plan_path)
+        return self._refine(plan, search) if search else plan
+
+    def write(self, plan: Plan) -> MixedGguf:
+        """Quantize by `plan`, which plan() returned."""
+        from mc_gguf.quantize.to_file import quantize_to_file
+
+        request, refined = self.request, plan.refinement is not None
+        return quantize_to_file(
+            self.checkpoint,
+            self.calibration,
+            plan,
+            self.output,
+            compensate=request.compensate,
+            text=to_paths(request.text),
+            threads=request.threads,
+            resume=request.resume or refined,  # the search has just left its matrices there
+            quiet=request.quiet,
+        )
+
+    def discard(self) -> None:
+        """Remove what plan() keeps for write()."""
+        forget_work(self.output)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.source)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The given one, the one beside the output if it is what would be measured, or a new one; for a
+        16-bit file none is needed.
+        """
+        from mc_gguf.calibrate.calibrator import calibrate_to_file
+
+        request = self.request
+        if request.budget.is_sixteen_bit:
+            return Calibration.blank(self.checkpoint.info)
+        if given := to_path(request.calibration):
+            with about("calibration"):
+                return Calibration.load(given)
+        text, options = request.corpus(self.checkpoint), request.options()
+        found = self._found_calibration() if request.resume else None
+        path = self.calibration_path
+        if found and self._is_current(found, text, options):
+            forget_work(path)  # of a calibration with other options
+            return found
+        return calibrate_to_file(self.checkpoint, text, path, options, request.resume, request.quiet)
 
     @property
     def calibration_path(self) -> Path:
@@ -50,75 +331,64 @@ class Conversion:
     def plan_path(self) -> Path:
         return self.output.with_name(f"{self.output.stem}.plan.json")
 
-    def calibrate(self, text: Corpus, options: CalibrationOptions, given: Path | None = None) -> Calibration:
-        """The calibration: the given file, the one beside the output if it is the same, or a new one."""
-        if given is not None:
-            return Calibration.load(given)
-        if self.resume and self.calibration_path.is_file():
-            try:
-                found = Calibration.load(self.calibration_path)
-            except ArtifactError as error:
-                log.warning("%s; calibrating again", error)
-            else:
-                current = found.attention_types == attention_types(self.checkpoint.info)  # not an older one
-                if current and is_calibration_of(found, self.checkpoint.info, text, options):
-                    forget_work(self.calibration_path)  # of a calibration with other options
-                    return found
-        return calibrate_to_file(
-            self.checkpoint, text, self.calibration_path, options, self.resume, self.quiet
-        )
-
-    def plan(self, calibration: Calibration, decide: Callable[[Calibration], Plan]) -> Plan:
-        """The plan, written beside the output."""
-        return decide(calibration).save(self.plan_path)
-
     @property
     def refined_plan_path(self) -> Path:
         return self.output.with_name(f"{self.output.stem}.refined.plan.json")
 
-    def refine(self, calibration: Calibration, plan: Plan, options: RefinementOptions) -> Plan:
+    def _check(self) -> RefinementOptions | None:
+        """The search that is asked for. Raises McError for what no calibration could make possible."""
+        from mc_gguf.calibrate.options import measured_types
+
+        request, model = self.request, self.checkpoint.info
+        if not request.has_budget:
+            raise NoBudgetError(self._propose(model), memory_bytes())
+        search = request.refinement()
+        if not request.budget.is_sixteen_bit:
+            with about("types"):
+                types = measured_types(model, request.expert_types)
+            trial = stand_in(model, types)
+            request.plan(trial, file_bytes_for(trial))
+        return search
+
+    def _propose(self, model: ModelInfo) -> tuple[SizeProposal, ...]:
+        from mc_gguf.calibrate.options import measured_types
+
+        trial = stand_in(model, measured_types(model, None))
+        file_bytes = file_bytes_for(trial)
+        assert file_bytes is not None  # the model is known
+        return propose_sizes(trial, file_bytes, memory_bytes())
+
+    def _found_calibration(self) -> Calibration | None:
+        """The one that lies beside the output, unless it is damaged."""
+        if not self.calibration_path.is_file():
+            return None
+        try:
+            return Calibration.load(self.calibration_path)
+        except ArtifactError as error:
+            log.warning("%s; calibrating again", error)
+            return None
+
+    def _is_current(self, found: Calibration, text: Corpus, options: CalibrationOptions) -> bool:
+        """Whether `found` holds what would be measured now."""
+        from mc_gguf.calibrate.attention import attention_types
+        from mc_gguf.calibrate.options import is_calibration_of
+
+        model = self.checkpoint.info
+        measured = found.attention_types == attention_types(model)  # files of older versions lack some
+        return measured and is_calibration_of(found, model, text, options)
+
+    def _refine(self, plan: Plan, options: RefinementOptions) -> Plan:
         """The refined plan, written beside the output, or the one that is there. The compensated matrices
-        that the search measures are kept for quantize().
+        that the search measures are kept for write().
         """
         from mc_gguf.compensate.experts import BANK
+        from mc_gguf.quantize.writer import model_workdir
         from mc_gguf.refine.refinement import refine_to_file, refined_before
 
-        source, path = self.checkpoint, self.refined_plan_path
-        if self.resume and (found := refined_before(source, calibration, plan, path, options)):
+        source, calibration, path = self.checkpoint, self.calibration, self.refined_plan_path
+        resume, quiet = self.request.resume, self.request.quiet
+        if resume and (found := refined_before(source, calibration, plan, path, options)):
             return found
-        with model_workdir(source.info, calibration, self.output, self.resume) as work:
+        with model_workdir(source.info, calibration, self.output, resume) as work:
             options = replace(options, bank=work.path(BANK))
-            return refine_to_file(source, calibration, plan, path, options, self.resume, self.quiet).plan
-
-    def quantize(
-        self,
-        calibration: Calibration | None,
-        plan: Plan,
-        threads: int | None,
-        compensate: bool = True,
-        text: tuple[Path, ...] = (),
-        bank_folder: Path | None = None,
-        keep_bank: bool = False,
-    ) -> MixedGguf:
-        """The output, written and validated. `compensate`: with error compensation, on the calibration's own
-        text (`text`, the bundled one if empty), taking what `bank_folder` has. `keep_bank`: what lies beside
-        the output is refine()'s, made in this run.
-        """
-        from mc_gguf.compensate.experts import compensated_bank
-
-        n_thread, bank = threads or usable_cores(), None
-        resume = self.resume or keep_bank
-        with model_workdir(self.checkpoint.info, calibration, self.output, resume) as work:
-            if compensate:
-                bank = compensated_bank(
-                    self.checkpoint, calibration, plan, work, text, n_thread, self.quiet, bank_folder
-                )
-            with progress("quantize", unit="M weights", quiet=self.quiet) as bar:
-                return quantize_in(work, self.checkpoint, calibration, plan, n_thread, bar, bank)
-
-
-def refinement_text(plan: Plan) -> str:
-    """One line for the user: what refinement won."""
-    found = plan.refinement or {}
-    start, end = found["held_out_start"], found["held_out_kld"]
-    return f"refined: KL divergence on held-out text {start:.4f} -> {end:.4f}"
+            return refine_to_file(source, calibration, plan, path, options, resume, quiet).plan

@@ -1,11 +1,16 @@
-"""Fixtures that all tests share, and the check that tests leave nothing behind in the repository."""
+"""Fixtures that all tests share, the marker `native`, and the check that tests leave nothing behind.
+
+`pytest --without-runtime` runs the tests that need no built runtime, and lets them see none: a test that uses
+it without the marker fails.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +22,50 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARAL
 from mc_gguf import runtime as runtimes
 from mc_gguf.common.errors import RuntimeBuildError
 from mc_gguf.runtime import Runtime, packages
-from tests.support import ROOT
+from tests.support import ROOT, TINY
+
+NATIVE_FIXTURES = frozenset(("runtime", "unpatched_runtime", "tiny_gguf", "tiny_f32", "own_cache"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--without-runtime", action="store_true", help="Run what needs no built runtime.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--without-runtime"):
+        empty = tempfile.TemporaryDirectory()
+        config.add_cleanup(empty.cleanup)
+        for name in ("MC_GGUF_RUNTIME", "MC_GGUF_SOURCE", "MC_GGUF_BACKEND"):
+            os.environ.pop(name, None)
+        os.environ["MC_GGUF_CACHE"] = empty.name
+
+
+class _NativeModule(pytest.Module):
+    """A module that cannot be imported without a runtime has no tests that need none."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except RuntimeBuildError:
+            return []
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if parent.config.getoption("--without-runtime"):
+        return _NativeModule.from_parent(parent, path=module_path)
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what uses a fixture that needs the runtime."""
+    for item in items:
+        if NATIVE_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.native)
+    if config.getoption("--without-runtime"):
+        native = [item for item in items if item.get_closest_marker("native")]
+        config.hook.pytest_deselected(items=native)
+        items[:] = [item for item in items if not item.get_closest_marker("native")]
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +76,7 @@ def repo_root() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """The bundled model: a Hugging Face directory with a real, small Mixtral."""
-    return ROOT / "models" / "tiny-mixtral"
+    return TINY
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +101,41 @@ def _built(patched: bool) -> Runtime:
 @pytest.fixture(scope="session")
 def tiny_gguf(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model as a plain BF16 GGUF, written by llama.cpp's own converter script."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny-bf16.gguf"
+    return _converted(tiny_model, tmp_path_factory.mktemp("gguf") / "tiny-bf16.gguf", "bf16")
+
+
+@pytest.fixture(scope="session")
+def tiny_f32(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in F32: the weights that torch reads."""
+    return _converted(tiny_model, tmp_path_factory.mktemp("gguf") / "tiny-f32.gguf", "f32")
+
+
+def _converted(model: Path, path: Path, kind: str) -> Path:
     script = packages.source_dir() / "convert_hf_to_gguf.py"
-    command: list[str | Path] = [sys.executable, script, tiny_model, "--outfile", path, "--outtype", "bf16"]
+    command: list[str | Path] = [sys.executable, script, model, "--outfile", path, "--outtype", kind]
     subprocess.run(command, check=True, capture_output=True)
     return path
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache in tmp_path/cache, where the test sees what is stored; the runtime stays where it is."""
+    monkeypatch.setenv("MC_GGUF_RUNTIME", str(runtimes.require().path))
+    monkeypatch.setenv("MC_GGUF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Small matrices gain nothing from a second thread, and idle threads of torch and ggml take the cores
+    from each other: ten times slower.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

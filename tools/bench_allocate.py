@@ -1,11 +1,12 @@
-"""How long planning takes, how much memory, and how far the plan is from the optimum, on made-up statistics.
+"""Measure planning on made-up statistics: its time, its memory, and how far the plan is from the optimum.
 
     python -m tools.bench_allocate [--layers 58] [--experts 256] [--bpw 2.2] [--size] [--json]
 
-Without options: one layer of 256 experts (to proven optimality in 2 s) and DeepSeek-V3's 58 layers of 256
-experts (gap at most 0.1 % in 120 s and 4 GB), 3 projections and 10 types each. Errors are those of types on
-Gaussian weights, times sensitivities with heavy tails over layers, experts and projections: log-normal, and
-one expert in a hundred a hundred times as sensitive (Mixtral-8x7B has one of 122 times its layer's median).
+Without options, it plans one layer of 256 experts (goal: proven optimal in 2 s) and DeepSeek-V3's 58 layers
+of 256 experts (goal: a gap of at most 0.1 % in 120 s and 4 GB), with 3 projections and 10 types each. An
+error is that of the type on Gaussian weights times a sensitivity that has heavy tails over layers, experts
+and projections: it is log-normal, and one expert in a hundred is a hundred times as sensitive as the others.
+(Mixtral-8x7B has an expert with 122 times the median of its layer.)
 """
 
 from __future__ import annotations
@@ -21,27 +22,16 @@ import numpy as np
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, ModelInfo, TensorSpec, expert_tensor_name
 from mc_gguf.plan import Budget, plan
+from tools.common import RELATIVE_ERROR
 
-# Relative squared error of each type on unit Gaussian rows with a flat importance matrix, measured.
-RELATIVE_ERROR = {
-    "IQ1_S": 0.251,
-    "IQ1_M": 0.222,
-    "IQ2_XXS": 0.123,
-    "IQ2_XS": 0.096,
-    "IQ2_S": 0.065,
-    "Q2_K": 0.074,
-    "IQ3_XXS": 0.036,
-    "IQ3_S": 0.020,
-    "Q3_K": 0.021,
-    "IQ4_XS": 0.0058,
-}
+TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS")
 # Seconds, gap, GB.
 LIMITS = {"one layer": (2.0, 1e-9, 4.0), "DeepSeek-V3": (120.0, 1e-3, 4.0)}
 
 
 @dataclass(frozen=True)
 class Result:
-    """One program: its size, seconds, gap (a share of the objective) and the process's peak memory so far."""
+    """One program: its size, its time, its gap as a share of the objective, and the process's peak memory."""
 
     name: str
     n_item: int
@@ -58,19 +48,18 @@ def made_up(n_layer: int, n_expert: int, n_embd: int = 7168, n_ff: int = 2048, s
     shape = (n_layer, n_expert)
     use = rng.lognormal(0, 1, shape)
     spread = use * rng.lognormal(0, 0.7, (n_layer, 1)) * np.where(rng.random(shape) < 0.01, 100, 1)
-    types = tuple(RELATIVE_ERROR)
-    each = rng.lognormal(0, 0.3, (*shape, 3, 1)) * rng.lognormal(0, 0.05, (*shape, 3, len(types)))
-    error = spread[..., None, None] * each * np.array(list(RELATIVE_ERROR.values()))
+    each = rng.lognormal(0, 0.3, (*shape, 3, 1)) * rng.lognormal(0, 0.05, (*shape, 3, len(TYPES)))
+    error = spread[..., None, None] * each * np.array([RELATIVE_ERROR[name] for name in TYPES])
     shapes = {p: (n_ff, n_embd, n_expert) if p == "down" else (n_embd, n_ff, n_expert) for p in PROJECTIONS}
     stacks = [(expert_tensor_name(i, p), shapes[p]) for i in range(n_layer) for p in PROJECTIONS]
     tensors = tuple(TensorSpec(name, stack, "BF16") for name, stack in stacks)
     model = ModelInfo("deepseek2", n_layer, n_expert, 8, n_embd, n_ff, "0" * 64, 1 << 20, 40, tensors)
     statistics = {"frequency": use, "routing_weight": use, "sq_error": error, "output_sq": spread}
-    return replace(Calibration.blank(model), types=types, statistics=statistics)
+    return replace(Calibration.blank(model), types=TYPES, statistics=statistics)
 
 
 def measure(name: str, n_layer: int, n_expert: int, bpw: float, as_file: bool = False) -> Result:
-    """plan() for one budget; `as_file`: as a size of the whole file."""
+    """Time plan() for one budget; with `as_file` the budget is the size of the whole file."""
     from mc_gguf.container import file_bytes
 
     source = made_up(n_layer, n_expert)
@@ -86,14 +75,14 @@ def measure(name: str, n_layer: int, n_expert: int, bpw: float, as_file: bool = 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     assert found.optimality_gap is not None
     n_item = n_layer * n_expert * len(PROJECTIONS)
-    return Result(name, n_item, len(RELATIVE_ERROR), bpw, seconds, found.optimality_gap, peak)
+    return Result(name, n_item, len(TYPES), bpw, seconds, found.optimality_gap, peak)
 
 
 @click.command(help=__doc__)
-@click.option("--layers", type=int, help="Layers of one program of your own.")
+@click.option("--layers", type=int, help="Plan a model of this many layers instead.")
 @click.option("--experts", type=int, default=256, show_default=True)
 @click.option("--bpw", "rates", type=float, multiple=True, default=(1.8, 2.2, 3.1), show_default=True)
-@click.option("--size", "as_file", is_flag=True, help="Budget as the size of a file.")
+@click.option("--size", "as_file", is_flag=True, help="Give the budget as the size of a file.")
 @click.option("--json", "as_json", is_flag=True)
 def main(layers: int | None, experts: int, rates: tuple[float, ...], as_file: bool, as_json: bool) -> None:
     sizes = {"own": (layers, experts)} if layers else {"one layer": (1, 256), "DeepSeek-V3": (58, 256)}

@@ -1,19 +1,17 @@
-"""Peak memory and time of calibrate on Mixtral-shaped random checkpoints that differ only in their number of
-layers.
+"""Measure calibrate's peak memory and time on random Mixtral-shaped checkpoints of different depth.
 
     python -m tools.experiments.make_model mixtral-2 --layers 2
     python -m tools.experiments.make_model mixtral-4 --layers 4
     python -m tools.bench_calibrate mixtral-2 mixtral-4 --tokens 2048
 
-Every model is calibrated in a process of its own; its peak resident set is what the kernel reports for it.
-Prints one line a model, then the checks: at most one decoder layer in float32 plus 3 GB, and peaks within 5 %
-of each other. Exits with 1 when a check fails. Limits: pages of a memory-mapped source count as resident
-while they are mapped.
+Each model is calibrated in a process of its own, whose peak resident set the kernel reports. The script
+prints one line per model and then checks that every peak is at most one decoder layer in float32 plus 3 GB,
+and that the peaks are within 5 % of each other. It exits with 1 when a check fails. One limit: pages of a
+memory-mapped source count as resident while they are mapped.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import subprocess
@@ -23,13 +21,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
+from tools.common import mc_gguf
+
 ALLOWANCE_BYTES = 3_000_000_000
 SPREAD = 0.05
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One calibration: what it took, and what a decoder layer of the model takes in float32."""
+    """What one calibration took, and the size of a decoder layer of its model in float32."""
 
     model: Path
     n_layer: int
@@ -51,16 +53,7 @@ def measure(model: Path, options: list[str]) -> Measured:
         math.prod(t.shape) for t in info.tensors if t.name.startswith(f"blk.{info.expert_layers[0]}.")
     )
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "mc_gguf",
-            "calibrate",
-            str(model),
-            "-o",
-            f"{folder}/calib",
-            *options,
-        ]
+        command = mc_gguf("calibrate", model, "-o", f"{folder}/calib", *options)
         start = time.monotonic()
         child = subprocess.Popen(command)
         _, status, usage = os.wait4(child.pid, 0)
@@ -72,7 +65,7 @@ def measure(model: Path, options: list[str]) -> Measured:
 
 
 def failures(results: list[Measured]) -> list[str]:
-    """What is not as it should be."""
+    """The checks that failed, as text."""
     found = [
         f"{r.model.name}: {r.peak_bytes / 1e9:.2f} GB exceed one layer and {ALLOWANCE_BYTES / 1e9:g} GB"
         for r in results
@@ -84,23 +77,24 @@ def failures(results: list[Measured]) -> list[str]:
     return found
 
 
-def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("models", type=Path, nargs="+")
-    parser.add_argument("--tokens", default="2048")
-    parser.add_argument("--rows", default="256", help="rows a matrix for the errors: time, hardly memory")
-    parser.add_argument("--threads", default=str(os.cpu_count()))
-    arguments = parser.parse_args()
-    options = ["--tokens", arguments.tokens, "--rows", arguments.rows, "--threads", arguments.threads]
+@click.command(help=__doc__)
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--tokens", default=2048, show_default=True)
+@click.option(
+    "--rows", default=256, show_default=True, help="Rows per matrix to measure: time, hardly memory."
+)
+@click.option("--threads", default=os.cpu_count(), show_default=True)
+def main(models: tuple[Path, ...], tokens: int, rows: int, threads: int) -> None:
+    options = ["--tokens", str(tokens), "--rows", str(rows), "--threads", str(threads)]
     results = []
-    for model in arguments.models:
+    for model in models:
         results.append(measure(model, options))
-        print(results[-1].line(), flush=True)  # noqa: T201 (what this script is for)
+        click.echo(results[-1].line())
     problems = failures(results)
-    print("\n".join(problems) or "memory as it should be")  # noqa: T201
-    return 1 if problems else 0
+    click.echo("\n".join(problems) or "memory is as it should be")
+    if problems:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -1,13 +1,13 @@
 """Measure error compensation: what it does to the model, and how long it takes.
 
-    python -m tools.bench_compensate quality models/tiny-mixtral --types Q2_K,IQ2_XXS --text wiki.txt --text
-    a.cpp python -m tools.bench_compensate speed --type Q2_K --rows 14336 --cols 4096 [--passes 3] [--sweeps
-    1]
+    python -m tools.bench_compensate quality models/tiny-mixtral --types Q2_K,IQ2_XXS --text wiki.txt
+    python -m tools.bench_compensate speed --type Q2_K --rows 14336 --cols 4096 [--passes 3] [--sweeps 1]
 
-`quality`: all experts of one type, everything else in 16 bits; mean KL divergence to the 16-bit model
-(second half of each window of --ctx, as llama-perplexity) with ggml's quantizers and with compensation,
-same importance matrices. In torch: the weights are replaced by what the blocks stand for. `speed`: one
-made-up matrix (Gaussian, inputs correlated).
+`quality` gives all experts one type and leaves everything else in 16 bits. It prints the mean KL divergence
+to the 16-bit model, with ggml's quantizers and with compensation, from the same importance matrices; like
+llama-perplexity it scores the second half of each window of --ctx tokens. It computes in torch, where the
+weights are replaced by what the blocks stand for. `speed` times one made-up matrix: Gaussian, with correlated
+inputs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Replaced(Decoder):
 
 @torch.inference_mode()
 def log_probs(decoder: Decoder, rows: NDArray[np.int32]) -> Tensor:
-    """Of the tokens that are scored."""
+    """Log-probabilities [rows, n_scored, n_vocab] of the tokens that are scored."""
     hidden = decoder.embed(rows)
     for layer in range(decoder.checkpoint.info.n_layer):
         decoder.attention(layer, hidden)
@@ -61,7 +61,7 @@ def log_probs(decoder: Decoder, rows: NDArray[np.int32]) -> Tensor:
 
 
 def divergence(reference: Tensor, found: Tensor) -> float:
-    """Mean KL divergence in nats a token."""
+    """Mean KL divergence in nats per token."""
     return float((reference.exp() * (reference - found)).sum(-1).mean())
 
 
@@ -127,7 +127,7 @@ def main() -> None:
 @click.argument("model", type=click.Path(path_type=Path, exists=True))
 @click.option("--types", default="IQ2_XXS,IQ2_XS,IQ2_S,Q2_K,IQ3_XXS", show_default=True)
 @click.option("--text", "texts", type=click.Path(path_type=Path, exists=True), multiple=True, required=True)
-@click.option("--tokens", default=4096, show_default=True, help="Of each text, from its start.")
+@click.option("--tokens", default=4096, show_default=True, help="Tokens of each text, from its start.")
 @click.option("--ctx", default=512, show_default=True)
 @click.option("--calibration-tokens", default=65536, show_default=True)
 @click.option("--threads", default=1, show_default=True)
@@ -163,7 +163,7 @@ def quality(
 
 
 def first_rows(checkpoint: Checkpoint, path: Path, tokens: int, ctx: int) -> NDArray[np.int32]:
-    """Windows of `ctx` from the start of the text, BOS in front of each if the model wants it."""
+    """Windows of `ctx` tokens from the start of the text, each with BOS in front if the model wants it."""
     ids = checkpoint.tokenize(path.read_text(encoding="utf-8")[: 16 * tokens])
     bos = [checkpoint.bos_id] if checkpoint.add_bos and checkpoint.bos_id is not None else []
     width = ctx - len(bos)
@@ -177,7 +177,7 @@ def first_rows(checkpoint: Checkpoint, path: Path, tokens: int, ctx: int) -> NDA
 @click.option("--cols", default=4096, show_default=True)
 @click.option("--passes", default=CompensationOptions().passes, show_default=True)
 @click.option("--sweeps", default=CompensationOptions().sweeps, show_default=True)
-@click.option("--tokens", default=8192, show_default=True, help="Inputs that the Hessian is made of.")
+@click.option("--tokens", default=8192, show_default=True, help="Inputs that make up the Hessian.")
 @click.option("--threads", default=2, show_default=True)
 def speed(name: str, rows: int, cols: int, passes: int, sweeps: int, tokens: int, threads: int) -> None:
     """Time and error of one matrix, without and with compensation."""

@@ -1,11 +1,11 @@
-"""Throughput of `mc-gguf eval` against llama.cpp's own llama-perplexity: same file, text, threads, batches.
+"""Measure the throughput of `mc-gguf eval` against llama-perplexity: same file, text, threads and batches.
 
     python -m tools.bench_eval LLAMA_PERPLEXITY MODEL [--reference BF16.gguf] [--chunks 80] [--threads 1]
 
-LLAMA_PERPLEXITY is the tool built from the pinned llama.cpp, with our patches for a mixed MODEL (cmake
-target llama-perplexity). Rounds alternate. A round is timed from the end of the first pass over the model to
-the end of the last, so loading and tokenizing are not in it. Printed: tokens a second of both, medians over
-the rounds, and their ratio.
+LLAMA_PERPLEXITY is the tool built from the pinned llama.cpp (cmake target llama-perplexity), with our patches
+if MODEL is mixed. Rounds alternate. A round is timed from the end of the first pass over the model to the end
+of the last, which leaves out loading and tokenizing. The script prints the tokens per second of both, as
+medians over the rounds, and their ratio.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from tools.common import WIKITEXT
+
 if TYPE_CHECKING:
     from mc_gguf.evaluate.reference import Reference
     from mc_gguf.evaluate.scorer import Scorer
 
-ROOT = Path(__file__).resolve().parent.parent
-TEXT = ROOT / "tests" / "data" / "wikitext-2.test.txt"
 PASS = re.compile(rb"seconds per pass")
 FINAL = re.compile(rb"Final estimate|====== Perplexity statistics")
 
@@ -50,7 +50,7 @@ def upstream_seconds(command: list[str], n_pass: int) -> float:
 @click.command(help=__doc__)
 @click.argument("tool", type=click.Path(path_type=Path, exists=True))
 @click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--reference", type=click.Path(path_type=Path, exists=True), help="Measure KL divergence, too.")
+@click.option("--reference", type=click.Path(path_type=Path, exists=True), help="Measure KL divergence too.")
 @click.option("--ctx", default=512, show_default=True)
 @click.option("--chunks", "n_chunk", default=80, show_default=True)
 @click.option("--threads", default=1, show_default=True)
@@ -61,10 +61,10 @@ def main(
     from mc_gguf.evaluate.scorer import Scorer
     from mc_gguf.evaluate.text import Text
 
-    text = Text.read(TEXT)
+    text = Text.read(WIKITEXT)
     with TemporaryDirectory() as folder, Scorer(model, ctx, n_threads=threads) as scorer:
         chunks = scorer.cut(text)[:n_chunk]
-        command = [str(tool), "-m", str(model), "-f", str(TEXT), "-c", str(ctx), "-t", str(threads)]
+        command = [str(tool), "-m", str(model), "-f", str(WIKITEXT), "-c", str(ctx), "-t", str(threads)]
         compare(scorer, chunks, None, [*command, "--chunks", str(n_chunk)], rounds)
         if reference:
             with Scorer(reference, ctx, n_threads=threads) as base:
@@ -76,7 +76,7 @@ def main(
 def compare(
     scorer: Scorer, chunks: NDArray[np.int32], stored: Reference | None, command: list[str], rounds: int
 ) -> None:
-    """Both in turn; prints a line."""
+    """Run both in turn and print a line."""
     n_pass = -(-len(chunks) // scorer.n_seq)
     times: dict[str, list[float]] = {"llama-perplexity": [], "mc_gguf": []}
     for _ in range(rounds):

@@ -1,17 +1,18 @@
-"""Speed of MUL_MAT_ID_GROUPED against MUL_MAT_ID of the unpatched build, as ratios in one run.
+"""Measure the speed of MUL_MAT_ID_GROUPED against MUL_MAT_ID of the unpatched build, as ratios in one run.
 
     python -m tools.bench_op [--tokens 1,512] [--threads 1,2] [--rounds 7] [--seconds 0.5] [--json]
 
-Needs both runtimes (mc-gguf runtime build; mc-gguf runtime build --unpatched). Two questions, on the shape of
-Mixtral-8x7B (n_embd 4096, n_ff 14336, 8 experts, top-2), weights in plain buffers (no repacking):
+This needs both runtimes (mc-gguf runtime build; mc-gguf runtime build --unpatched). It answers two questions
+for the shape of Mixtral-8x7B (n_embd 4096, n_ff 14336, 8 experts, top-2) with weights in plain buffers, that
+is, without repacking:
 
-- one group: the same experts in one type, grouped op against MUL_MAT_ID;
-- three groups: experts of three types mixed in one op, against the usage-weighted time of MUL_MAT_ID on each
-  type alone.
+- one group: how fast is the grouped op against MUL_MAT_ID when all experts have the same type?
+- three groups: how fast is one op that mixes three types against MUL_MAT_ID on each type alone, its times
+  weighted by usage?
 
-The programs run in turn, round after round; a ratio is stock time / our time within a round (1: equal, more:
-ours is faster), and its median, lowest and highest over the rounds are printed. `best` is the ratio of the
-lowest times over all rounds: what other work on the machine adds is left out of it.
+The programs run in turn, round after round. A ratio is stock time / our time within a round: 1 is equal, and
+above 1 ours is faster. The median, lowest and highest over the rounds are printed. `best` is the ratio of the
+lowest times of all rounds, which leaves out what other work on the machine adds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from pathlib import Path
 
 import click
 
-from mc_gguf import runtime as runtimes
+from mc_gguf.runtime import require
+from mc_gguf.runtime.builder import compile_program
 
 SOURCE = Path(__file__).resolve().parent / "native" / "bench-op.cpp"
 SINGLE = ("Q2_K", "IQ2_XXS", "IQ3_XXS")
@@ -34,7 +36,7 @@ MIXES = (("IQ1_M", "IQ2_XXS", "IQ3_XXS"), ("IQ2_XXS", "Q2_K", "Q3_K"))
 
 @dataclass(frozen=True)
 class Ratio:
-    """Stock time / our time over the rounds of one setting; best: of the lowest times of all rounds."""
+    """Stock time / our time over the rounds of one setting; `best` is that of the lowest times."""
 
     types: str
     n_tokens: int
@@ -56,24 +58,25 @@ class Time:
 
 @dataclass(frozen=True)
 class Bench:
-    """The two programs and how long each run takes, seconds."""
+    """The two programs, how many seconds a run takes at least, and the matrices' shape."""
 
     stock: Path
     grouped: Path
     seconds: float
-
+    shape: tuple[int, int]  # columns, rows
     repack: bool = False  # the stock side repacks its weights where it can
 
     def time(self, program: Path, types: str, n_tokens: int, n_threads: int) -> Time:
         env = os.environ | ({"REPACK": "1"} if self.repack and program == self.stock else {})
-        command: list[str | Path] = [program, types, str(n_tokens), str(n_threads), str(self.seconds)]
+        numbers = (n_tokens, n_threads, self.seconds, *self.shape)
+        command: list[str | Path] = [program, types, *map(str, numbers)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         found = json.loads(done.stdout)
         return Time(found["us"], found["min_us"], found["share"])
 
     def ratio(self, types: tuple[str, ...], n_tokens: int, n_threads: int, rounds: int) -> Ratio:
         ours = []
-        stock = []  # per round, one time a type
+        stock = []  # per round, one time per type
         for _ in range(rounds):
             ours.append(self.time(self.grouped, ",".join(types), n_tokens, n_threads))
             stock.append([self.time(self.stock, name, n_tokens, n_threads) for name in types])
@@ -97,22 +100,32 @@ def numbers(text: str) -> list[int]:
 
 @click.command(help=__doc__)
 @click.option("--tokens", default="1,512", show_default=True, help="Batch sizes.")
-@click.option("--threads", default="1,2", show_default=True)
+@click.option("--threads", default="1,2", show_default=True, help="Numbers of threads.")
 @click.option("--rounds", default=7, show_default=True)
-@click.option("--seconds", default=0.5, show_default=True, help="Least time of one run.")
+@click.option("--seconds", default=0.5, show_default=True, help="Least duration of one run.")
+@click.option("--shape", default="4096,14336", show_default=True, help="Columns and rows of a matrix.")
 @click.option("--types", default="", help="One type, or several joined by +.  [default: a list of both]")
 @click.option(
-    "--repack", is_flag=True, help="Let the stock side repack its weights; a ratio of 0: it cannot."
+    "--repack", is_flag=True, help="Let the stock side repack its weights; the ratio is 0 where it cannot."
 )
 @click.option("--json", "as_json", is_flag=True)
 def main(
-    tokens: str, threads: str, rounds: int, seconds: float, types: str, repack: bool, as_json: bool
+    tokens: str,
+    threads: str,
+    rounds: int,
+    seconds: float,
+    shape: str,
+    types: str,
+    repack: bool,
+    as_json: bool,
 ) -> None:
-    patched, unpatched = runtimes.require(), runtimes.require(patched=False)
+    patched, unpatched = require(), require(patched=False)
+    cols, rows = numbers(shape)
     bench = Bench(
-        runtimes.compile_program(unpatched, SOURCE, "bench-op"),
-        runtimes.compile_program(patched, SOURCE, "bench-op"),
+        compile_program(unpatched, SOURCE, "bench-op"),
+        compile_program(patched, SOURCE, "bench-op"),
         seconds,
+        (cols, rows),
         repack,
     )
     settings = [tuple(types.split("+"))] if types else [*((name,) for name in SINGLE), *MIXES]

@@ -4,8 +4,8 @@
     python -m tools.bench_quantize memory /tmp/m2 --types Q3_K,Q4_K          # peak resident set, seconds
     python -m tools.bench_quantize speed /tmp/m2 --type Q2_K [--imatrix]     # both sides from one 16-bit GGUF
 
-Every measurement runs in a process of its own; `speed` alternates the two sides and compares the experts'
-bytes, which must be equal. The 16-bit GGUF and the outputs go to --work and are removed.
+Every measurement runs in a process of its own. `speed` alternates the two sides and compares the experts'
+bytes, which must be equal. The 16-bit GGUF and the outputs lie in --work for a while and are removed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FTYPES = {"Q4_0": 2, "Q8_0": 7, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, 
 
 
 def make_plan(info: ModelInfo, types: Sequence[str], fixed: FixedTypes, path: Path) -> Plan:
-    """The types in turn over the experts, for any source."""
+    """A plan that gives the experts the types in turn; it is for any source."""
     row = tuple(types[e % len(types)] for e in range(info.n_expert))
     plan = Plan(
         strategy="bench",
@@ -52,7 +52,7 @@ def make_plan(info: ModelInfo, types: Sequence[str], fixed: FixedTypes, path: Pa
 
 
 def make_calibration(info: ModelInfo, path: Path) -> Calibration:
-    """Random importance matrices."""
+    """A calibration that holds random importance matrices."""
     rng = np.random.default_rng(0)
     shape = len(info.expert_layers), info.n_expert
     statistics = {
@@ -65,7 +65,7 @@ def make_calibration(info: ModelInfo, path: Path) -> Calibration:
 def ours(
     source: Path, types: Sequence[str], fixed: FixedTypes, imatrix: bool, output: Path, threads: int
 ) -> float:
-    """Seconds of opening and quantizing."""
+    """Seconds that opening and quantizing take."""
     from mc_gguf.ggml.quantizers import init
     from mc_gguf.quantize.writer import quantize
     from mc_gguf.source import open_checkpoint
@@ -80,7 +80,7 @@ def ours(
 
 
 def theirs(source: Path, type_name: str, imatrix: bool, output: Path, threads: int) -> float:
-    """Seconds of llama_model_quantize with every matrix in one type."""
+    """Seconds that llama_model_quantize takes with every matrix in one type."""
     from mc_gguf.runtime import use_in_llama_cpp
     from mc_gguf.source import open_checkpoint
 
@@ -114,7 +114,7 @@ def upstream_imatrix(llama_cpp: Any, info: ModelInfo, calibration: Calibration) 
 
 @dataclass(frozen=True)
 class Cost:
-    """Wall-clock and CPU seconds of a call, peak resident memory of its process."""
+    """Wall-clock and CPU seconds of a call, and the peak resident memory of its process."""
 
     seconds: float
     cpu_seconds: float
@@ -146,9 +146,7 @@ def _measured(queue: Any, call: Callable[..., float], args: Sequence[Any]) -> No
 
 
 def same_experts(one: Path, other: Path) -> bool:
-    """Whether two files hold the same bytes for every expert (theirs keeps our keys, so it is no file of
-    ours).
-    """
+    """Whether two files hold the same bytes for every expert."""
     from mc_gguf.ggml.gguf_file import read_header
 
     a, b = (read_header(path) for path in (one, other))
@@ -162,16 +160,15 @@ def same_experts(one: Path, other: Path) -> bool:
     return True
 
 
-@click.group()
-def main() -> None:
-    """Measure quantize."""
+@click.group(help=__doc__)
+def main() -> None: ...
 
 
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--types", default="Q3_K,Q4_K", show_default=True)
 @click.option("--threads", default=2, show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), help="Where the output goes for a while.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for the output.")
 def memory(source: Path, types: str, threads: int, work: Path | None) -> None:
     """Peak memory and time of one quantize run."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
@@ -184,10 +181,10 @@ def memory(source: Path, types: str, threads: int, work: Path | None) -> None:
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--type", "type_name", type=click.Choice(sorted(FTYPES)), default="Q2_K", show_default=True)
-@click.option("--imatrix", is_flag=True, help="With a (random) importance matrix on both sides.")
+@click.option("--imatrix", is_flag=True, help="Use a (random) importance matrix on both sides.")
 @click.option("--repeat", default=2, show_default=True)
 @click.option("--threads", default=2, show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), help="Where the files go for a while.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for the files.")
 def speed(source: Path, type_name: str, imatrix: bool, repeat: int, threads: int, work: Path | None) -> None:
     """Time against llama_model_quantize, every matrix in one type, from the same 16-bit GGUF."""
     fixed = FixedTypes(type_name, type_name, type_name, type_name)

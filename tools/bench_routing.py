@@ -1,21 +1,22 @@
-"""Speed of dynamic expert routing, as ratios in one run.
+"""Measure the speed of dynamic expert routing, as ratios in one run.
 
     python -m tools.experiments.make_model /tmp/m2 --layers 2
     python -m tools.bench_routing make /tmp/m2 /tmp/b              # /tmp/b/Q2_K.gguf and a mixed file
     python -m tools.bench_routing run /tmp/b/*.gguf                # what dropping experts gains
     python -m tools.bench_routing off /tmp/b/Q2_K.gguf --baseline LIB_DIR   # what it costs when it is off
 
-`run` alternates the policies on one loaded model, round after round:
+`run` alternates the policies on one loaded model, round after round. It times
 
-- MoE blocks at decode, between the router and the sum of the experts (scheduler callback), with the second
-  expert of every token dropped;
-- whole decode steps with about 30 % of second slots dropped by their thresholds, against what the number of
-  bytes read predicts;
-- prefill of 512 tokens with 5 to 30 % of the expert activations dropped, importance by attention included,
-  flash attention off and on.
+- MoE blocks at decode, from the router to the sum of the experts (by the scheduler's callback), with the
+  second expert of every token dropped;
+- whole decode steps with about 30 % of the second slots dropped by their thresholds, against what the number
+  of bytes read predicts;
+- prefill of --prefill tokens with 5 to 30 % of the expert activations dropped, including the importance by
+  attention, with flash attention off and on.
 
-`off` starts a process a side and round: the patched runtime with routing off, and the llama.cpp libraries in
---baseline. A ratio is of times, in the order that its line names; median, lowest, highest of the rounds.
+`off` starts one process per side and round: the patched runtime with routing off, and the llama.cpp libraries
+in --baseline. A ratio is one of times, in the order that its line names; the median, the lowest and the
+highest of the rounds are printed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ MIX = ("IQ2_XXS", "Q2_K", "Q3_K")
 SEED_TOKENS = 7
 N_PREFILL = 512
 N_STEPS = 48
+N_BEFORE = 32  # tokens in the cache before decode steps are timed
 
 
 def tokens(n: int, n_vocab: int) -> list[int]:
@@ -48,7 +50,7 @@ def tokens(n: int, n_vocab: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Ratios:
-    """Ratios of the rounds of one setting."""
+    """The ratios of all rounds of one setting."""
 
     what: str
     values: list[float]
@@ -59,13 +61,22 @@ class Ratios:
         return f"{self.what:<58}{statistics.median(v):8.3f}{min(v):8.3f}{max(v):8.3f}  {self.note}"
 
 
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: threads, rounds, tokens of a prompt."""
+
+    threads: int
+    rounds: int
+    prefill: int
+
+
 @dataclass
 class Model:
-    """A loaded model whose routing can be switched; times single decodes."""
+    """A loaded model whose routing can be switched; it times prompts and single decode steps."""
 
     path: Path
     flash_attn: bool
-    threads: int
+    size: Size
     cb_eval: Any = None
     llm: Any = field(init=False)
 
@@ -75,14 +86,14 @@ class Model:
 
         options: dict[str, Any] = {
             "n_ctx": 1024,
-            "n_batch": N_PREFILL,
-            "n_ubatch": N_PREFILL,
+            "n_batch": self.size.prefill,
+            "n_ubatch": self.size.prefill,
             "routing": "off",
         }
         with context_defaults(self.cb_eval):
-            self.llm = Llama(self.path, n_threads=self.threads, flash_attn=self.flash_attn, **options)
+            self.llm = Llama(self.path, n_threads=self.size.threads, flash_attn=self.flash_attn, **options)
         self.shape = routing_shape(self.llm._ctx.ctx)
-        self.tokens = tokens(N_PREFILL + 64, self.llm.n_vocab())
+        self.tokens = tokens(max(self.size.prefill, N_BEFORE + N_STEPS), self.llm.n_vocab())
 
     def set(self, policy: str, threshold: float = 0.0, protect: float = 0.02) -> None:
         from mc_gguf.routing.params import RoutingParams
@@ -92,21 +103,21 @@ class Model:
         set_routing(self.llm._ctx.ctx, RoutingParams(policy, protect=protect, thresholds=thresholds))
         reset_counters(self.llm._ctx.ctx)
 
-    def prefill(self, n: int = N_PREFILL) -> float:
-        """Seconds for a prompt of n tokens, from an empty cache."""
+    def prefill(self, n: int | None = None) -> float:
+        """Seconds for a prompt of n tokens (default: the whole one) from an empty cache."""
         self.llm.reset()
         self.llm._ctx.kv_cache_clear()
         start = time.perf_counter()
-        self.llm.eval(self.tokens[:n])
+        self.llm.eval(self.tokens[: n or self.size.prefill])
         return time.perf_counter() - start
 
     def decode(self, n: int) -> list[float]:
-        """Seconds of each of n steps after the prompt's first 32 tokens."""
+        """Seconds of each of n steps after the first N_BEFORE tokens."""
         self.llm.reset()
         self.llm._ctx.kv_cache_clear()
-        self.llm.eval(self.tokens[:32])
+        self.llm.eval(self.tokens[:N_BEFORE])
         seconds = []
-        for token in self.tokens[32 : 32 + n]:
+        for token in self.tokens[N_BEFORE : N_BEFORE + n]:
             start = time.perf_counter()
             self.llm.eval([token])
             seconds.append(time.perf_counter() - start)
@@ -120,7 +131,7 @@ class Model:
         return float(slots[:, 1].sum() / max(1, slots[:, :2, 1:].sum()))
 
     def threshold_for(self, share: float, measure: Callable[[], object]) -> float:
-        """The threshold that drops about this share of the later slots, by bisection."""
+        """The threshold that drops about this share of the slots after the first, found by bisection."""
         low, high = 0.0, 1.0
         for _ in range(9):
             middle = (low + high) / 2
@@ -193,9 +204,9 @@ def bytes_per_step(path: Path, expert_share: float) -> float:
     return total
 
 
-def moe_decode(path: Path, threads: int, rounds: int) -> Ratios:
+def moe_decode(path: Path, size: Size) -> Ratios:
     timer = MoeTimer()
-    model = Model(path, False, threads, timer.callback)
+    model = Model(path, False, size, timer.callback)
 
     def one(threshold: float) -> float:
         model.set("threshold", threshold)
@@ -204,13 +215,13 @@ def moe_decode(path: Path, threads: int, rounds: int) -> Ratios:
         return timer.seconds
 
     one(0.0)
-    ratios = [one(0.0) / one(2.0) for _ in range(rounds)]
+    ratios = [one(0.0) / one(2.0) for _ in range(size.rounds)]
     model.llm.close()
     return Ratios("MoE blocks at decode: both experts / only the first", ratios, "goal 1.6")
 
 
-def decode(path: Path, threads: int, rounds: int) -> Ratios:
-    model = Model(path, False, threads)
+def decode(path: Path, size: Size) -> Ratios:
+    model = Model(path, False, size)
     threshold = model.threshold_for(0.3, lambda: model.decode(N_STEPS))
 
     def one(policy: str) -> list[float]:
@@ -219,10 +230,10 @@ def decode(path: Path, threads: int, rounds: int) -> Ratios:
         model.set(policy, threshold)
         return model.decode(N_STEPS)
 
-    pairs = [(one("off"), one("odp")) for _ in range(rounds + 1)][1:]
+    pairs = [(one("off"), one("odp")) for _ in range(size.rounds + 1)][1:]
     dropped = model.dropped()
     ratios = [sum(off) / sum(odp) for off, odp in pairs]
-    # a step does the same work in every round: its lowest time is without what others did to the machine
+    # a step does the same work in every round, so its lowest time leaves out other work on the machine
     lowest_off, lowest_odp = (np.min([pair[side] for pair in pairs], axis=0).sum() for side in (0, 1))
     best = float(lowest_off / lowest_odp)
     n_used, n_expert = model.shape.n_rank, model.shape.n_expert
@@ -237,8 +248,8 @@ def decode(path: Path, threads: int, rounds: int) -> Ratios:
     return Ratios("decode: off / odp", ratios, note)
 
 
-def prefill(path: Path, threads: int, rounds: int, flash_attn: bool) -> Iterator[Ratios]:
-    model = Model(path, flash_attn, threads)
+def prefill(path: Path, size: Size, flash_attn: bool) -> Iterator[Ratios]:
+    model = Model(path, flash_attn, size)
     for share in (0.1, 0.2, 0.6):  # of second slots
         threshold = model.threshold_for(share, lambda: model.prefill(64))
 
@@ -249,18 +260,18 @@ def prefill(path: Path, threads: int, rounds: int, flash_attn: bool) -> Iterator
             return model.prefill()
 
         one("odp")
-        ratios = [one("off") / one("odp") for _ in range(rounds)]
-        name = f"prefill {N_PREFILL}: off / odp, flash attention {'on' if flash_attn else 'off'}"
+        ratios = [one("off") / one("odp") for _ in range(size.rounds)]
+        name = f"prefill {size.prefill}: off / odp, flash attention {'on' if flash_attn else 'off'}"
         yield Ratios(name, ratios, f"{model.dropped() / 2:.1%} of expert activations dropped")
     model.llm.close()
 
 
-def flash_attention(path: Path, threads: int, rounds: int) -> Iterator[Ratios]:
-    """What the importance costs with and without flash attention: nothing is dropped, all is computed."""
+def flash_attention(path: Path, size: Size) -> Iterator[Ratios]:
+    """What the importance costs with and without flash attention: nothing is dropped, everything computed."""
     for policy in ("off", "odp"):
         times: dict[bool, list[float]] = {False: [], True: []}
-        models = {fa: Model(path, fa, threads) for fa in times}
-        for _ in range(rounds + 1):
+        models = {fa: Model(path, fa, size) for fa in times}
+        for _ in range(size.rounds + 1):
             for fa, model in models.items():
                 model.set(policy, 0.0)
                 model.prefill(1)
@@ -268,7 +279,7 @@ def flash_attention(path: Path, threads: int, rounds: int) -> Iterator[Ratios]:
         for model in models.values():
             model.llm.close()
         ratios = [a / b for a, b in zip(times[False][1:], times[True][1:], strict=True)]
-        yield Ratios(f"prefill {N_PREFILL}, {policy}: flash attention off / on", ratios)
+        yield Ratios(f"prefill {size.prefill}, {policy}: flash attention off / on", ratios)
 
 
 @click.group(help=__doc__)
@@ -280,7 +291,7 @@ def main() -> None: ...
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--threads", default=2, show_default=True)
 def make(source: Path, folder: Path, threads: int) -> None:
-    """Quantize SOURCE twice into FOLDER: every matrix Q2_K, and experts of three types in turn."""
+    """Quantize SOURCE twice into FOLDER: every matrix in Q2_K, and the experts in three types in turn."""
     from mc_gguf.artifacts import FixedTypes
     from mc_gguf.quantize.writer import quantize
     from mc_gguf.source import open_checkpoint
@@ -299,27 +310,30 @@ def make(source: Path, folder: Path, threads: int) -> None:
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--threads", default=2, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
-def run(files: tuple[Path, ...], threads: int, rounds: int) -> None:
+@click.option("--prefill", "n_prefill", default=N_PREFILL, show_default=True, help="Tokens of a prompt.")
+def run(files: tuple[Path, ...], threads: int, rounds: int, n_prefill: int) -> None:
     """What dropping experts gains."""
+    size = Size(threads, rounds, n_prefill)
     for path in files:
         click.echo(f"{path.name:<58}{'median':>8}{'lowest':>8}{'highest':>8}")
-        click.echo(moe_decode(path, threads, rounds))
-        click.echo(decode(path, threads, rounds))
+        click.echo(moe_decode(path, size))
+        click.echo(decode(path, size))
         for fa in (False, True):
-            for ratios in prefill(path, threads, rounds, fa):
+            for ratios in prefill(path, size, fa):
                 click.echo(ratios)
-        for ratios in flash_attention(path, threads, rounds):
+        for ratios in flash_attention(path, size):
             click.echo(ratios)
 
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "--baseline", required=True, type=click.Path(path_type=Path), help="Directory with the other libllama."
+    "--baseline", required=True, type=click.Path(path_type=Path), help="Folder with the other libllama."
 )
 @click.option("--threads", default=2, show_default=True)
 @click.option("--rounds", default=7, show_default=True)
-def off(file: Path, baseline: Path, threads: int, rounds: int) -> None:
+@click.option("--prefill", "n_prefill", default=N_PREFILL, show_default=True, help="Tokens of a prompt.")
+def off(file: Path, baseline: Path, threads: int, rounds: int, n_prefill: int) -> None:
     """What the patch costs when routing is off."""
     from mc_gguf import runtime
 
@@ -328,15 +342,8 @@ def off(file: Path, baseline: Path, threads: int, rounds: int) -> None:
     for number in range(rounds):
         for side in sorted(sides, reverse=number % 2 == 1):  # each side is first in turn
             folder = sides[side]
-            command = [
-                sys.executable,
-                "-m",
-                "tools.bench_routing",
-                "worker",
-                str(file),
-                "--threads",
-                str(threads),
-            ]
+            command = [sys.executable, "-m", "tools.bench_routing", "worker", str(file)]
+            command += ["--threads", str(threads), "--prefill", str(n_prefill)]
             env = os.environ | {"LLAMA_CPP_LIB_PATH": str(folder)}
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
             times[side].append(json.loads(done.stdout))
@@ -350,28 +357,29 @@ def off(file: Path, baseline: Path, threads: int, rounds: int) -> None:
 @main.command(hidden=True)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--threads", default=2)
-def worker(file: Path, threads: int) -> None:
-    """One process of `off`: the median step of a decode, and one prefill, in seconds."""
+@click.option("--prefill", "n_prefill", default=N_PREFILL)
+def worker(file: Path, threads: int, n_prefill: int) -> None:
+    """One process of `off`: the seconds of a median decode step and of one prefill."""
     import llama_cpp
 
     llm: Any = llama_cpp.Llama(
         str(file),
         n_ctx=1024,
-        n_batch=N_PREFILL,
-        n_ubatch=N_PREFILL,
+        n_batch=n_prefill,
+        n_ubatch=n_prefill,
         n_threads=threads,
         n_threads_batch=threads,
         verbose=False,
     )
-    rows = tokens(N_PREFILL + 64, llm.n_vocab())
-    llm.eval(rows[:32])  # the first use of the weights reads them from disk
+    rows = tokens(n_prefill + N_BEFORE, llm.n_vocab())
+    llm.eval(rows[:N_BEFORE])  # the first use of the weights reads them from disk
     llm.reset()
     llm._ctx.kv_cache_clear()
     start = time.perf_counter()
-    llm.eval(rows[:N_PREFILL])
+    llm.eval(rows[:n_prefill])
     prefill_s = time.perf_counter() - start
     steps = []
-    for token in rows[N_PREFILL : N_PREFILL + 32]:
+    for token in rows[n_prefill:]:
         start = time.perf_counter()
         llm.eval([token])
         steps.append(time.perf_counter() - start)

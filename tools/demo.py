@@ -1,7 +1,9 @@
-"""What `make demo` runs: the bundled Mixtral in 16 bits, with one type for all experts, and mixed at the
-same size; sizes, perplexities, and a few words from the mixed file.
+"""What `make demo` runs: convert the bundled Mixtral, compare the files, and let the mixed one speak.
 
     python -m tools.demo [--bpw 2.0625] [--tokens 20480]
+
+It makes three files: one in 16 bits, one with the same type for all experts, and a mixed one of that size. It
+prints their sizes and perplexities, and a few words from the mixed file.
 """
 
 from __future__ import annotations
@@ -13,30 +15,27 @@ from pathlib import Path
 
 import click
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = "models/tiny-mixtral"
-TEXT = ROOT / "tests" / "data" / "wikitext-2.test.txt"
-MC_GGUF = Path(sys.executable).with_name("mc-gguf")
+from tools.common import ROOT, WIKITEXT, mc_gguf
 
 
-def run(*arguments: str) -> None:
-    """Shows and runs one mc-gguf command, as a user would type it in the repository."""
-    click.secho(f"\n$ mc-gguf {shlex.join(arguments)}", bold=True)
+def run(*arguments: object) -> None:
+    """Show and run one mc-gguf command, as a user would type it in the repository."""
+    click.secho(f"\n$ mc-gguf {shlex.join(map(str, arguments))}", bold=True)
     sys.stdout.flush()
-    done = subprocess.run([MC_GGUF, *arguments], cwd=ROOT, check=False)
+    done = subprocess.run(mc_gguf(*arguments), cwd=ROOT, check=False)
     if done.returncode:
         sys.exit(done.returncode)
 
 
 def compare(files: dict[str, Path], n_scored: int) -> None:
-    """A table of size, bits per expert weight and perplexity."""
+    """Print a table of sizes, bits per expert weight, and perplexities."""
     from mc_gguf.container import MixedGguf
     from mc_gguf.evaluate.evaluation import perplexity
 
     click.secho(f"\nWikiText-2 test, first {n_scored:,} scored tokens, context 512", bold=True)
     click.echo(f"{'file':<16}{'bytes':>12}{'bits/expert weight':>20}{'perplexity':>20}")
     for name, path in files.items():
-        found = perplexity(path, TEXT.read_text(encoding="utf-8"), n_ctx=512, n_scored=n_scored)
+        found = perplexity(path, WIKITEXT.read_text(encoding="utf-8"), n_ctx=512, n_scored=n_scored)
         bpw = MixedGguf.open(path).expert_bpw
         value = f"{found.value:.2f} +- {found.standard_error:.2f}"
         click.echo(f"{name:<16}{path.stat().st_size:>12,}{bpw:>20.4f}{value:>20}")
@@ -47,17 +46,21 @@ def compare(files: dict[str, Path], n_scored: int) -> None:
     "--bpw", default=2.0625, show_default=True, help="Bits per expert weight; 2.0625 is IQ2_XXS everywhere."
 )
 @click.option("--tokens", default=20480, show_default=True, help="Tokens to score.")
-def main(bpw: float, tokens: int) -> None:
-    calibration = "demo/mixed.calib.safetensors"
-    run("convert", MODEL, "-o", "demo/16bit.gguf", "--bpw", "16")
-    run("convert", MODEL, "-o", "demo/mixed.gguf", "--bpw", str(bpw))
+@click.option("--calibration-tokens", type=int, help="Tokens to calibrate on.  [default: mc-gguf's own]")
+@click.option("--model", type=click.Path(path_type=Path), default="models/tiny-mixtral", show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), default="demo", show_default=True)
+def main(bpw: float, tokens: int, calibration_tokens: int | None, model: Path, folder: Path) -> None:
+    files = {name: folder / f"{name}.gguf" for name in ("16bit", "uniform", "mixed")}
+    calibrate = ("--tokens", calibration_tokens) if calibration_tokens else ()
+    calibration = folder / "mixed.calib.safetensors"
     uniform = ("--strategy", "uniform", "--calibration", calibration, "--no-compensate")  # as stock tools do
-    run("convert", MODEL, "-o", "demo/uniform.gguf", "--bpw", str(bpw), *uniform)
-    run("inspect", "demo/mixed.gguf")
-    names = {"16 bit": "16bit", "uniform": "uniform", "mixed": "mixed"}
-    compare({name: ROOT / "demo" / f"{stem}.gguf" for name, stem in names.items()}, tokens)
-    sampling = ("-n", "60", "--temp", "0.7", "--seed", "4")
-    run("chat", "demo/mixed.gguf", "-p", "The king looked at the sea and said", *sampling)
+    run("convert", model, "-o", files["16bit"], "--bpw", 16)
+    run("convert", model, "-o", files["mixed"], "--bpw", bpw, *calibrate)
+    run("convert", model, "-o", files["uniform"], "--bpw", bpw, *uniform)
+    run("inspect", files["mixed"])
+    compare({name: ROOT / path for name, path in files.items()}, tokens)
+    sampling = ("-n", 60, "--temp", 0.7, "--seed", 4)
+    run("chat", files["mixed"], "-p", "The king looked at the sea and said", *sampling)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Maintain the patch set in patches/: check it, work on it, write it back, move it to another upstream.
 
-    python -m tools.patches verify           offline once the source is cached; seconds; part of `make test`
+    python -m tools.patches verify           takes seconds, offline once the source is cached; in `make check`
     python -m tools.patches checkout DIR     llama.cpp, patches as commits on branch mc, our sources in DIR/mc
     python -m tools.patches refresh DIR      rewrite patches/ and patched_tree from that branch and DIR/mc
-    python -m tools.patches bump DIR COMMIT  rebase the branch onto COMMIT (fetched by you), print range-diff
+    python -m tools.patches bump DIR COMMIT  rebase the branch onto COMMIT (fetch it first), print range-diff
 
-A patch holds call sites only; our own C and C++ files are in patches/src and lie in mc/ of the patched tree.
+A patch only holds call sites. Our own C and C++ files are in patches/src and lie in mc/ of the patched tree.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from mc_gguf.common.errors import McError
 from mc_gguf.runtime import fetch as source
 from mc_gguf.runtime import upstream
 from mc_gguf.runtime.shell import Log, git_env
+from tools.common import ROOT
 
-PATCHES = Path(__file__).resolve().parent.parent / "patches"
+PATCHES = ROOT / "patches"
 TRAILERS = ("Why", "Test", "Upstream", "Drop-when")
 # These options make format -> am -> format byte-identical.
 FORMAT = ("format-patch", "--quiet", "--zero-commit", "--no-signature", "--no-numbered", "--full-index")
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """Runs git in `folder` without the user's configuration. Raises McError with git's message."""
+    """Run git in `folder` without the user's configuration. Raises McError with git's message."""
     command = ["git", "-c", "core.hooksPath=/dev/null", "-c", "safe.directory=*", *arguments]
     done = subprocess.run(
         command, cwd=folder, env=git_env(folder), capture_output=True, text=True, check=False
@@ -42,7 +43,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def check_names() -> None:
-    """The patch files, patches/series and the rows of patches/README.md name the same patches."""
+    """Check that the patch files, patches/series and the rows of patches/README.md name the same patches."""
     files = sorted(p.name for p in PATCHES.glob("*.patch"))
     series = [p.name for p in upstream.series()]
     rows = re.findall(
@@ -54,6 +55,7 @@ def check_names() -> None:
 
 
 def check_trailers() -> None:
+    """Check that every patch has all TRAILERS."""
     for path in upstream.series():
         head = path.read_text(encoding="utf-8").partition("\n---\n")[0]
         for trailer in TRAILERS:
@@ -62,7 +64,7 @@ def check_trailers() -> None:
 
 
 def patched_tree(folder: Path) -> Path:
-    """The pinned commit checked out in `folder`, the series applied, the trees checked on the way."""
+    """Check out the pinned commit in `folder` and apply the series; the trees are checked on the way."""
     log = Log(folder / "log")
     tree = folder / "llama.cpp"
     source.unpack(source.download(log), tree)
@@ -77,13 +79,12 @@ def format_series(tree: Path, base: str, out: Path) -> list[Path]:
 
 
 @click.group(help=__doc__)
-def main() -> None:
-    pass
+def main() -> None: ...
 
 
 @main.command()
 def verify() -> None:
-    """Check names, trailers, trees, strict application, and that formatting again gives the same bytes."""
+    """Check names, trailers and trees; that the patches apply strictly and format to the same bytes again."""
     check_names()
     check_trailers()
     with tempfile.TemporaryDirectory() as temporary:
@@ -100,7 +101,7 @@ def verify() -> None:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def checkout(folder: Path) -> None:
-    """Put llama.cpp with the patches as commits on branch mc into FOLDER, our sources into FOLDER/mc."""
+    """Put llama.cpp into FOLDER, with the patches as commits on branch mc and our sources in FOLDER/mc."""
     if folder.exists():
         raise McError(f"{folder} exists: choose a new folder")
     with tempfile.TemporaryDirectory() as temporary:
@@ -114,20 +115,21 @@ def checkout(folder: Path) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-def refresh(folder: Path) -> None:
-    """Rewrite patches/*.patch, series, src and patched_tree from FOLDER's commits above the pinned one."""
+@click.option("--patches", type=click.Path(path_type=Path), default=PATCHES, help="[default: patches/]")
+def refresh(folder: Path, patches: Path) -> None:
+    """Rewrite the patches, series, src and patched_tree from FOLDER's commits above the pinned one."""
     if git(folder, "status", "--porcelain"):
         raise McError(f"{folder} has changes that are not committed")
     with tempfile.TemporaryDirectory() as temporary:
         new = format_series(folder, upstream.pin().commit, Path(temporary))
-        for old in PATCHES.glob("*.patch"):
+        for old in patches.glob("*.patch"):
             old.unlink()
         for path in new:
-            shutil.copy(path, PATCHES)
-        (PATCHES / "series").write_text("".join(f"{path.name}\n" for path in new))
-    shutil.rmtree(PATCHES / "src", ignore_errors=True)
-    shutil.copytree(folder / source.OWN_SOURCES, PATCHES / "src")
-    pin = PATCHES / "UPSTREAM"
+            shutil.copy(path, patches)
+        (patches / "series").write_text("".join(f"{path.name}\n" for path in new))
+    shutil.rmtree(patches / "src", ignore_errors=True)
+    shutil.copytree(folder / source.OWN_SOURCES, patches / "src")
+    pin = patches / "UPSTREAM"
     tree = git(folder, "rev-parse", "HEAD^{tree}")
     pin.write_text(re.sub(r"^patched_tree =.*$", f"patched_tree = {tree}", pin.read_text(), flags=re.M))
     click.echo(f"{len(new)} patches written; next: python -m tools.patches verify")

@@ -30,7 +30,8 @@ def find_calibration(plan: Plan, folder: Path, given: Path | None = None) -> Cal
             return Calibration.load(path)
     raise ArtifactError(
         f"no *.safetensors in {folder} is the plan's calibration ({plan.calibration_fingerprint[:12]}...); "
-        "give it with --calibration FILE"
+        "give the file that it is in",
+        parameter="calibration",
     )
 
 

@@ -26,7 +26,12 @@ from mc_gguf.artifacts import Calibration, Floats, ModelInfo
 from mc_gguf.calibrate.attention import attention_types
 from mc_gguf.calibrate.expert_errors import nominal_errors
 from mc_gguf.calibrate.layer import LayerMeasurement
-from mc_gguf.calibrate.request import DEFAULT_OPTIONS, CalibrationOptions, measured_types, request_identity
+from mc_gguf.calibrate.options import (
+    DEFAULT_OPTIONS,
+    CalibrationOptions,
+    calibration_identity,
+    measured_types,
+)
 from mc_gguf.calibrate.sensitivity import Branches, branch_rows
 from mc_gguf.calibrate.state import STATE_VERSION, CalibrationState, state_bytes
 from mc_gguf.calibrate.statistics import LayerStatistics, merge_layers, stack_layers
@@ -59,7 +64,7 @@ def calibrate_to_file(
     is False.
     """
     types = measured_types(checkpoint.info, options.types)
-    identity = request_identity(checkpoint.info, text, types, options) | {"state": STATE_VERSION}
+    identity = calibration_identity(checkpoint.info, text, types, options) | {"state": STATE_VERSION}
     with Workdir(output, identity, resume) as work:
         work.check_space(state_bytes(checkpoint.info, text.rows, options.sensitivity_tokens))
         result = work.path("result.safetensors")
@@ -108,7 +113,7 @@ def calibrate(
             del hidden
             bar.advance(0, "sensitivity of the layers")
             divergences = branches.divergences()
-    corpus = text.to_json() | {"measured": request_identity(info, text, types, options)}
+    corpus = text.to_json() | {"measured": calibration_identity(info, text, types, options)}
     calibration = _assemble(info, corpus, types, state.layers, divergences)
     _warn(calibration)
     return calibration

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mc_gguf.calibrate.attention import attention_types, run_attention
 from mc_gguf.calibrate.expert_errors import ExpertErrors, Sample, draw, expert_errors
-from mc_gguf.calibrate.request import CalibrationOptions
+from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.calibrate.sensitivity import Branches
 from mc_gguf.calibrate.statistics import N_QUANTILES, LayerStatistics
 from mc_gguf.common.errors import SourceError

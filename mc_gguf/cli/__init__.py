@@ -1,43 +1,29 @@
-"""The command line: a group that imports a command's module when it is needed, and the single error edge.
+"""The command line: a group that imports a command's module when it is needed.
 
-Each module mc_gguf/cli/<name>.py defines one click command object named `command`. Their imports are cheap
-(click and mc_gguf's light modules), their bodies import the rest, so `mc-gguf --help` needs neither torch nor
-numpy.
+Each module mc_gguf/cli/NAME.py defines one click command named `command`. It maps its options to the
+parameters of one function of the library, and prints what the function returns; it decides nothing. The
+modules' imports are cheap and the commands' bodies import the rest, so `mc-gguf --help` needs neither torch
+nor numpy.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib
-from collections.abc import Callable
-from typing import Any
 
 import click
 
 from mc_gguf import __version__
-from mc_gguf.common.errors import McError
 
-COMMANDS: tuple[str, ...] = (
-    "calibrate",
-    "plan",
-    "refine",
-    "quantize",
-    "convert",
-    "inspect",
-    "routing",
-    "chat",
-    "eval",
-    "runtime",
-)
-# What the system refuses for reasons that the user can change; other OSErrors are bugs with a traceback.
-USER_ERRNOS = frozenset(
-    getattr(errno, name)
-    for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOENT EISDIR ENOTDIR EMFILE ENAMETOOLONG".split()
-)
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "Make and run a file": ("convert", "chat", "inspect", "eval", "routing"),
+    "The steps of convert": ("calibrate", "plan", "refine", "quantize"),
+    "Set up": ("runtime",),
+}
+COMMANDS: tuple[str, ...] = tuple(name for names in SECTIONS.values() for name in names)
 
 
 class CommandGroup(click.Group):
-    """Loads commands by name, in the order of COMMANDS, behind the error edge."""
+    """Loads commands by name, and lists them by section."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -49,28 +35,11 @@ class CommandGroup(click.Group):
         command: click.Command = module.command
         return command
 
-    def invoke(self, ctx: click.Context) -> Any:
-        return guarded(lambda: super(CommandGroup, self).invoke(ctx))
-
-
-def guarded(call: Callable[[], Any]) -> Any:
-    """The error edge: what `call` returns, or one line on stderr and exit code 1 (130 when interrupted)."""
-    try:
-        return call()
-    except McError as error:
-        _fail(f"Error: {error}", 1)
-    except KeyboardInterrupt:
-        _fail("\nInterrupted", 130)
-    except OSError as error:
-        if error.errno not in USER_ERRNOS:  # click deals with EPIPE
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"Error: {where}{error.strerror}", 1)
-
-
-def _fail(line: str, code: int) -> None:
-    click.echo(line, err=True)
-    raise SystemExit(code)
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in SECTIONS.items():
+            commands = {name: self.get_command(ctx, name) for name in names}
+            with formatter.section(title):
+                formatter.write_dl([(n, c.get_short_help_str(100)) for n, c in commands.items() if c])
 
 
 @click.group(
@@ -80,5 +49,5 @@ def _fail(line: str, code: int) -> None:
 def main() -> None:
     """Mixed-expert GGUF files for Mixture-of-Experts models: every expert gets its own quantization type.
 
-    `convert` makes one from a Hugging Face directory or a 16-bit GGUF, `chat` runs it.
+    `convert` makes one from a Hugging Face directory or a 16-bit GGUF, and `chat` runs it.
     """

@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from mc_gguf.cli.calibrate_options import CalibrateOptions, calibrate_options
+from mc_gguf.cli import options as o
+from mc_gguf.cli.command import Command
+from mc_gguf.cli.result import show
 
 
-@click.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The calibration file to write."
-)
-@calibrate_options
-@click.option("--types", metavar="T,T,...", help="Types to measure.  [default: all candidates]")
-@click.option("--seed", type=int, default=0, show_default=True, help="For what is drawn by lot.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed.")
-@click.option("--quiet", is_flag=True, help="No progress line.")
-def command(
-    source: Path,
-    output: Path,
-    calibration: CalibrateOptions,
-    types: str | None,
-    seed: int,
-    resume: bool,
-    quiet: bool,
-) -> None:
-    """Measure the experts of SOURCE (HF directory or 16-bit GGUF): use, importance, error under every type.
+@click.command(cls=Command)
+@click.argument("source", type=o.PATH)
+@o.output_option("The calibration file to write.")
+@o.calibration_options
+@o.tensors("--types", metavar="T,T,...", help="ggml types to measure.  [default: all candidates]")
+@o.threads_option
+@o.resume_option
+@o.quiet_option
+@o.json_option
+@o.seed_option
+def command(source: Path, output: Path, as_json: bool, **options: Any) -> None:
+    """Measure the experts of SOURCE on text.
 
-    A killed run is continued by the same command. The file is what plan and quantize read.
+    SOURCE is a Hugging Face directory or a 16-bit GGUF. The file says how often each expert is used, how
+    important it is, and what error every type causes; plan and quantize read it. The same command continues a
+    killed run.
     """
-    from mc_gguf.calibrate.super_experts import super_experts
-    from mc_gguf.source import open_checkpoint, refuse_to_overwrite
+    from mc_gguf.calibrate import calibrate
+    from mc_gguf.calibrate.summary import summarize
 
-    refuse_to_overwrite(output, source, *calibration.text)
-    names = tuple(t.strip() for t in types.split(",") if t.strip()) if types is not None else None
-    result = calibration.calibrate(open_checkpoint(source), output, names, seed, resume, quiet)
-    found = super_experts(result)
-    n_tokens, n_layer = result.corpus["tokens"], len(result.layers)
-    click.echo(
-        f"{output}: {n_layer} layers, {result.n_expert} experts, {len(result.types)} types, {n_tokens} tokens"
-    )
-    click.echo("super experts: " + ("; ".join(map(str, found)) or "none"))
+    summary = summarize(calibrate(source, output, **options))
+    show({"output": str(output), **summary.to_json()}, f"{output}: {summary.text()}", as_json)

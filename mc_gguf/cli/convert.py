@@ -3,94 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from mc_gguf.cli.calibrate_options import CalibrateOptions, calibrate_options
-from mc_gguf.cli.options import PlanOptions, plan_options
+from mc_gguf.cli import options as o
+from mc_gguf.cli.command import Command
+from mc_gguf.cli.result import file_facts, file_line, results
 
 
-@click.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The GGUF to write.")
-@plan_options
-@calibrate_options
-@click.option(
-    "--calibration",
-    "calibration_file",
-    type=click.Path(path_type=Path),
-    help="Use this calibration file.  [default: the one beside the output if it fits, else a new one]",
-)
-@click.option(
-    "--calibration-seed", type=int, default=0, show_default=True, help="For what calibration draws by lot."
-)
-@click.option(
-    "--compensate/--no-compensate",
-    default=True,
-    show_default=True,
-    help="Round experts with error compensation, on the calibration's text: slower, much closer to 16 bits.",
-)
-@click.option(
+@click.command(cls=Command)
+@click.argument("source", type=o.PATH)
+@o.output_option("The GGUF to write.")
+@o.budget_options
+@o.budget(
     "--refine",
-    "refine_time",
-    metavar="T",
-    help="Search so long (90s, 10m, 2h) for a better plan of the same size, by the KL divergence of the "
+    metavar="TIME",
+    help="Search this long (90s, 10m, 2h) for a better plan of the same size, by the KL divergence of the "
     "model's output; see refine.  [default: no search]",
 )
-@click.option("--dry-run", is_flag=True, help="Calibrate and plan, print the summary, write no model.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed.")
-@click.option("--quiet", is_flag=True, help="No progress lines.")
-def command(
-    source: Path,
-    output: Path,
-    options: PlanOptions,
-    calibration: CalibrateOptions,
-    calibration_file: Path | None,
-    calibration_seed: int,
-    compensate: bool,
-    refine_time: str | None,
-    dry_run: bool,
-    resume: bool,
-    quiet: bool,
-) -> None:
-    """Convert SOURCE (HF directory or 16-bit GGUF) into a mixed-expert GGUF within a budget.
+@o.budget("--dry-run", is_flag=True, help="Calibrate and plan, print the summary, write no model.")
+@o.calibration_options
+@o.calibration(
+    "--calibration",
+    type=o.PATH,
+    help="Use this calibration file.  [default: the one beside the output if it fits, else a new one]",
+)
+@o.tensor_options
+@o.threads_option
+@o.compensate_option
+@o.resume_option
+@o.quiet_option
+@o.json_option
+@o.research_options
+def command(source: Path, output: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Make a mixed-expert GGUF of SOURCE within a budget.
 
-    Give exactly one of --bpw, --size and --bits-per-layer. The calibration and the plan stay beside the
-    output; a killed run is continued by the same command and gives the same bytes (with --refine: once the
-    search is over, which depends on how far it came in its time; its plan, .refined.plan.json, is kept too).
+    SOURCE is a Hugging Face directory or a 16-bit GGUF. Give --size or --bpw; without either, sizes for
+    this machine's memory are proposed. The calibration and the plan stay beside the output. The same
+    command continues a killed run and gives the same bytes. (With --refine the result depends on how far
+    the search came in its time; the plan that it found is kept, too.)
     """
-    from mc_gguf.artifacts import Calibration
-    from mc_gguf.common.errors import McError
-    from mc_gguf.common.units import format_size, parse_duration
-    from mc_gguf.common.workdir import forget_work
-    from mc_gguf.pipeline import Conversion, refinement_text
+    from mc_gguf.pipeline import Conversion, ConversionRequest
     from mc_gguf.plan.summary import summarize
-    from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
-    inputs = [*calibration.text, *([calibration_file] if calibration_file else [])]
-    refuse_to_overwrite(output, source, *inputs)
-    seconds = parse_duration(refine_time) if refine_time else 0.0
-    if seconds and options.budget.is_sixteen_bit:
-        raise McError("--refine: 16-bit experts leave nothing to refine; give a smaller --bpw")
-    search = calibration.refinement(seconds, compensate, calibration_seed) if seconds else None
-    work = Conversion(open_checkpoint(source), output, resume, quiet)
-    if options.budget.is_sixteen_bit:
-        statistics = Calibration.blank(work.checkpoint.info)
-    else:
-        options.check(work.checkpoint.info)  # before the long step
-        request = calibration.request(work.checkpoint, options.types, calibration_seed)
-        statistics = work.calibrate(*request, calibration_file)
-    plan = work.plan(statistics, options.plan)
-    if search:
-        plan = work.refine(statistics, plan, search)
-        click.echo(refinement_text(plan))
-    click.echo("\n".join(summarize(plan).lines()))
-    if not dry_run:
-        model = work.quantize(
-            statistics, plan, calibration.threads, compensate, calibration.text, keep_bank=search is not None
-        )
-        click.echo(
-            f"{output}: {format_size(model.header.file_bytes)}, {model.expert_bpw:.4f} bits per expert weight"
-        )
-    elif search:
-        forget_work(output)
+    work = Conversion(source, output, ConversionRequest(**options))
+    with results(as_json) as found:
+        plan = work.plan()
+        summary = summarize(plan)
+        found.add({"plan": summary.to_json()}, "\n".join(summary.lines()))
+        if dry_run:
+            work.discard()
+        else:
+            model = work.write(plan)
+            found.add(file_facts(output, model), file_line(output, model))

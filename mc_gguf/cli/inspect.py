@@ -6,16 +6,21 @@ from pathlib import Path
 
 import click
 
+from mc_gguf.cli import options as o
+from mc_gguf.cli.command import Command
+from mc_gguf.cli.result import show
 
-@click.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
+
+@click.command(cls=Command)
+@click.argument("model", type=o.PATH)
+@o.json_option
 def command(model: Path, as_json: bool) -> None:
-    """Show the experts' types per layer, sizes and bits of MODEL, after checking the whole file."""
-    import json
+    """Show the experts' types in MODEL, sizes and bits.
 
-    from mc_gguf.container import MixedGguf, describe
-    from mc_gguf.container.table import render
+    The whole file is checked first.
+    """
+    from mc_gguf.container import MixedGguf, describe_model
+    from mc_gguf.container.table import render_description
 
-    description = describe(MixedGguf.open(model))
-    click.echo(json.dumps(description, indent=1) if as_json else render(description))
+    description = describe_model(MixedGguf.open(model))
+    show(description, "" if as_json else render_description(description), as_json)

@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-import json
-
 import click
+
+from mc_gguf.cli import options as o
+from mc_gguf.cli.command import Command
+from mc_gguf.cli.result import show
 
 
 @click.group()
 def command() -> None:
-    """Build the patched llama.cpp, and show what is built."""
+    """Build the patched llama.cpp, or show what is built."""
 
 
-@command.command()
+@command.command(cls=Command)
 @click.option(
-    "--backend", type=click.Choice(["cpu", "cuda", "vulkan", "metal"]), default="cpu", show_default=True
+    "--backend",
+    type=click.Choice(["cpu", "cuda", "vulkan", "metal"]),
+    default="cpu",
+    show_default=True,
+    help="Device to build for.",
 )
 @click.option(
-    "--jobs", type=click.IntRange(min=1), help="Compile so many files at once.  [default: all cores]"
+    "--jobs", type=click.IntRange(min=1), help="Files to compile at once.  [default: all usable cores]"
 )
 @click.option("--force", is_flag=True, help="Build again, from nothing, what is already built.")
 @click.option(
-    "--unpatched", is_flag=True, help="Build stock llama.cpp: the reference of tests and benchmarks."
+    "--unpatched", is_flag=True, help="Build stock llama.cpp, the reference of tests and benchmarks."
 )
-@click.option("--tests", is_flag=True, help="Build llama.cpp's test-backend-ops too.")
+@click.option("--tests", is_flag=True, help="Build llama.cpp's test-backend-ops, too.")
 def build(backend: str, jobs: int | None, force: bool, unpatched: bool, tests: bool) -> None:
-    """Fetch the pinned llama.cpp through pip, check it, patch it, build it into the user's cache.
+    """Fetch the pinned llama.cpp through pip, check it, patch it, and build it into the user's cache.
 
     Needs git, cmake, make or ninja, a C++ compiler and 1 GB of disk. A second call is instant.
     """
-    from mc_gguf import runtime
+    from mc_gguf.runtime import builder
 
-    built = runtime.build(backend=backend, jobs=jobs, force=force, patched=not unpatched)
+    built = builder.build(backend=backend, jobs=jobs, force=force, patched=not unpatched)
     click.echo(built.path)
     if tests:
-        click.echo(runtime.build_tests(built))
+        click.echo(builder.build_tests(built))
 
 
-@command.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@command.command(cls=Command)
+@o.json_option
 def info(as_json: bool) -> None:
     """Print versions, commit, patch digest, backends and path."""
-    from mc_gguf import runtime
+    from mc_gguf.runtime.facts import render_facts, runtime_facts
 
-    facts = runtime.info()
-    if as_json:
-        click.echo(json.dumps(facts, indent=1))
-        return
-    click.echo(runtime.describe(facts))
+    facts = runtime_facts()
+    show(facts, render_facts(facts), as_json)

@@ -1,1 +1,1 @@
-"""What every room uses: errors, files, resumable work, progress, units, this machine."""
+"""What every room uses: errors, files, working directories, progress, units, this machine."""

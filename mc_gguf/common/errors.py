@@ -80,7 +80,7 @@ class MissingExtraError(McError):
 
 
 class FormatError(McError):
-    """A GGUF violates docs/format.md; the message names the tensor or key."""
+    """A GGUF violates docs/reference/format.md; the message names the tensor or key."""
 
 
 class RuntimeBuildError(McError):

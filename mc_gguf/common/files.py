@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mc_gguf.common.errors import ArtifactError, McError
+from mc_gguf.common.units import format_size
 
 
 def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
@@ -31,6 +32,16 @@ def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
             raise McError(f"{output} is the same file as the input {path}; write to another file")
 
 
+def check_space(folder: Path, n_bytes: int, purpose: str) -> None:
+    """Raises McError when the disk that holds `folder` has less than `n_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise McError(
+            f"{folder} has {format_size(free)} free, but {purpose} takes {format_size(n_bytes)}; make room, "
+            "or write to another disk"
+        )
+
+
 @contextmanager
 def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` only when the block ends without an error.
@@ -41,7 +52,7 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     """
     check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         with temporary.open("xb") as file:  # a new file: it gets the permissions that the user's umask allows
             yield file

@@ -5,8 +5,8 @@
             ...
             bar.advance(note=f"layer {layer}")
 
-On a terminal one line is redrawn at most ten times a second; elsewhere a line is printed about every 10 %.
-No thread, no dependency. MC_GGUF_QUIET=1 or quiet=True silences it.
+On a terminal one line is redrawn, ten times per second at most; elsewhere a line is printed about every 10 %.
+It needs no thread and no dependency. MC_GGUF_QUIET=1 or quiet=True silences it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LINE_SHARE = 0.1  # without a terminal: one line for each such share of the work
 
 
 class Progress:
-    """How much of `total` is done. Made by progress(); total 0 means that it is not known yet."""
+    """How much of `total` is done; a total of 0 means that it is not known yet. Made by progress()."""
 
     def __init__(self, label: str, total: float, unit: str, stream: TextIO, quiet: bool) -> None:
         self.label, self.total, self.unit = label, total, unit
@@ -41,14 +41,14 @@ class Progress:
         self.update(self.done + amount, note=note)
 
     def update(self, done: float, total: float | None = None, note: str = "") -> None:
-        """`done` units of `total` are done (both absolute: for work that counts by itself)."""
+        """`done` units of `total` are done; both are absolute, for work that counts on its own."""
         self.done = done
         self.total = self.total if total is None else total
         if self._is_due():
             self._draw(note)
 
     def say(self, text: str) -> None:
-        """A line of its own, between the states of the bar."""
+        """Print a line of its own, between the states of the bar."""
         if not self._quiet:
             self._stream.write(("\r\x1b[K" if self._open_line else "") + text + "\n")
             self._stream.flush()
@@ -106,7 +106,7 @@ def clock(seconds: float) -> str:
 
 
 def silenced(quiet: bool) -> bool:
-    """Whether there shall be no output: asked for, or MC_GGUF_QUIET is set."""
+    """Whether nothing is printed: `quiet` asks for that, or MC_GGUF_QUIET is set to anything but 0."""
     return quiet or os.environ.get("MC_GGUF_QUIET", "") not in ("", "0")
 
 

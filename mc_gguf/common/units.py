@@ -1,5 +1,5 @@
-"""What people write: sizes ("15.5GiB", "750MB", 123456), durations ("90s", "10m"), shares ("15%", 0.15),
-layers ("auto", "0,2,5").
+"""Quantities as people write them: sizes ("15.5GiB", "750MB", "123456"), durations ("90s", "10m"), shares
+("15%", "0.15") and layers ("auto", "0,2,5").
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PATTERN = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", re.ASCII)
 
 
 def parse_size(text: str) -> int:
-    """Bytes meant by `text`, rounded down. GB is 10^9, GiB (and G, as in other command lines) is 2^30.
+    """The bytes that `text` means, rounded down. GB is 10^9, GiB (and G, as in other command lines) is 2^30.
 
     Raises BudgetError for anything that is not a positive size.
     """
@@ -55,7 +55,7 @@ def format_size(size: int) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds meant by "90", "90s", "1.5m", "2h". Raises McError for anything that is not a positive time."""
+    """The seconds that "90", "90s", "1.5m" or "2h" means. Raises McError for all but a positive time."""
     match = _PATTERN.fullmatch(text.strip().lower())
     factor = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}.get(match[2]) if match else None
     if match is None or factor is None or not float(match[1]) > 0:

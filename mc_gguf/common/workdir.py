@@ -31,8 +31,7 @@ from typing import TextIO
 
 from mc_gguf import __version__
 from mc_gguf.common.errors import McError
-from mc_gguf.common.files import atomic_write, check_output
-from mc_gguf.common.units import format_size
+from mc_gguf.common.files import atomic_write, check_output, check_space
 
 LOCK = "lock"
 IDENTITY = "identity.json"
@@ -66,13 +65,17 @@ class Workdir:
                 path.unlink()
             _claim(self.directory, self._identity, self._resume)
         except BaseException:
-            self._lock.close()
+            self._leave()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        """Let go of the directory, and remove it where there is nothing to continue from."""
         if not self._removed and not _holds_work(self.directory):
             self.remove()
             for folder in self._made_folders:
@@ -96,12 +99,7 @@ class Workdir:
     def check_space(self, n_bytes: int) -> None:
         """Raises McError when the disk is too small for the directory to grow to `n_bytes` in all."""
         there = sum(path.stat().st_blocks * _DISK_BLOCK_BYTES for path in self.directory.rglob("*"))
-        free = shutil.disk_usage(self.directory).free
-        if free < n_bytes - there:
-            raise McError(
-                f"{self.output.parent} has {format_size(free)} free, but making {self.output.name} takes "
-                f"{format_size(n_bytes - there)} more; make room, or write to another disk"
-            )
+        check_space(self.output.parent, n_bytes - there, f"making {self.output.name}")
 
     def publish(self, file: Path) -> None:
         """`file`, which lies inside, becomes the output, and the directory is removed."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from mc_gguf import __version__
 from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, Plan
 from mc_gguf.artifacts.matching import check_inputs
-from mc_gguf.common.errors import ArtifactError
+from mc_gguf.common.errors import ArtifactError, about
 from mc_gguf.common.files import atomic_write
 from mc_gguf.common.progress import Progress, progress
 from mc_gguf.common.workdir import Workdir, keep_only
@@ -94,20 +94,21 @@ def open_bank(folder: Path, calibration: Calibration, options: CompensationOptio
 
 
 def calibration_text(
-    checkpoint: Checkpoint, calibration: Calibration, files: tuple[Path, ...] = (), option: str = "--text"
+    checkpoint: Checkpoint, calibration: Calibration, files: tuple[Path, ...] = ()
 ) -> Corpus:
-    """The token rows that the calibration was made from, out of the bundled text or `files` (which the
-    command line calls `option`).
+    """The token rows that the calibration was made from, out of the bundled text or `files`.
 
     Raises ArtifactError when the calibration was made from another text.
     """
     recorded = calibration.corpus
-    corpus = load_corpus(checkpoint, files, recorded["tokens"], recorded["ctx"], recorded["seed"])
+    with about("calibration_text"):
+        corpus = load_corpus(checkpoint, files, recorded["tokens"], recorded["ctx"], recorded["seed"])
     if corpus.sha256 != recorded["sha256"]:
         names = ", ".join(recorded["sources"])
         raise ArtifactError(
             f"the calibration was made from another text ({names}); error compensation needs the same one: "
-            f"give it with {option} FILE, or use --no-compensate"
+            "give that one, or do without error compensation",
+            parameter="calibration_text",
         )
     if corpus.rows.shape != (recorded["rows"], recorded["ctx"]):
         raise ArtifactError("this text gives other token rows than the calibration has; calibrate again")

@@ -85,8 +85,7 @@ def quantize_compensated(
     threads: int = 1,
     start: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """Blocks (rows, bytes per row) for a matrix. They do not depend on `threads`, given a deterministic
-    matrix product.
+    """Blocks (rows, bytes per row) of a matrix; the same for any `threads` if matrix products are.
 
     Args:
         weights: [rows, n] the matrix.
@@ -94,9 +93,8 @@ def quantize_compensated(
         hessian: [n, n] sum or mean of x x' over the inputs x.
         imatrix: [n] importance matrix that ggml's quantizer gets for its scales.
         options: how the matrix is compensated.
-        threads: number of threads of the quantizers.
-        start: the blocks that ggml's quantizer makes of `weights`, if they are known; only their scales
-            count.
+        threads: number of threads.
+        start: the blocks that ggml's quantizer makes of `weights`, if known; only their scales count.
 
     Raises McError when the type cannot be compensated, a row is not a whole number of blocks, or the weights
     are not finite.
@@ -105,7 +103,8 @@ def quantize_compensated(
     rows, n = weights.shape
     row_bytes = kind.row_bytes(n)
     if not supports(kind.name):
-        raise McError(f"{kind.name} cannot be quantized with error compensation; use --no-compensate")
+        message = f"{kind.name} cannot be quantized with error compensation; do without it"
+        raise McError(message, parameter="compensate")
     form = Form(torch.as_tensor(hessian), options.damping)
     if form.hessian.shape != (n, n):
         raise McError(f"the Hessian is {tuple(form.hessian.shape)}, the rows have {n} weights")
@@ -173,7 +172,8 @@ def upper_factor(h: Tensor) -> Tensor:
             own = h[start:end, start:end]
             lower, failed = torch.linalg.cholesky_ex(own.flip(0, 1))
             if failed:
-                raise McError("the Hessian is not positive definite; use more damping or --no-compensate")
+                message = "the Hessian is not positive definite; do without error compensation"
+                raise McError(message, parameter="compensate")
             own.copy_(lower.flip(0, 1))
             panel = torch.linalg.solve_triangular(own.T, h[:start, start:end], upper=False, left=False)
             h[:start, start:end] = panel

@@ -1,4 +1,6 @@
-"""Laying out a mixed-expert GGUF: which tensors, in which order, at which offsets, and the header's bytes."""
+"""The layout of a mixed-expert GGUF: which tensors it has, in which order, at which offsets, and the bytes of
+its header.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ ExpertTypes = Mapping[str, Sequence[Sequence[str]]]
 
 
 class MetadataSource(Protocol):
-    """The part of a source model that goes into a header: what it is, and the metadata that is copied."""
+    """What a header needs of a source model: its ModelInfo, and the metadata that is copied."""
 
     info: ModelInfo
 
@@ -55,11 +57,11 @@ class MetadataSource(Protocol):
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of an output: what to write and where. `experts` in the order of their slices; None: no
-    experts.
+    """One tensor of an output: what to write, and where.
 
-    `map` holds (group, position) of every expert when the tensor is a map. Shape in ggml order, offset in the
-    file.
+    `shape` is in ggml order, `offset` counts from the start of the file, `source` is the tensor that it is
+    made from. `experts` lists the experts of a stack in the order of their slices (None: no stack), `map` the
+    (group, position) of every expert (None: no map).
     """
 
     name: str
@@ -78,9 +80,8 @@ class OutputTensor:
 def layout(
     info: ModelInfo, experts: ExpertTypes, fixed: FixedTypes, routing: RoutingMetadata | None = None
 ) -> tuple[OutputTensor, ...]:
-    """All tensors of the output in file order, with their offsets. `experts` is indexed like Plan.experts.
-
-    `routing` is the routing metadata that the header will carry; here its size counts.
+    """All tensors of the output in file order, with their offsets. `experts` is indexed like Plan.experts;
+    `routing` is the metadata that the header will carry, whose size moves the tensors.
 
     Raises McError when a type is unknown or does not fit the rows, or a row of `experts` is missing.
     """
@@ -116,7 +117,7 @@ def _expert_row(info: ModelInfo, experts: ExpertTypes, projection: str, index: i
 
 
 def _expert_tensors(spec: TensorSpec, row: Sequence[GgmlType]) -> list[OutputTensor]:
-    """The stock tensor when all experts share a type, else the map and one tensor per type, ascending ids."""
+    """The stock tensor when all experts share a type, else the map and a tensor per type, by ascending id."""
     cols, rows, n_expert = spec.shape
     kinds = sorted(set(row), key=lambda kind: kind.id)
     if len(kinds) == 1:
@@ -142,8 +143,9 @@ def attention_place(name: str) -> tuple[int, str] | None:
 def fixed_type(spec: TensorSpec, fixed: FixedTypes, keep_f32: bool = True) -> GgmlType:
     """The type of a tensor that is not an expert stack.
 
-    F32: one-dimensional, the router, biases, and (`keep_f32`, for 16-bit sources) whatever the source holds
-    as F32. Rows that are no whole number of blocks fall back to Q8_0, then to F16.
+    F32 for one-dimensional tensors, the router, biases, and (with `keep_f32`, for 16-bit sources) whatever
+    the source holds as F32. Where the rows are not whole blocks of the wanted type, Q8_0; where they are not
+    of that either, F16.
     """
     if (
         len(spec.shape) == 1
@@ -167,40 +169,42 @@ def fixed_type(spec: TensorSpec, fixed: FixedTypes, keep_f32: bool = True) -> Gg
 def header_bytes(
     info: ModelInfo, tensors: Sequence[OutputTensor], routing: RoutingMetadata | None = None
 ) -> int:
-    """Size of the header with its padding: the offset of the first tensor."""
+    """Bytes of the header with its padding, which is the offset of the first tensor."""
     own = sum(8 + len(key) + 4 + size for key, size in _OWN_KEYS.items()) + routing_bytes(routing)
     infos = sum(8 + len(t.name.encode()) + 4 + 8 * len(t.shape) + 4 + 8 for t in tensors)
     return pad(24 + info.kv_bytes + own + infos, DEFAULT_ALIGNMENT)
 
 
 def total_bytes(tensors: Sequence[OutputTensor]) -> int:
-    """Size of the file that `layout` describes."""
+    """Bytes of the file that `layout` describes."""
     return tensors[-1].offset + pad(tensors[-1].n_bytes, DEFAULT_ALIGNMENT)
 
 
 def file_bytes(
     info: ModelInfo, experts: ExpertTypes, fixed: FixedTypes, routing: RoutingMetadata | None = None
 ) -> int:
-    """Exact size of the file that quantize writes for these types and a calibration that gives `routing`
-    (mc_gguf.routing.metadata.routing_metadata_from). Raises McError like `layout`.
+    """The exact bytes of the file that quantize writes for these types, with the routing metadata `routing`.
+    Raises McError, like `layout`.
     """
     return total_bytes(layout(info, experts, fixed, routing))
 
 
 def expert_bpw(tensors: Sequence[OutputTensor]) -> float:
-    """Average storage bits of the routed experts' weights, maps not counted."""
+    """Storage bits per weight of the routed experts; maps do not count."""
     groups = [t for t in tensors if t.experts is not None]
     return 8 * sum(t.n_bytes for t in groups) / sum(math.prod(t.shape) for t in groups)
 
 
-def header(
+def encode_header(
     source: MetadataSource,
     tensors: Sequence[OutputTensor],
     plan: str,
     calibration: str,
     routing: RoutingMetadata | None = None,
 ) -> bytes:
-    """The header's bytes, padded to the first tensor. `plan` and `calibration` are SHA-256 fingerprints."""
+    """The bytes of the header, padded up to the first tensor. `plan` and `calibration` are SHA-256
+    fingerprints; anything else raises FormatError.
+    """
     for key, value in ((KEY_PLAN, plan), (KEY_CALIBRATION, calibration)):
         if not FINGERPRINT.fullmatch(value):
             raise FormatError(f"key {key}: {value!r} is not a SHA-256 fingerprint")

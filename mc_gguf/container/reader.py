@@ -1,4 +1,4 @@
-"""Reading a GGUF's experts, ours or plain: where each expert's matrix lies and what type it has."""
+"""Reading the experts of a GGUF, ours or plain: where each expert's matrix lies and what type it has."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STACK_NAME = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|gate_up|down)_exps\.weight
 class MixedGguf:
     """A GGUF, ours or plain, opened for reading: `slices[layer, projection]` lists the experts' slices.
 
-    A plain GGUF is one without KEY_VERSION; stacks it names otherwise than gate, up and down are not listed.
+    A plain GGUF is one without KEY_VERSION; only its stacks named gate, up and down are listed.
     """
 
     def __init__(self, header: GgufHeader, slices: Slices) -> None:
@@ -35,9 +35,9 @@ class MixedGguf:
 
     @classmethod
     def open(cls, path: Path) -> MixedGguf:
-        """Read and validate. Raises FormatError that names what is wrong."""
+        """Read the header and validate it. Raises a FormatError that names what is wrong."""
         header = read_header(path)
-        return cls(header, Validator(header).slices())
+        return cls(header, Validator(header).read_slices())
 
     @property
     def is_ours(self) -> bool:
@@ -96,7 +96,9 @@ class MixedGguf:
 
 
 def validate(path: Path) -> MixedGguf:
-    """Check a file of ours against docs/format.md and return it opened. A plain GGUF is refused too."""
+    """Check a file of ours against docs/reference/format.md and return it, opened. Raises FormatError, for a
+    plain GGUF too.
+    """
     model = MixedGguf.open(path)
     if not model.is_ours:
         raise FormatError(f"{path}: key {KEY_VERSION} is missing; mc_gguf did not write this file")
@@ -104,7 +106,7 @@ def validate(path: Path) -> MixedGguf:
     return model
 
 
-def describe(model: MixedGguf) -> dict[str, Any]:
+def describe_model(model: MixedGguf) -> dict[str, Any]:
     """What `mc-gguf inspect --json` prints."""
     rows = [
         {
@@ -133,7 +135,7 @@ def describe(model: MixedGguf) -> dict[str, Any]:
 
 
 def _type_totals(model: MixedGguf) -> dict[str, dict[str, int]]:
-    """Tensors and bytes per ggml type, the experts' and all others'."""
+    """Number of tensors and bytes per ggml type, of experts and all others together."""
     totals: dict[str, dict[str, int]] = {}
     for entry in model.header.tensors.values():
         row = totals.setdefault(entry.type.name, {"tensors": 0, "bytes": 0})
@@ -143,7 +145,7 @@ def _type_totals(model: MixedGguf) -> dict[str, dict[str, int]]:
 
 
 def expert_bytes(path: Path, n_layer: int, n_expert: int) -> NDArray[np.int64]:
-    """Bytes of every expert's matrices [n_layer, n_expert], of all shards; zeros where unknown."""
+    """Bytes of every expert's matrices [n_layer, n_expert], in all shards; zeros where they are not known."""
     found = np.zeros((n_layer, n_expert), dtype=np.int64)
     try:
         for shard in shard_paths(path) if n_expert else ():

@@ -1,28 +1,22 @@
-"""The routing keys of a GGUF (docs/format.md, "Routing"): read, validated, encoded, put into a file.
+"""The routing keys of a GGUF (docs/reference/format.md, "Routing"): read, validated and encoded.
 
 Any GGUF of a model with experts may carry them, ours or plain. Nothing here looks at a tensor.
 """
 
 from __future__ import annotations
 
-import shutil
-import stat
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import Calibration
-from mc_gguf.common.errors import ArtifactError, FormatError, McError
-from mc_gguf.common.files import atomic_write
-from mc_gguf.common.progress import Progress
-from mc_gguf.common.units import format_size
+from mc_gguf.common.errors import ArtifactError, FormatError
 from mc_gguf.container.keys import (
     FINGERPRINT,
     KEY_ACTIVE,
@@ -42,20 +36,16 @@ from mc_gguf.ggml.gguf_file import (
     ARRAY,
     FLOAT32,
     FLOAT64,
-    MAGIC,
     STRING,
     UINT32,
-    VERSION,
     GgufHeader,
     Value,
     encode_kv,
-    pad,
     read_header,
 )
 from mc_gguf.routing.metadata import RoutingMetadata, default_metadata
 from mc_gguf.routing.profile import RoutingProfile
 
-_COPY_BYTES = 16 << 20
 _PROFILE_KEYS = (KEY_LAYERS, KEY_RATIO_QUANTILES, KEY_SENSITIVITY, KEY_CURVE)
 
 
@@ -75,20 +65,20 @@ class ModelShape:
 def read_routing(path: Path) -> RoutingMetadata | None:
     """The routing metadata of a GGUF, ours or plain; None when it carries none.
 
-    Only the header is read. Raises FormatError that names the key when it violates docs/format.md.
+    Only the header is read. Raises FormatError that names the key when it violates docs/reference/format.md.
     """
     return parse_routing(read_header(path))
 
 
 def parse_routing(header: GgufHeader) -> RoutingMetadata | None:
-    """read_routing for a header that is already read."""
+    """read_routing() for a header that has been read already."""
     if not any(key.startswith(ROUTING_PREFIX) for key in header.kv):
         return None
     return _Reader(header).metadata()
 
 
 def model_shape(header: GgufHeader) -> ModelShape:
-    """Raises FormatError when the model has no experts, or no choice among them."""
+    """The sizes in `header`. Raises FormatError when the model has no experts, or no choice among them."""
     architecture = header.get("general.architecture", "")
 
     def count(name: str) -> int:
@@ -103,8 +93,8 @@ def model_shape(header: GgufHeader) -> ModelShape:
     shape = ModelShape(count("block_count"), n_expert, n_used, count("embedding_length"))
     if shape.n_expert_used < 2:
         raise FormatError(
-            f"{header.path}: key {architecture}.expert_used_count: every token uses one expert; "
-            "none can be dropped"
+            f"{header.path}: key {architecture}.expert_used_count: every token uses one expert, and that one "
+            "cannot be dropped"
         )
     return shape
 
@@ -138,15 +128,16 @@ def _array(values: NDArray[Any], item_type: int) -> Value:
 @lru_cache(maxsize=1)  # planning asks for the size of many files with the same routing
 def routing_bytes(metadata: RoutingMetadata | None) -> int:
     """Bytes that the keys of `metadata` take in a header; 0 for None."""
-    return 0 if metadata is None else len(_encoded(routing_kv(metadata)))
+    return 0 if metadata is None else len(encode_metadata(routing_kv(metadata)))
 
 
-def _encoded(kv: Mapping[str, Value]) -> bytes:
+def encode_metadata(kv: Mapping[str, Value]) -> bytes:
+    """The entries of `kv` as they stand in a header, one after the other."""
     return b"".join(encode_kv(key, value) for key, value in kv.items())
 
 
 class _Reader:
-    """Applies the rules of docs/format.md, in its order; `fail` names file and key."""
+    """Applies the rules of the specification to one header, in their order; `fail` names file and key."""
 
     def __init__(self, header: GgufHeader) -> None:
         self.header = header
@@ -210,7 +201,9 @@ class _Reader:
         return self.value(key, type_id)
 
     def numbers(self, key: str, item_type: int, *shape: int) -> NDArray[np.float64]:
-        """Finite numbers from 0 on in this shape; a -1 in it is found from the length."""
+        """An array of finite numbers that are not negative, in this shape; one dimension may be -1, which
+        follows from the length.
+        """
         values = np.array(self.value(key, ARRAY, item_type), dtype=np.float64)
         step = int(np.prod([n for n in shape if n > 0]))
         if values.size % step or not values.size or (-1 not in shape and values.size != step):
@@ -237,7 +230,7 @@ class _Reader:
 
 
 def base_metadata(header: GgufHeader, calibration: Calibration | None) -> RoutingMetadata:
-    """What thresholds of this file can be computed from: `calibration`, else what the file itself carries.
+    """What thresholds for this file can be computed from: `calibration`, else what the file itself carries.
 
     Raises FormatError when the model has no experts, ArtifactError when the calibration is of another model
     or measured no routing, or when there is neither a calibration nor a profile inside.
@@ -248,7 +241,8 @@ def base_metadata(header: GgufHeader, calibration: Calibration | None) -> Routin
         if carried is None or carried.profile is None:
             raise ArtifactError(
                 f"{header.path} carries no routing profile to compute thresholds from; "
-                "give its calibration with --calibration FILE"
+                "give a calibration of this model",
+                parameter="calibration",
             )
         return carried
     profile, info = RoutingProfile.of(calibration), calibration.model
@@ -265,80 +259,3 @@ def base_metadata(header: GgufHeader, calibration: Calibration | None) -> Routin
             "run: mc-gguf calibrate"
         )
     return default_metadata(profile, calibration.fingerprint, model)
-
-
-def write_routing(
-    path: Path, output: Path, metadata: RoutingMetadata, progress: Progress | None = None
-) -> None:
-    """Copy the GGUF `path` to `output` (which may be `path`) with these routing keys in place of its own.
-
-    All other metadata, the tensor infos and the tensors are copied byte for byte. `output` appears, or is
-    replaced, when everything is written; whatever stops this earlier leaves it as it was. Raises FormatError
-    when `metadata` does not fit the model, McError when the disk is too small or a shard would be moved away
-    from the others.
-    """
-    header = read_header(path)
-    output = output.resolve()  # the file behind a link is replaced, not the link
-    _check_shard(header, output)
-    kept = {key: value for key, value in header.kv.items() if not key.startswith(ROUTING_PREFIX)}
-    added = routing_kv(metadata)
-    parse_routing(replace(header, kv={**kept, **added}))  # nothing is written that would not be read
-    mode = stat.S_IMODE(output.stat().st_mode) if output.exists() else None
-    with path.open("rb") as source, atomic_write(output) as target:
-        head = _header(header, source, kept, added)
-        n_bytes = header.file_bytes - header.data_offset
-        _check_space(output, len(head) + n_bytes)
-        target.write(head)
-        source.seek(header.data_offset)
-        _copy(source, target, n_bytes, progress)
-    if mode is not None:
-        output.chmod(mode)
-
-
-def _check_shard(header: GgufHeader, output: Path) -> None:
-    """Of a split GGUF the first shard carries the metadata, and its name leads to the others."""
-    count = header.get("split.count", 1)
-    if count == 1:
-        return
-    if header.get("split.no", 0) != 0:
-        raise McError(
-            f"{header.path} is not the first of {count} shards, which carries the metadata; give that"
-        )
-    if output != header.path.resolve():
-        raise McError(f"{header.path} is one of {count} shards and can only be changed in place, without -o")
-
-
-def _header(
-    header: GgufHeader, source: BinaryIO, kept: Mapping[str, Value], added: Mapping[str, Value]
-) -> bytes:
-    """The header's bytes: `kept` as they stand in the file, then `added`; padded to the first tensor."""
-
-    def stored(span: tuple[int, int]) -> bytes:
-        source.seek(span[0])
-        return source.read(span[1] - span[0])
-
-    data = MAGIC + struct.pack("<IQQ", VERSION, len(header.tensors), len(kept) + len(added))
-    data += b"".join(stored(header.kv_spans[key]) for key in kept) + _encoded(added)
-    data += stored(header.infos_span)
-    return data.ljust(pad(len(data), header.alignment), b"\0")
-
-
-def _check_space(output: Path, n_bytes: int) -> None:
-    free = shutil.disk_usage(output.parent).free
-    if free < n_bytes:
-        raise McError(
-            f"{output.parent} has {format_size(free)} free, the copy needs {format_size(n_bytes)}; "
-            "make room, or write elsewhere with -o"
-        )
-
-
-def _copy(source: BinaryIO, target: BinaryIO, n_bytes: int, progress: Progress | None) -> None:
-    done = 0
-    while done < n_bytes:
-        block = source.read(min(_COPY_BYTES, n_bytes - done))
-        if not block:
-            raise McError(f"{source.name} became shorter while it was copied; nothing was changed")
-        target.write(block)
-        done += len(block)
-        if progress:
-            progress.update(round(done / 1e6, 1), round(n_bytes / 1e6, 1))

@@ -1,4 +1,4 @@
-"""The description of a GGUF as text for people: a line per layer, a column per expert."""
+"""What a GGUF contains, as text for people: a line per layer, a column per expert."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mc_gguf.routing.report import summary
 MAX_COLUMNS = 16
 
 
-def render(description: Mapping[str, Any]) -> str:
-    """The text that `mc-gguf inspect` prints for what container.describe returns."""
+def render_description(description: Mapping[str, Any]) -> str:
+    """The text that `mc-gguf inspect` prints for what describe_model() returns."""
     kind = "mixed-expert GGUF" if description["mixed"] else "plain GGUF"
     bpw = description["expert_bpw"]
     lines = [
@@ -33,13 +33,15 @@ def render(description: Mapping[str, Any]) -> str:
 
 
 def _cell(expert: Mapping[str, str]) -> str:
-    """gate/up/down, or the type alone when it is one."""
+    """gate/up/down, or a single name when the three types are the same."""
     types = [expert.get(p, "-") for p in PROJECTIONS]
     return types[0] if len(set(types)) == 1 else "/".join(types)
 
 
 def _layers(layers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The types of every expert; layers in which all experts are alike get one cell."""
+    """The types of every expert. Where all experts of each layer are alike, a layer is one cell; for models
+    with many experts it is a count of each kind.
+    """
     if not layers:
         return []
     rows = [[_cell(expert) for expert in layer["experts"]] for layer in layers]
@@ -70,7 +72,7 @@ def _counted(layers: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[str]])
 
 
 def _totals(description: Mapping[str, Any]) -> list[str]:
-    """Per type: expert matrices of each projection, and all tensors' bytes."""
+    """Per type: the number of expert matrices of each projection, and of all tensors with their bytes."""
     counts: Counter[tuple[str, str]] = Counter()
     for layer in description["layers"]:
         counts.update((p, expert[p]) for expert in layer["experts"] for p in PROJECTIONS if p in expert)

@@ -1,4 +1,6 @@
-"""The rules of docs/format.md beyond GGUF's own. Each violation is a FormatError that names tensor or key."""
+"""The rules of docs/reference/format.md beyond GGUF's own. A violation is a FormatError that names the tensor
+or the key.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,17 @@ Slices = Mapping[tuple[int, str], Sequence[ExpertSlice]]
 
 
 def average_bits(slices: Slices) -> float | None:
+    """Storage bits per expert weight; None without experts."""
     parts = [part for row in slices.values() for part in row]
     weights = sum(math.prod(part.shape) for part in parts)
     return 8 * sum(part.n_bytes for part in parts) / weights if weights else None
 
 
 class Validator:
-    """Applies the rules to one header, in the order of docs/format.md."""
+    """Applies the rules to one header, in the order of docs/reference/format.md.
+
+    `parts[stack][suffix]` is the full name of a part: a stack's map (suffix "map") or group ("0", "1", ...).
+    """
 
     def __init__(self, header: GgufHeader) -> None:
         self.header = header
@@ -54,15 +60,17 @@ class Validator:
             if match := PART_NAME.fullmatch(name):
                 self.parts.setdefault(match[1], {})[match[2]] = name
 
-    def fail(self, where: str, what: str) -> FormatError:
+    def violation(self, where: str, what: str) -> FormatError:
+        """The error to raise; `where` is "tensor NAME" or "key NAME"."""
         return FormatError(f"{self.header.path}: {where}: {what}")
 
-    def slices(self) -> dict[tuple[int, str], tuple[ExpertSlice, ...]]:
+    def read_slices(self) -> dict[tuple[int, str], tuple[ExpertSlice, ...]]:
+        """Every expert's slice by (layer, projection), in file order of layers. Raises FormatError."""
         ours = KEY_VERSION in self.header.kv
         if ours:
-            self.keys()
+            self.check_keys()
         elif self.parts:
-            raise self.fail(
+            raise self.violation(
                 f"key {KEY_VERSION}", f"is missing, but tensor {next(iter(self.parts))} is stored in groups"
             )
         found: dict[tuple[int, str], tuple[ExpertSlice, ...]] = {}
@@ -70,13 +78,17 @@ class Validator:
             if match := STOCK_NAME.fullmatch(name):
                 grouped = name in self.parts
                 if grouped and name in self.header.tensors:
-                    raise self.fail(f"tensor {name}", "is there whole and in groups; only one is possible")
-                found[int(match[1]), match[2]] = self.grouped(name) if grouped else self.stock(name)
+                    raise self.violation(
+                        f"tensor {name}", "is there whole and in groups; only one is possible"
+                    )
+                found[int(match[1]), match[2]] = (
+                    self.grouped_slices(name) if grouped else self.stock_slices(name)
+                )
         if ours:
-            self.whole_file(found)
+            self.check_whole_file(found)
         return dict(sorted(found.items(), key=lambda item: (item[0][0], PROJECTIONS.index(item[0][1]))))
 
-    def keys(self) -> None:
+    def check_keys(self) -> None:
         for key, type_id in (
             (KEY_VERSION, UINT32),
             (KEY_EXPERT_BPW, FLOAT32),
@@ -84,36 +96,38 @@ class Validator:
             (KEY_CALIBRATION, STRING),
         ):
             if key not in self.header.kv:
-                raise self.fail(f"key {key}", "is missing")
+                raise self.violation(f"key {key}", "is missing")
             if self.header.kv[key].type != type_id:
-                raise self.fail(f"key {key}", f"has value type {self.header.kv[key].type}, not {type_id}")
+                raise self.violation(
+                    f"key {key}", f"has value type {self.header.kv[key].type}, not {type_id}"
+                )
         if (version := self.header.get(KEY_VERSION)) != FORMAT_VERSION:
-            raise self.fail(
+            raise self.violation(
                 f"key {KEY_VERSION}", f"version {version} is not known; this mc_gguf reads {FORMAT_VERSION}"
             )
         for key in (KEY_PLAN, KEY_CALIBRATION):
             if not FINGERPRINT.fullmatch(self.header.get(key)):
-                raise self.fail(f"key {key}", f"{self.header.get(key)!r} is not a SHA-256 fingerprint")
+                raise self.violation(f"key {key}", f"{self.header.get(key)!r} is not a SHA-256 fingerprint")
 
-    def n_expert(self, tensor: str) -> int:
+    def expert_count(self, tensor: str) -> int:
         key = f"{self.architecture}.expert_count"
         count = self.header.get(key)
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise self.fail(f"key {key}", f"is {count!r}, but tensor {tensor} holds experts")
+            raise self.violation(f"key {key}", f"is {count!r}, but tensor {tensor} holds experts")
         return count
 
-    def stock(self, name: str) -> tuple[ExpertSlice, ...]:
-        entry, n_expert = self.header.tensors[name], self.n_expert(name)
+    def stock_slices(self, name: str) -> tuple[ExpertSlice, ...]:
+        entry, n_expert = self.header.tensors[name], self.expert_count(name)
         if len(entry.shape) != 3 or entry.shape[2] != n_expert:
-            raise self.fail(
+            raise self.violation(
                 f"tensor {name}", f"shape {list(entry.shape)} does not end in the {n_expert} experts"
             )
         size = entry.n_bytes // n_expert
         shape = entry.shape[0], entry.shape[1]
         return tuple(ExpertSlice(entry.type, shape, entry.offset + e * size, size) for e in range(n_expert))
 
-    def grouped(self, name: str) -> tuple[ExpertSlice, ...]:
-        parts, n_expert = self.parts[name], self.n_expert(name)
+    def grouped_slices(self, name: str) -> tuple[ExpertSlice, ...]:
+        parts, n_expert = self.parts[name], self.expert_count(name)
         groups = self.group_names(name, parts)
         sizes = self.group_sizes(groups, n_expert)
         slices = []
@@ -125,55 +139,61 @@ class Validator:
         return tuple(slices)
 
     def group_names(self, name: str, parts: Mapping[str, str]) -> list[str]:
-        """The names of the groups in order, after checking which parts there are and that they stand
-        together.
+        """The names of the groups, in order. The parts must be a map and the groups 0, 1, ..., and stand
+        together in the file.
         """
         if "map" not in parts:
-            raise self.fail(f"tensor {name}.map", f"is missing, but {next(iter(parts.values()))} is there")
+            raise self.violation(
+                f"tensor {name}.map", f"is missing, but {next(iter(parts.values()))} is there"
+            )
         n_group = len(parts) - 1
         for suffix, part in parts.items():
             if suffix != "map" and suffix not in {str(g) for g in range(n_group)}:
-                raise self.fail(
+                raise self.violation(
                     f"tensor {part}",
                     f"is not one of the groups 0 to {n_group - 1}; one is missing or misnamed",
                 )
         if not 2 <= n_group <= MAX_GROUPS:
-            raise self.fail(f"tensor {name}.map", f"{n_group} groups; 2 to {MAX_GROUPS} are possible")
+            raise self.violation(f"tensor {name}.map", f"{n_group} groups; 2 to {MAX_GROUPS} are possible")
         expected = [parts["map"], *(parts[str(g)] for g in range(n_group))]
         names = list(self.header.tensors)
         start = names.index(expected[0])
         if names[start : start + len(expected)] != expected:
-            raise self.fail(f"tensor {expected[0]}", "is not followed at once by its groups in their order")
+            raise self.violation(
+                f"tensor {expected[0]}", "is not followed at once by its groups in their order"
+            )
         return expected[1:]
 
     def group_sizes(self, groups: Sequence[str], n_expert: int) -> list[int]:
         entries = [self.header.tensors[name] for name in groups]
         for entry, before in zip(entries, [None, *entries], strict=False):
             if entry.type.name not in TYPES:
-                raise self.fail(f"tensor {entry.name}", f"type {entry.type.name} is not allowed for experts")
+                raise self.violation(
+                    f"tensor {entry.name}", f"type {entry.type.name} is not allowed for experts"
+                )
             if len(entry.shape) != 3 or entry.shape[:2] != entries[0].shape[:2]:
-                raise self.fail(
+                raise self.violation(
                     f"tensor {entry.name}", f"shape {list(entry.shape)} does not fit {list(entries[0].shape)}"
                 )
             if before is not None and before.type.id >= entry.type.id:
-                raise self.fail(
+                raise self.violation(
                     f"tensor {entry.name}",
                     f"type {entry.type.name} after {before.type.name}: ids must ascend",
                 )
         sizes = [entry.shape[2] for entry in entries]
         if sum(sizes) != n_expert:
-            raise self.fail(
+            raise self.violation(
                 f"tensor {groups[0]}", f"the groups hold {sum(sizes)} experts, the model has {n_expert}"
             )
         return sizes
 
     def places(self, name: str, sizes: Sequence[int]) -> list[tuple[int, int]]:
-        """(group, position) of every expert: each in range, positions filled in ascending order of the
-        experts.
+        """(group, position) of every expert, as the map `name` has them. Each must be in range, and each
+        group must hold its experts in ascending order.
         """
         entry, n_expert = self.header.tensors[name], sum(sizes)
         if entry.type.name != "I32" or entry.shape != (2, n_expert):
-            raise self.fail(
+            raise self.violation(
                 f"tensor {name}", f"is {entry.type.name} {list(entry.shape)}, not I32 [2, {n_expert}]"
             )
         flat = np.fromfile(self.header.path, dtype="<i4", count=2 * n_expert, offset=entry.offset)
@@ -181,13 +201,13 @@ class Validator:
         filled = [0] * len(sizes)
         for expert, (group, position) in enumerate(places):
             if not 0 <= group < len(sizes):
-                raise self.fail(f"tensor {name}", f"expert {expert} is in group {group} of {len(sizes)}")
+                raise self.violation(f"tensor {name}", f"expert {expert} is in group {group} of {len(sizes)}")
             if not 0 <= position < sizes[group]:
-                raise self.fail(
+                raise self.violation(
                     f"tensor {name}", f"expert {expert} is at {position} of {sizes[group]} in group {group}"
                 )
             if position != filled[group]:
-                raise self.fail(
+                raise self.violation(
                     f"tensor {name}",
                     f"expert {expert} is at {position} in group {group} instead of {filled[group]}: every "
                     "expert once, in ascending order",
@@ -195,32 +215,32 @@ class Validator:
             filled[group] += 1
         return places
 
-    def whole_file(self, slices: Slices) -> None:
-        """What concerns more than one tensor: complete layers, the average bits, the end of the file."""
+    def check_whole_file(self, slices: Slices) -> None:
+        """The rules about more than one tensor: complete layers, the average bits, the end of the file."""
         for layer in sorted({layer for layer, _ in slices}):
             for projection in PROJECTIONS:
                 if (layer, projection) not in slices:
-                    raise self.fail(
+                    raise self.violation(
                         f"tensor {expert_tensor_name(layer, projection)}", "is missing; the others are there"
                     )
-            self.matching_shapes(layer, slices)
+            self.check_shapes(layer, slices)
         actual, stated = average_bits(slices), self.header.get(KEY_EXPERT_BPW)
         if actual is None or not math.isclose(actual, stated, rel_tol=1e-6):
-            raise self.fail(f"key {KEY_EXPERT_BPW}", f"says {stated}, the tensors have {actual}")
+            raise self.violation(f"key {KEY_EXPERT_BPW}", f"says {stated}, the tensors have {actual}")
         end = max(pad(t.offset + t.n_bytes, self.header.alignment) for t in self.header.tensors.values())
         if self.header.file_bytes != end:
             last = list(self.header.tensors)[-1]
-            raise self.fail(
+            raise self.violation(
                 f"tensor {last}", f"the file has {self.header.file_bytes} bytes; it must end at {end}"
             )
 
-    def matching_shapes(self, layer: int, slices: Slices) -> None:
+    def check_shapes(self, layer: int, slices: Slices) -> None:
         gate, up, down = (slices[layer, projection][0].shape for projection in PROJECTIONS)
         if up != gate:
-            raise self.fail(
+            raise self.violation(
                 f"tensor {expert_tensor_name(layer, 'up')}", f"experts {up} do not fit gate's {gate}"
             )
         if down != gate[::-1]:
-            raise self.fail(
+            raise self.violation(
                 f"tensor {expert_tensor_name(layer, 'down')}", f"experts {down} do not fit gate's {gate}"
             )

@@ -28,7 +28,12 @@ FORMAT = 1  # raise it when the same inputs would give another file
 
 
 def references(
-    source: Path, texts: Sequence[Text], n_ctx: int = 512, n_tokens: int | None = None, n_threads: int = 0
+    source: Path,
+    texts: Sequence[Text],
+    n_ctx: int = 512,
+    n_tokens: int | None = None,
+    n_threads: int = 0,
+    quiet: bool = False,
 ) -> list[Reference]:
     """One open reference for each text.
 
@@ -52,17 +57,17 @@ def references(
             path = cached_path(source, text, n_ctx, n_tokens)
             if not path.is_file():
                 scorer = scorer or stack.enter_context(Scorer(source, n_ctx, n_threads=n_threads))
-                store(scorer, text, n_tokens, path)
+                store(scorer, text, n_tokens, path, quiet)
             found.append(Reference.open(path))
     return found
 
 
-def store(scorer: Scorer, text: Text, n_tokens: int | None, path: Path) -> None:
+def store(scorer: Scorer, text: Text, n_tokens: int | None, path: Path, quiet: bool = False) -> None:
     """Compute and write one reference, after saying how large it will be."""
     chunks = scorer.cut(text, n_tokens)
     size = file_size(scorer.n_ctx, scorer.llm.vocabulary, len(chunks))
     check_space(path.parent, size)
-    with progress(f"reference on {text.name}", chunks.size, "tokens") as bar:
+    with progress(f"reference on {text.name}", chunks.size, "tokens", quiet) as bar:
         bar.say(f"storing log-probabilities of {scorer.model.name}, {format_size(size)}, in {path}")
         scorer.store(chunks, path, bar.advance)
 

@@ -77,7 +77,8 @@ class Metric:
         if not self._handle:
             raise McError(
                 f"no metric of {self.n} columns for {self.kind.name}: the Hessian is not positive definite, "
-                "or the type is not supported; use --no-compensate"
+                "or the type is not supported; do without error compensation",
+                parameter="compensate",
             )
 
     def __enter__(self) -> Metric:

@@ -21,7 +21,7 @@ class Use(Flag):
     NONE = 0
     IMATRIX = auto()  # ggml's quantizer refuses to work without an importance matrix
     SLOW = auto()  # ggml's quantizer takes longer than all of error compensation
-    EXPERTS = auto()  # the planner chooses from it for experts unless --types says otherwise
+    EXPERTS = auto()  # the planner chooses from it for experts unless the user names types
     ATTENTION = auto()  # the planner chooses from it for attention matrices
     FALLBACK = auto()  # measured and planned where rows are not multiples of 256, which k- and i-quants need
     UNQUANTIZED = auto()  # 16 bits per weight, as models are published

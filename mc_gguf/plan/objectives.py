@@ -122,7 +122,7 @@ OBJECTIVES: dict[str, Objective] = {
 def measured(calibration: Calibration, types: Sequence[str], name: str) -> Floats:
     """The calibration's array [L, E, 3, T] for `types`, with nan for types that it did not measure.
 
-    Raises ArtifactError when it did not measure the array.
+    Raises ArtifactError when it did not measure the array at all.
     """
     values: Floats = getattr(calibration, name)
     known = {kind: i for i, kind in enumerate(calibration.types)}

@@ -38,6 +38,7 @@ class Summary:
     optimality_gap: float | None
     notes: tuple[str, ...]
     attention_counts: dict[str, dict[str, int]]
+    refinement: dict[str, float | str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,6 +68,8 @@ class Summary:
             rows.append(("per expert", _worth(self.layer_ratio)))
         if self.optimality_gap is not None:
             rows.append(("optimality gap", f"at most {100 * self.optimality_gap:.2g} %"))
+        if self.refinement is not None:
+            rows.append(("refined", _refined(self.refinement)))
         rows += [("note", note) for note in self.notes]
         return [f"{name:<16}{text}" for name, text in rows]
 
@@ -91,6 +94,7 @@ def summarize(plan: Plan) -> Summary:
         plan.optimality_gap,
         _notes(plan, counts),
         _attention_counts(plan),
+        plan.refinement,
     )
 
 
@@ -127,6 +131,12 @@ def _worth(ratio: float) -> str:
     """Says whether going per expert pays on this model at this size."""
     text = f"{ratio:.2f} of the error of one type per layer and projection"
     return f"{text}: strategy layer, which stock llama.cpp runs, is nearly as good" if ratio > PAYS else text
+
+
+def _refined(refinement: dict[str, float | str]) -> str:
+    """What refinement won."""
+    start, end = refinement["held_out_start"], refinement["held_out_kld"]
+    return f"KL divergence on held-out text {start:.4f} -> {end:.4f} nats per token"
 
 
 def _budget(budget: dict[str, float]) -> str:

@@ -1,1 +1,84 @@
-"""A plan carried out: weights and plan into one GGUF."""
+"""The last step of a conversion: a plan carried out on a source model, into one GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mc_gguf.common.arguments import PathLike, Paths, to_path, to_paths
+from mc_gguf.common.errors import about
+from mc_gguf.common.extras import require
+
+if TYPE_CHECKING:
+    from mc_gguf.container import MixedGguf
+
+
+def quantize(
+    source: PathLike,
+    plan: PathLike,
+    output: PathLike,
+    *,
+    calibration: PathLike | None = None,
+    compensate: bool = True,
+    calibration_text: Paths = (),
+    bank: PathLike | None = None,
+    threads: int | None = None,
+    resume: bool = True,
+    quiet: bool = False,
+) -> MixedGguf:
+    """Quantize a model by a plan into one GGUF.
+
+    A killed run continues where it was when it is started again with the same arguments, and gives the same
+    bytes.
+
+    Args:
+        source: a Hugging Face directory or a 16-bit GGUF.
+        plan: the plan to carry out (JSON).
+        output: the GGUF to write.
+        calibration: the plan's calibration file; by default it is looked for beside the plan.
+        compensate: round experts with error compensation: slower, and much closer to 16 bits.
+        calibration_text: the text that the calibration was made from; by default the mixture that comes with
+            mc_gguf.
+        bank: take compensated experts from this folder, and keep them there.
+        threads: threads; by default all usable cores.
+        resume: continue a killed run; False starts again.
+        quiet: show no progress on stderr.
+
+    Returns:
+        The file that was written, opened and validated.
+
+    Raises:
+        MissingExtraError: torch or another package of mc-gguf[convert] is not installed.
+        SourceError: the model cannot be read, or `output` is one of its files.
+        ArtifactError: model, plan and calibration do not belong together.
+        McError: a tensor cannot have the type that the plan gives it.
+
+    Example:
+        >>> from mc_gguf.quantize import quantize
+        >>> model = quantize("models/tiny-mixtral", "m.plan.json", "m.gguf", compensate=False)
+        >>> model.is_mixed
+        True
+    """
+    require("convert")
+    from mc_gguf.artifacts import Plan
+    from mc_gguf.artifacts.matching import find_calibration
+    from mc_gguf.quantize.to_file import quantize_to_file
+    from mc_gguf.source import open_checkpoint, refuse_to_overwrite
+
+    texts = to_paths(calibration_text)
+    refuse_to_overwrite(Path(output), Path(source), Path(plan), *texts, *to_paths(calibration))
+    the_plan = Plan.load(Path(plan))
+    with about("calibration"):
+        statistics = find_calibration(the_plan, Path(plan).parent, to_path(calibration))
+    return quantize_to_file(
+        open_checkpoint(Path(source)),
+        statistics,
+        the_plan,
+        Path(output),
+        compensate=compensate,
+        text=texts,
+        bank=to_path(bank),
+        threads=threads,
+        resume=resume,
+        quiet=quiet,
+    )

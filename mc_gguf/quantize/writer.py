@@ -1,8 +1,8 @@
-"""A plan carried out: every tensor of the source quantized and written, one expert at a time, into one GGUF.
+"""Carry a plan out: every tensor of the source is quantized and written, one expert at a time, into one GGUF.
 
-The bytes depend on the source, the plan and the calibration only: not on the number of threads, nor on how
+The bytes depend on the source, the plan and the calibration alone: not on the number of threads, nor on how
 often the run was killed and started again. Memory holds one tensor (the token embedding is the largest) or
-one expert matrix.
+one expert's matrix, and the next one, which is read ahead.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of the output that is made in one go: a whole tensor or one expert's slice of it."""
+    """A part of the output that is made at once: a whole tensor, or one expert's slice of it."""
 
     tensor: OutputTensor
     offset: int
@@ -65,14 +65,15 @@ def quantize(
     resume: bool = True,
     bank: Bank | None = None,
 ) -> container.MixedGguf:
-    """Write `output` (see docs/format.md) and return it, opened and validated. Matrices that `bank` has are
-    taken from there.
+    """Write `output` (docs/reference/format.md) and return it, opened and validated. Matrices that `bank` has
+    are taken from there instead of being quantized.
 
     `calibration` gives the importance matrices and the routing metadata; without one (published statistics)
-    only types that need no importance matrix are possible, and the file carries no routing. A run that was
-    killed is continued when `resume` and everything is as before. Raises ArtifactError when source, plan and
-    calibration do not belong together, McError when a type does not fit, the disk is full, or another process
-    is writing the same output.
+    only types that need no importance matrix are possible, and the file carries no routing. With `resume`, a
+    run that was killed is continued if everything is as it was then.
+
+    Raises ArtifactError when source, plan and calibration do not belong together, McError when a type does
+    not fit, the disk is full, or another process is writing the same output.
     """
     with model_workdir(checkpoint.info, calibration, output, resume) as work:
         return quantize_in(work, checkpoint, calibration, plan, threads, progress, bank)
@@ -95,7 +96,7 @@ def quantize_in(
     tensors = container.layout(checkpoint.info, plan.experts, plan.fixed, routing)
     _check_imatrix(calibration, plan, tensors)
     made_from = calibration.fingerprint if calibration else plan.calibration_fingerprint
-    header = container.header(checkpoint, tensors, plan.fingerprint, made_from, routing)
+    header = container.encode_header(checkpoint, tensors, plan.fingerprint, made_from, routing)
     pieces = list(_pieces(tensors))
     n_bytes = container.total_bytes(tensors)
     identity = {
@@ -122,13 +123,19 @@ def quantize_in(
 
 
 def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[OutputTensor, ...]) -> None:
-    """Refuse what cannot be quantized for want of an importance matrix; say which experts have none."""
+    """Raises an error where a type needs an importance matrix that there is not; warns about experts that no
+    text reached.
+    """
     for t in tensors:
         if t.experts is None and t.type.needs_imatrix and _attention_imatrix(calibration, plan, t) is None:
-            raise McError(f"{t.name} cannot be {t.type.name}: it has no importance matrix")
+            raise McError(
+                f"{t.name} cannot be {t.type.name}, which needs an importance matrix, and calibration "
+                "measured none for it; choose another type"
+            )
         if t.experts is not None and t.type.needs_imatrix and calibration is None:
             raise ArtifactError(
-                f"{t.name} is to be {t.type.name}, which needs a calibration: give --calibration FILE"
+                f"{t.name} is to be {t.type.name}, which needs a calibration's importance matrices; give one",
+                parameter="calibration",
             )
     if calibration is None:
         return
@@ -136,7 +143,8 @@ def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[O
     if unused.any():
         names = [f"layer {calibration.layers[i]} expert {e}" for i, e in np.argwhere(unused)]
         log.warning(
-            "%d experts saw no calibration text and are quantized without an importance matrix: %s",
+            "no token of the calibration's text reached %d experts, which are quantized without an "
+            "importance matrix: %s",
             len(names),
             ", ".join(names[:20]) + (" ..." if len(names) > 20 else ""),
         )
@@ -159,17 +167,17 @@ def _weights(piece: _Piece) -> int:
 def _loaded(checkpoint: Checkpoint, pieces: Sequence[_Piece], bank: Bank | None) -> Iterator[NDArray[Any]]:
     """What each piece is made from; the next one is read while the caller works on this one."""
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
-        ahead = reader.submit(_load, checkpoint, pieces[0], bank) if pieces else None
-        for following in (*pieces[1:], None):
-            assert ahead is not None
+        loads = (reader.submit(_load, checkpoint, piece, bank) for piece in pieces)
+        ahead = next(loads, None)
+        while ahead is not None:
             loaded = ahead.result()
-            ahead = reader.submit(_load, checkpoint, following, bank) if following else None
+            ahead = next(loads, None)
             yield loaded
-            del loaded
+            del loaded  # before the next one is waited for
 
 
 def _load(checkpoint: Checkpoint, piece: _Piece, bank: Bank | None) -> NDArray[Any]:
-    """float32 weights (rows, cols) to quantize, or the final bytes."""
+    """The float32 weights (rows, cols) to quantize, or the final bytes (uint8)."""
     t = piece.tensor
     if t.map is not None:
         return np.asarray(t.map, dtype="<i4").reshape(-1).view(np.uint8)
@@ -201,7 +209,7 @@ def _make(
 
 
 def _place(name: str) -> tuple[int, str]:
-    """(layer, projection) of an expert stack's name."""
+    """(layer, projection) of the expert stack `name`."""
     _, layer, rest = name.split(".", 2)
     return int(layer), next(p for p in PROJECTIONS if rest.startswith(f"ffn_{p}_"))
 

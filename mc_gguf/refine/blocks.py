@@ -76,7 +76,7 @@ def compensated_blocks(
     (none: the bundled one).
     """
     allowed = wanted_types(problem.size, start, NEAR)
-    text = calibration_text(checkpoint, calibration, files, "--calibration-text")
+    text = calibration_text(checkpoint, calibration, files)
     bank, forecast = open_bank(folder, calibration), Forecast(MAX_SHARE * seconds)
     wanted = _wanted(calibration, problem, allowed)
     with progress("compensate", unit="matrices", quiet=quiet) as bar:

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import Calibration, Floats, Plan
-from mc_gguf.common.errors import ArtifactError, McError
+from mc_gguf.common.errors import ArtifactError, McError, about
 from mc_gguf.common.machine import usable_cores
 from mc_gguf.common.progress import Progress, progress
 from mc_gguf.common.workdir import Workdir
@@ -113,7 +113,9 @@ class _Request:
     @cached_property
     def text(self) -> Corpus:
         options, length = self.options, self.checkpoint.hparams.get("context_length")
-        return load_corpus(self.checkpoint, options.text, options.tokens, options.ctx, options.seed, length)
+        rows = (options.text, options.tokens, options.ctx, options.seed, length)
+        with about("text"):
+            return load_corpus(self.checkpoint, *rows)
 
     def identity(self) -> dict[str, Any]:
         """All that a search depends on but its time."""

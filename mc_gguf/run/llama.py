@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mc_gguf.artifacts import Calibration
 from mc_gguf.common.errors import FormatError, McError, SourceError
 from mc_gguf.common.machine import usable_cores
-from mc_gguf.container import expert_bytes, read_routing
+from mc_gguf.container import expert_bytes, has_own_keys, read_routing
 from mc_gguf.ggml.gguf_file import MAGIC
 from mc_gguf.routing import Routing, RoutingMetadata, RoutingStats, resolve
 from mc_gguf.run import routing_api
@@ -133,8 +133,7 @@ class Llama(llama_cpp.Llama):
         is stricter than llama.cpp.
         """
         has_experts = routing_api.routing_shape(self._open_context()).n_expert > 0  # not with vocab_only
-        is_ours = any(key.startswith("mc_gguf.") for key in self.metadata)
-        return read_routing(Path(self.model_path)) if has_experts and is_ours else None
+        return read_routing(Path(self.model_path)) if has_experts and has_own_keys(self.metadata) else None
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

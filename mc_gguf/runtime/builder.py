@@ -1,9 +1,10 @@
 """Build the runtime: source -> cmake -> <cache>/runtimes/<key>, which appears complete or not at all.
 
-Work happens in <cache>/work/<key>. An interrupted or failed build keeps it, so that the next one continues
-with the object files that are there; success removes it. Libraries and the part of the source tree that is
-needed later (gguf-py, the converter, headers) are then copied beside the final place and renamed into it. A
-lock file keeps two builds of the same key apart. With ccache installed, llama.cpp's build uses it.
+The work is done in <cache>/work/<key>. An interrupted or failed build leaves that folder, so that the next
+build continues with the object files in it; a successful one removes it. At the end the libraries and what is
+needed later of the source tree (gguf-py, the converter, headers) are copied beside the final place and
+renamed into it. A lock file keeps two builds of the same key apart. llama.cpp's build uses ccache where it is
+installed.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 @dataclass(frozen=True)
 class Build:
-    """One build to do and where its parts lie."""
+    """One build to do, and where its parts are."""
 
     backend: str
     patched: bool
@@ -89,10 +90,11 @@ class Build:
 def build(
     backend: str = "cpu", jobs: int | None = None, force: bool = False, patched: bool = True
 ) -> Runtime:
-    """Builds the runtime unless it is there, and returns it. `jobs` defaults to the number of usable cores.
+    """Build the runtime unless it is there already, and return it.
 
-    Raises RuntimeBuildError: unknown backend, missing tool, no space, wrong hash, failed step (the message
-    names the log).
+    `jobs` files are compiled at once (None: one for each usable core); `force` builds again from nothing.
+    Raises RuntimeBuildError for an unknown backend, a missing tool, too little space, a wrong hash, or a step
+    that failed (the message names the log).
     """
     if backend not in BACKENDS:
         raise RuntimeBuildError(f"unknown backend {backend!r}: one of {', '.join(BACKENDS)}")
@@ -127,7 +129,7 @@ def _build_locked(task: Build) -> None:
 
 
 def check_tools(backend: str) -> None:
-    """RuntimeBuildError that names the first missing tool, before anything is downloaded."""
+    """Raises a RuntimeBuildError that names the first missing tool, before anything is downloaded."""
     for tool in ("git", "cmake"):
         if shutil.which(tool) is None:
             raise RuntimeBuildError(
@@ -171,19 +173,19 @@ def _cuda_compiler() -> str | None:
 
 
 def check_space(folder: Path) -> None:
-    """RuntimeBuildError when the disk under `folder` has less than 1 GB free."""
+    """Raises RuntimeBuildError when the disk that holds `folder` has less than 1 GB free."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < FREE_BYTES:
         raise RuntimeBuildError(
-            f"{free / 1e9:.1f} GB are free under {existing}, a build needs {FREE_BYTES / 1e9:.0f} GB: "
+            f"{existing} has {free / 1e9:.1f} GB free, but a build needs {FREE_BYTES / 1e9:.0f} GB: "
             "make room, or set MC_GGUF_CACHE to a folder on another disk"
         )
 
 
 @contextlib.contextmanager
 def locked(task: Build) -> Iterator[None]:
-    """One build of a key at a time, also between processes; the second waits."""
+    """Hold the lock of this build's key: a second process that builds the same waits here."""
     path = upstream.cache_dir() / "locks" / task.key
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
@@ -196,21 +198,23 @@ def locked(task: Build) -> Iterator[None]:
 
 
 def build_env(task: Build) -> dict[str, str]:
-    """ccache sees paths relative to the work folder, so builds of different keys share their objects."""
+    """The environment of cmake: ccache sees paths relative to the work folder, so that builds of different
+    keys share their objects.
+    """
     return {"CCACHE_BASEDIR": str(task.work), "CCACHE_NOHASHDIR": "1", **os.environ}
 
 
 def configure(task: Build, tree: Path) -> None:
-    """cmake's configuration in work/build; Ninja where it is installed."""
+    """Run cmake's configuration in work/build, for Ninja where that is installed."""
     generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
     origin = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
     flags = [*CMAKE_FLAGS, *BACKEND_FLAGS[task.backend], f"-DCMAKE_INSTALL_RPATH={origin}"]
     if task.backend == "cuda":
-        flags.append(f"-DCMAKE_CUDA_COMPILER={_cuda_compiler()}")  # cmake looks on PATH only
+        flags.append(f"-DCMAKE_CUDA_COMPILER={_cuda_compiler()}")  # cmake alone looks only on PATH
     if task.patched:
         flags.append(f"-DMC_PATCHSET={upstream.patchset_digest()}")
     folder = task.work / "build"
-    # As cmake --fresh (3.24): an interrupted build may have remembered a compiler that was changed since.
+    # What cmake --fresh does from 3.24 on: an interrupted build may remember a compiler that was replaced.
     (folder / "CMakeCache.txt").unlink(missing_ok=True)
     shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
     command: list[str | Path] = ["cmake", "-S", tree, "-B", folder, "-G", generator, *flags]
@@ -218,7 +222,7 @@ def configure(task: Build, tree: Path) -> None:
 
 
 def compile_libraries(task: Build, bar: Progress) -> None:
-    """Builds the target `llama` with its libraries, showing step, percent and elapsed time."""
+    """Build the target `llama` with its libraries, showing step, percent and elapsed time."""
 
     def show(line: str) -> None:
         if match := STEP.match(line):
@@ -232,7 +236,7 @@ def compile_libraries(task: Build, bar: Progress) -> None:
 
 
 def install(task: Build, tree: Path) -> None:
-    """Copies libraries and kept source beside the final place, checks them, and renames the whole into it."""
+    """Copy the libraries and the kept source beside the final place, check them, and rename the whole."""
     staging = task.target.with_name(f".{task.key}.{os.getpid()}.tmp")
     old = task.target.with_name(f".{task.key}.{os.getpid()}.old.tmp")
     _remove_leftovers(task)
@@ -251,7 +255,7 @@ def install(task: Build, tree: Path) -> None:
 
 
 def check_library(task: Build, staged: Runtime) -> None:
-    """Loads the new libllama in a process of its own; it must report our patch set, or none if unpatched."""
+    """Load the new libllama in a process of its own. A patched one must report our patch set."""
     path = staged.library("llama")
     code = (
         "import ctypes, sys\nf = getattr(ctypes.CDLL(sys.argv[1]), 'mc_patchset', None)\n"
@@ -263,7 +267,7 @@ def check_library(task: Build, staged: Runtime) -> None:
 
 
 def _remove_leftovers(task: Build) -> None:
-    """Staging folders of builds of this key that were killed (the lock is ours, so none is alive)."""
+    """Remove staging folders of killed builds of this key (we hold the lock, so no such build is alive)."""
     for path in task.target.parent.glob(f".{task.key}.*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -299,9 +303,10 @@ def _manifest(task: Build) -> dict[str, str | bool | list[str]]:
 
 
 def compile_program(runtime: Runtime, source: Path, name: str) -> Path:
-    """A C++17 program compiled against the runtime's headers and libraries, cached by content in its bin.
+    """Compile a C++17 program against the runtime's headers and libraries; returns its path in the runtime's
+    `bin`, where it is kept under a hash of its source.
 
-    For tests and benchmarks: `source` may include ggml's and llama.cpp's headers, private ones too.
+    This is for tests and benchmarks: `source` may include ggml's and llama.cpp's headers, private ones too.
     """
     tree, lib = runtime.source_dir, runtime.lib_dir
     folders = ("ggml/include", "ggml/src", "include", "src", "mc/include")
@@ -323,5 +328,5 @@ def compile_program(runtime: Runtime, source: Path, name: str) -> Path:
 
 
 def build_tests(runtime: Runtime) -> Path:
-    """llama.cpp's test-backend-ops, as patched, for the test-suite."""
+    """Compile llama.cpp's test-backend-ops, with our cases, and return its path."""
     return compile_program(runtime, runtime.source_dir / "tests" / "test-backend-ops.cpp", "test-backend-ops")

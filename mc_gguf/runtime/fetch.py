@@ -1,9 +1,8 @@
 """The pinned llama.cpp source: downloaded through pip, checked, unpacked, patched.
 
-The source distribution of llama-cpp-python holds llama.cpp's git directory (.git/modules/vendor/llama.cpp).
-Only that is unpacked, with a configuration of our own, so the commit and tree that we get are verified by
-git's own hashes, the patches are applied by `git am` without fuzz, and the result is compared with the tree
-locked in patches/UPSTREAM.
+The source distribution of llama-cpp-python contains llama.cpp's git directory, .git/modules/vendor/llama.cpp.
+Nothing else is unpacked, and git gets a configuration of our own. So git's hashes verify the commit and its
+tree, `git am` applies the patches without fuzz, and the result must be the tree that patches/UPSTREAM locks.
 """
 
 from __future__ import annotations
@@ -22,20 +21,18 @@ from mc_gguf.runtime import upstream
 from mc_gguf.runtime.shell import Log, git_env
 
 GIT_DIRECTORY = ".git/modules/vendor/llama.cpp"
-UNPACKED = (
-    "HEAD",
-    "packed-refs",
-    "shallow",
-    "objects",
-    "refs",
-)  # no config, no hooks, no index of the packager's
+# Of the git directory; not the packager's config, hooks and index.
+UNPACKED = ("HEAD", "packed-refs", "shallow", "objects", "refs")
 GIT_CONFIG = "[core]\n\trepositoryformatversion = 0\n\tfilemode = true\n\tbare = false\n\tautocrlf = false\n"
 STAMP = "source.complete"
-OWN_SOURCES = "mc"  # our patches/src lies here inside the patched tree
+OWN_SOURCES = "mc"  # where our patches/src goes in the patched tree
 
 
 def download(log: Log) -> Path:
-    """The source distribution in <cache>/downloads, fetched through pip unless it is there; checked."""
+    """The source distribution, in <cache>/downloads; fetched through pip unless it is there already.
+
+    Raises RuntimeBuildError when pip fails, or when the file's SHA-256 is not the pinned one.
+    """
     pin = upstream.pin()
     folder = upstream.cache_dir() / "downloads"
     path = folder / pin.sdist_name
@@ -46,7 +43,7 @@ def download(log: Log) -> Path:
         _pip_download(Path(temporary), log)
         fetched = Path(temporary) / pin.sdist_name
         if not fetched.is_file():
-            raise RuntimeBuildError(f"pip downloaded no {pin.sdist_name}; full log: {log.path}")
+            raise RuntimeBuildError(f"pip ran, but did not download {pin.sdist_name}; full log: {log.path}")
         if (found := sha256_of(fetched)) != pin.sdist_sha256:
             raise RuntimeBuildError(
                 f"{pin.sdist_name} from your package index has SHA-256 {found}, expected {pin.sdist_sha256}: "
@@ -57,7 +54,7 @@ def download(log: Log) -> Path:
 
 
 def _pip_download(folder: Path, log: Log) -> None:
-    """pip download, which follows the user's own index, proxy and certificate settings."""
+    """Download into `folder` with pip, which follows the user's own index, proxy and certificate settings."""
     pin = upstream.pin()
     if importlib.util.find_spec("pip") is None:
         raise RuntimeBuildError(
@@ -71,24 +68,16 @@ def _pip_download(folder: Path, log: Log) -> None:
         "--progress-bar",
         "off",
     ]
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        *options,
-        "--dest",
-        folder,
-        f"{pin.package}=={pin.version}",
-    ]
-    # pip asks the package for its metadata: keep that from starting a native build.
+    command: list[str | Path] = [sys.executable, "-m", "pip", "download", *options]
+    command += ["--dest", folder, f"{pin.package}=={pin.version}"]
+    # pip asks the package for its metadata, which must not start a native build.
     env = os.environ | {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"}
     log.run(f"downloading {pin.package} {pin.version} with pip", command, folder, env)
 
 
 def prepare(work: Path, patched: bool, log: Log) -> Path:
-    """work/source: the checked-out llama.cpp, with our patches if `patched`. A complete one is used as it
-    is.
+    """llama.cpp checked out in work/source, with our patches if `patched`; returns that folder. One that is
+    complete already is used as it is.
     """
     source, stamp = work / "source", work / STAMP
     if stamp.is_file():
@@ -103,8 +92,8 @@ def prepare(work: Path, patched: bool, log: Log) -> Path:
 
 
 def unpack(sdist: Path, source: Path) -> None:
-    """llama.cpp's git directory out of the source distribution, to source/.git. Regular files only, no path
-    leaves it.
+    """Copy llama.cpp's git directory from the source distribution to source/.git: regular files only, none of
+    them outside it. Raises RuntimeBuildError when the archive is damaged or has no such directory.
     """
     root = PurePosixPath(sdist.name.removesuffix(".tar.gz")) / GIT_DIRECTORY
     try:
@@ -129,15 +118,15 @@ def unpack(sdist: Path, source: Path) -> None:
 
 
 def check_out(source: Path, log: Log) -> None:
-    """Checks out the pinned commit and compares its tree with the pin."""
+    """Check out the pinned commit and compare its tree with the pin."""
     pin = upstream.pin()
     _git(source, log, "checking out llama.cpp", "checkout", "--quiet", "--force", "--detach", pin.commit)
     _expect_tree(source, log, pin.tree, "llama.cpp's source")
 
 
 def apply_patches(source: Path, log: Log) -> None:
-    """`git am` of the series, strictly (no fuzz, no three-way merge); the resulting tree must be the locked
-    one.
+    """Apply the series with a strict `git am` (no fuzz, no three-way merge) and copy our own sources in. The
+    tree after the patches must be the locked one.
     """
     patches = upstream.series()
     if patches:
@@ -154,19 +143,11 @@ def _expect_tree(source: Path, log: Log, expected: str, what: str) -> None:
     found = _git(source, log, "reading the tree", "rev-parse", "HEAD^{tree}").strip()
     if found != expected:
         raise RuntimeBuildError(
-            f"{what} is git tree {found}, but patches/UPSTREAM says {expected or 'nothing'}"
+            f"{what} is git tree {found}, but patches/UPSTREAM has {expected or 'none'}; reinstall mc-gguf"
         )
 
 
 def _git(source: Path, log: Log, what: str, *arguments: str | Path) -> str:
-    settings = (
-        "-c",
-        "core.hooksPath=/dev/null",
-        "-c",
-        "gc.auto=0",
-        "-c",
-        "safe.directory=*",
-        "-c",
-        "advice.detachedHead=false",
-    )
-    return log.run(what, ["git", *settings, *arguments], source, git_env(source))
+    settings = ("core.hooksPath=/dev/null", "gc.auto=0", "safe.directory=*", "advice.detachedHead=false")
+    options = [word for setting in settings for word in ("-c", setting)]
+    return log.run(what, ["git", *options, *arguments], source, git_env(source))

@@ -1,11 +1,11 @@
 """Find the installed runtime and load its libraries, after checking that they carry exactly our patch set.
 
-A runtime lies in <cache>/runtimes/<key>, key being a hash of everything that its bytes depend on (see
-runtime_key). A changed patch, flag or CPU therefore leads to another directory, never to a stale library.
-The check at load does not trust the directory's name: libllama exports mc_patchset(), and what it returns
-must equal the digest computed from the patches that this package carries.
+A runtime lies in <cache>/runtimes/<key>, where the key is a hash of everything that its bytes depend on
+(runtime_key). A changed patch, flag or CPU therefore leads to another directory, never to a stale library.
+The check on loading does not trust the directory's name: libllama exports mc_patchset(), and what that
+returns must equal the digest computed from the patches that this package carries.
 
-Environment: MC_GGUF_BACKEND picks among several built backends; MC_GGUF_RUNTIME names a directory to use
+Environment: MC_GGUF_BACKEND picks one of several built backends; MC_GGUF_RUNTIME names a directory to use
 instead of the cache (a runtime directory or a folder of libraries; the digest is checked all the same).
 """
 
@@ -24,7 +24,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mc_gguf import __version__
 from mc_gguf.common.errors import RuntimeBuildError
 from mc_gguf.runtime import upstream
 
@@ -100,7 +99,9 @@ def _machine() -> str:
 
 
 def find(backend: str | None = None, patched: bool = True) -> Runtime | None:
-    """The installed runtime for this package and machine; of the preferred backend that is built."""
+    """The runtime installed for this package and machine, or None. Without `backend`, that of the first built
+    backend in PREFERENCE. Raises RuntimeBuildError for an unknown backend.
+    """
     override = os.environ.get("MC_GGUF_RUNTIME")
     if override and patched and backend is None:
         return Runtime(Path(override), "?", True)
@@ -115,7 +116,7 @@ def find(backend: str | None = None, patched: bool = True) -> Runtime | None:
 
 
 def require(backend: str | None = None, patched: bool = True) -> Runtime:
-    """As find(), but RuntimeBuildError that says what to run when there is none."""
+    """find(), but without a runtime it raises a RuntimeBuildError that says what to run."""
     if found := find(backend, patched):
         return found
     options = (f" --backend {backend}" if backend else "") + ("" if patched else " --unpatched")
@@ -126,7 +127,8 @@ def require(backend: str | None = None, patched: bool = True) -> Runtime:
 def library_path(name: str) -> Path:
     """The path of lib<name> of the patched runtime; `name` is one of llama, ggml, ggml-base, ggml-cpu.
 
-    The libraries have been checked (load), so that nobody uses an unpatched or differently patched one.
+    The runtime is loaded first, so that nobody gets the path of an unpatched or differently patched library.
+    Raises RuntimeBuildError, like load().
     """
     runtime = require()
     load(runtime)
@@ -139,10 +141,11 @@ def load_ggml_base() -> ctypes.CDLL:
 
 
 def load(runtime: Runtime) -> ctypes.CDLL:
-    """libllama of a patched runtime. Raises RuntimeBuildError when it carries another patch set or none.
+    """libllama of a patched runtime, loaded.
 
-    Also when another libggml is in the process: the dynamic linker goes by the library's name, so our
-    libllama would silently be bound to that one.
+    Raises RuntimeBuildError when it carries another patch set or none, and when another libggml is in the
+    process: the dynamic linker goes by the library's name, so our libllama would silently be bound to that
+    one.
     """
     path = runtime.library("llama")
     check_loaded(mapped_libraries(), runtime.lib_dir)
@@ -164,7 +167,7 @@ def check_patchset(path: Path, found: str | None) -> None:
 
 
 def _patchset(library: ctypes.CDLL) -> str | None:
-    """What the library says about its patches; None for a stock one."""
+    """The patch digest that the library reports; None for a stock one."""
     try:
         function = library.mc_patchset
     except AttributeError:
@@ -176,7 +179,7 @@ def _patchset(library: ctypes.CDLL) -> str | None:
 
 
 def use_in_llama_cpp() -> ModuleType:
-    """Imports llama_cpp on the checked patched libraries and returns it.
+    """Import llama_cpp on the checked patched libraries and return it.
 
     llama_cpp takes libllama from LLAMA_CPP_LIB_PATH when it is imported. Raises RuntimeBuildError when it
     was imported before with other libraries, or when any other libllama or libggml is in the process: two
@@ -194,9 +197,9 @@ def use_in_llama_cpp() -> ModuleType:
 
 
 def _provide_ggml_module(runtime: Runtime) -> None:
-    """llama_cpp._ggml, which nothing in llama_cpp imports by itself, loads libggml from the package's own
-    folder whatever LLAMA_CPP_LIB_PATH says: put the right library in its place before somebody asks for
-    it."""
+    """Put a module with our libggml in the place of llama_cpp._ggml before anybody imports that one: it loads
+    libggml from the package's own folder, whatever LLAMA_CPP_LIB_PATH says. Nothing in llama_cpp imports it.
+    """
     name = "llama_cpp._ggml"
     if name not in sys.modules:
         module = ModuleType(name)
@@ -221,35 +224,3 @@ def mapped_libraries() -> list[Path]:
         return []
     files = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if line.count("/")}
     return sorted(Path(file) for file in files if Path(file).name.startswith(("libllama.", "libggml")))
-
-
-def info() -> dict[str, Any]:
-    """What `mc-gguf runtime info` prints: versions, commit, patches, backends, path. Needs no runtime."""
-    pin, found = upstream.pin(), find()
-    return {
-        "mc_gguf": __version__,
-        "llama_cpp_python": pin.version,
-        "llama_cpp_commit": pin.commit,
-        "patches": [path.name for path in upstream.series()],
-        "patch_digest": upstream.patchset_digest(),
-        "cache": str(upstream.cache_dir()),
-        "built": found is not None,
-        "backend": found.backend if found else None,
-        "path": str(found.path) if found else None,
-        "backends": {name: find(name) is not None for name in BACKENDS},
-        "unpatched": find(patched=False) is not None,
-    }
-
-
-def describe(facts: dict[str, Any]) -> str:
-    """info() as text, with the next command where nothing is built."""
-    built = [name for name, there in facts["backends"].items() if there]
-    lines = [
-        f"mc_gguf           {facts['mc_gguf']}",
-        f"llama-cpp-python  {facts['llama_cpp_python']}",
-        f"llama.cpp commit  {facts['llama_cpp_commit']}",
-        f"patches           {len(facts['patches'])}, digest {facts['patch_digest']}",
-        f"backends built    {', '.join(built) or 'none'}",
-        f"path              {facts['path'] or 'not built; ' + upstream.BUILD_HINT}",
-    ]
-    return "\n".join(lines)

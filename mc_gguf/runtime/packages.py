@@ -1,8 +1,8 @@
-"""gguf-py and the HF converter of the pinned llama.cpp source, imported from there and never from elsewhere.
+"""gguf-py and the Hugging Face converter of the pinned llama.cpp source, imported from nowhere else.
 
-The tree is the one that an installed runtime was built from.
+They lie in the source tree that is kept with an installed runtime.
 
-Environment: MC_GGUF_SOURCE (for developers) names a llama.cpp tree to import from.
+Environment: MC_GGUF_SOURCE (for developers) names a llama.cpp tree to import from instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def source_dir() -> Path:
         tree = Path(override)
         if not (tree / "gguf-py").is_dir():
             raise RuntimeBuildError(
-                f"MC_GGUF_SOURCE is {tree}, which is no llama.cpp tree: it has no gguf-py"
+                f"MC_GGUF_SOURCE is {tree}, which is no llama.cpp tree: it has no gguf-py; unset the variable"
             )
         return tree
     for patched in (True, False):
@@ -41,20 +41,20 @@ def source_dir() -> Path:
 
 
 def load_gguf() -> ModuleType:
-    """gguf-py of the pinned source, imported. PyPI's gguf of the same version number lacks what conversion/
-    needs.
+    """gguf-py of the pinned source, imported. PyPI's package of the same version number lacks what the
+    converter needs.
     """
     return _import_from("gguf", source_dir() / "gguf-py")
 
 
 def load_conversion() -> ModuleType:
-    """llama.cpp's HF converter package `conversion`, imported (it imports torch and transformers)."""
+    """llama.cpp's converter package `conversion`, imported, and with it torch and transformers."""
     load_gguf()
     return _import_from("conversion", source_dir())
 
 
 def _import_from(name: str, folder: Path) -> ModuleType:
-    """Imports package `name` from `folder`; RuntimeBuildError when another one is already imported."""
+    """Import package `name` from `folder`. Raises RuntimeBuildError when another one is imported already."""
     with _first_on_path(folder):
         module = importlib.import_module(name)
     origin = Path(module.__file__ or "").resolve().parent.parent
@@ -68,7 +68,9 @@ def _import_from(name: str, folder: Path) -> ModuleType:
 
 @contextmanager
 def _first_on_path(folder: Path) -> Iterator[None]:
-    """Only while importing: the tree's other folders (tests, src, common) must not shadow anything later."""
+    """Put `folder` on sys.path while importing, and no longer: the tree's other folders (tests, src, common)
+    must not shadow anything later.
+    """
     sys.path.insert(0, str(folder))
     try:
         yield

@@ -1,4 +1,6 @@
-"""Run a build's commands: output into a log file, lines to the progress display, one clear error."""
+"""Run a build's commands: their output goes to a log file, their lines to the progress display, and a failure
+becomes one clear error.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,10 @@ class Log:
         env: Mapping[str, str] | None = None,
         on_line: Callable[[str], None] = lambda line: None,
     ) -> str:
-        """Runs `command` and returns its output, stderr included; each line goes to the log and `on_line`.
+        """Run `command` and return its output, stderr included; each line goes to the log and to `on_line`.
 
-        Raises RuntimeBuildError when it cannot start or fails; the last lines of its output are on stderr
-        then.
+        Raises RuntimeBuildError when it cannot start or fails; the last lines of its output are then printed
+        on stderr.
         """
         words = [str(word) for word in command]
         output: list[str] = []
@@ -72,9 +74,9 @@ class Log:
 
 
 def git_env(folder: Path) -> dict[str, str]:
-    """The environment for git in `folder`: nothing of the user's or the system's configuration, hooks or
-    identity, and no search for a repository above (in a plain folder of another repository git would act on
-    that one)."""
+    """The environment for git in `folder`: no configuration, hooks or identity of the user or the system, and
+    no search for a repository above (in a plain folder inside another repository, git would act on that one).
+    """
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     identity = {"NAME": "mc_gguf", "EMAIL": "mc_gguf@localhost", "DATE": "2026-01-01T00:00:00Z"}
     for who in ("AUTHOR", "COMMITTER"):

@@ -1,11 +1,9 @@
 """The pinned upstream (llama-cpp-python with llama.cpp inside) and our patch set: places and hashes.
 
 patches/UPSTREAM is the one place that holds the pin. This module reads it, computes the digest of the patch
-set, knows the per-user cache, and imports gguf-py and the HF converter from the pinned llama.cpp source,
-never from elsewhere. It builds nothing: mc_gguf.runtime does.
+set and knows the per-user cache. It fetches, builds and imports nothing.
 
-Environment: MC_GGUF_CACHE moves the cache; MC_GGUF_SOURCE (for developers) names a llama.cpp tree to import
-from.
+Environment: MC_GGUF_CACHE moves the cache.
 """
 
 from __future__ import annotations
@@ -66,12 +64,14 @@ def series() -> list[Path]:
 
 
 def own_sources() -> list[Path]:
-    """Our own C and C++ files, patches/src/**, which are compiled into the runtime; sorted, maybe none."""
+    """Our own C and C++ files, patches/src/**, which are compiled into the runtime; sorted."""
     return sorted(path for path in (patches_dir() / "src").rglob("*") if path.is_file())
 
 
 def patchset_digest() -> str:
-    """SHA-256 over names and bytes of the patches, in order, and of our sources: mc_patchset() returns it."""
+    """SHA-256 over the names and bytes of the patches, in order, and of our sources. The patched libllama
+    returns it from mc_patchset().
+    """
     digest = hashlib.sha256()
     for path in (*series(), *own_sources()):
         content = path.read_bytes()
@@ -81,7 +81,7 @@ def patchset_digest() -> str:
 
 
 def cache_dir() -> Path:
-    """The user's cache: $MC_GGUF_CACHE, else mc_gguf in the platform's cache directory. It is not created."""
+    """The user's cache: $MC_GGUF_CACHE, else mc_gguf in the platform's cache directory. It may not exist."""
     if override := os.environ.get("MC_GGUF_CACHE"):
         return Path(override).expanduser().resolve()
     if sys.platform == "darwin":

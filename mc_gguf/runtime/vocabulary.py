@@ -1,4 +1,4 @@
-"""llama.cpp's tokenizer of a GGUF, without its weights."""
+"""llama.cpp's tokenizer of a GGUF; the weights are not loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from mc_gguf.runtime.llama_library import LlamaModel, listen, llama_cpp, reason
 
 
 class Vocabulary:
-    """The vocabulary in `path`, of a split GGUF its first shard. FormatError carries llama.cpp's reason."""
+    """The vocabulary in the GGUF `path`; of a split model, give the first shard.
+
+    Raises FormatError, with llama.cpp's reason, when it cannot be loaded.
+    """
 
     def __init__(self, path: Path) -> None:
         params: Any = llama_cpp.llama_model_default_params()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mc_gguf.common.errors import SourceError
+from mc_gguf.common.errors import SourceError, about
 from mc_gguf.common.files import check_output
 from mc_gguf.ggml.shards import shard_stem
 from mc_gguf.source.base import Checkpoint
@@ -34,7 +34,8 @@ def refuse_to_overwrite(output: Path, source: Path, *inputs: Path) -> None:
     the other `inputs`, or something that is not a regular file. Every verb that writes a file calls this
     before it reads anything.
     """
-    check_output(output, inputs)
+    with about("output"):
+        check_output(output, inputs)
     if not (source.exists() and output.exists()):
         return
     if source.is_dir():
@@ -44,4 +45,6 @@ def refuse_to_overwrite(output: Path, source: Path, *inputs: Path) -> None:
         shard = same_folder and shard_stem(source) is not None and shard_stem(source) == shard_stem(output)
         clash = shard or output.samefile(source)
     if clash:
-        raise SourceError(f"{output} is a file of the source model; write to another file")
+        raise SourceError(
+            f"{output} is a file of the source model; write to another file", parameter="output"
+        )

@@ -1,4 +1,4 @@
-"""What a source model looks like to the rest of mc_gguf, whatever it is stored as."""
+"""What a source model looks like to the rest of mc_gguf, however it is stored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mc_gguf.ggml.gguf_writer import add_values
 SAMPLE_BYTES = 4096
 SAMPLES_PER_TENSOR = 3
 
-# Written anew by mc_gguf into every output, so never copied.
+# What an output gets anew, so it is never copied. The prefixes are gguf-split's and ours (container/keys.py).
 _NOT_COPIED = (
     "general.architecture",
     "general.file_type",
@@ -57,8 +57,8 @@ class Checkpoint(Protocol):
         """Token ids of `text`: no BOS is added, and what looks like a special token is plain text."""
 
 
-def copied(kv: Mapping[str, Value]) -> dict[str, Value]:
-    """The metadata that goes into an output: without what mc_gguf writes itself, empty arrays and strings."""
+def select_metadata(kv: Mapping[str, Value]) -> dict[str, Value]:
+    """The metadata that an output keeps: not what mc_gguf writes itself, nor empty arrays and strings."""
     return {
         key: value
         for key, value in kv.items()
@@ -66,8 +66,8 @@ def copied(kv: Mapping[str, Value]) -> dict[str, Value]:
     }
 
 
-def kv_size(kv: Mapping[str, Value], architecture: str) -> int:
-    """Bytes that `kv` takes in an output's header, general.architecture included (which the writer adds)."""
+def measure_metadata(kv: Mapping[str, Value], architecture: str) -> int:
+    """The bytes that `kv` takes in an output's header, with general.architecture, which the writer adds."""
     from mc_gguf.runtime.packages import load_gguf
 
     writer = load_gguf().GGUFWriter(None, architecture)
@@ -80,7 +80,7 @@ def kv_size(kv: Mapping[str, Value], architecture: str) -> int:
 
 
 def hparams_of(kv: Mapping[str, Value], architecture: str) -> dict[str, Any]:
-    """The keys under the architecture's prefix, without it."""
+    """The metadata under the architecture's prefix, with the prefix cut off."""
     prefix = f"{architecture}."
     return {key.removeprefix(prefix): value.value for key, value in kv.items() if key.startswith(prefix)}
 
@@ -101,8 +101,8 @@ def make_info(
     tensors: Sequence[TensorSpec],
     samples: Iterable[bytes],
 ) -> ModelInfo:
-    """ModelInfo of a source, after checking that it is a MoE model of the kind mc_gguf can treat. SourceError
-    if not.
+    """The ModelInfo of a source. Raises SourceError unless it is a MoE model of a kind that mc_gguf supports:
+    routed experts with gate, up and down of one size.
     """
     hparams = hparams_of(kv, architecture)
     n_layer, n_expert, n_used = (
@@ -111,7 +111,7 @@ def make_info(
     specs = {t.name: t for t in tensors}
     layers = [i for i in range(n_layer) if expert_tensor_name(i, "down") in specs]
     if not n_expert or not n_used:
-        raise SourceError(f"{path} is no Mixture-of-Experts model ({architecture}, no expert count)")
+        raise SourceError(f"{path} is no Mixture-of-Experts model ({architecture} without an expert count)")
     if not layers:
         raise SourceError(f"{path} has no whole layer of {n_expert} routed experts; is it complete?")
     gate = expert_tensor_name(layers[0], "gate")
@@ -123,9 +123,10 @@ def make_info(
             if name not in specs or specs[name].shape != expected:
                 found = specs[name].shape if name in specs else "nothing"
                 raise SourceError(
-                    f"{path}: expected {name} of shape {list(expected)}, found {found}; not supported"
+                    f"{path}: expected {name} of shape {list(expected)}, found {found}; such a model is not "
+                    "supported"
                 )
-    kept = copied(kv)
+    kept = select_metadata(kv)
     return ModelInfo(
         architecture=architecture,
         n_layer=n_layer,
@@ -134,7 +135,7 @@ def make_info(
         n_embd=n_embd,
         n_ff=n_ff,
         fingerprint=fingerprint(kept, architecture, tensors, samples),
-        kv_bytes=kv_size(kept, architecture),
+        kv_bytes=measure_metadata(kept, architecture),
         n_kv=len(kept) + 1,
         tensors=tuple(tensors),
     )
@@ -145,9 +146,9 @@ def fingerprint(
 ) -> str:
     """SHA-256 over the metadata, the tensors' names, shapes and types, and samples of the weights.
 
-    The samples are SAMPLE_BYTES at the start, the middle and the end of every stored tensor (GGUF: of every
-    expert), because hashing 90 GB takes longer than quantizing some of it. A change between the samples goes
-    unseen.
+    The samples are SAMPLE_BYTES at the start, the middle and the end of every stored tensor (in a GGUF: of
+    every expert), because hashing 90 GB takes longer than quantizing some of it. A change between the samples
+    is not noticed.
     """
     digest = hashlib.sha256(architecture.encode())
     for key in sorted(kv):

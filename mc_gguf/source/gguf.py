@@ -15,7 +15,7 @@ from mc_gguf.common.errors import FormatError, SourceError
 from mc_gguf.ggml.gguf_file import GgufHeader, TensorEntry, read_header
 from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.ggml.shards import shard_paths
-from mc_gguf.source.base import bos_of, copied, hparams_of, make_info, sample_offsets
+from mc_gguf.source.base import bos_of, hparams_of, make_info, sample_offsets, select_metadata
 
 if TYPE_CHECKING:
     from mc_gguf.runtime.vocabulary import Vocabulary
@@ -24,7 +24,7 @@ _FLOATS = ("F32", "F16", "BF16")
 
 
 class GgufCheckpoint:
-    """See mc_gguf.source.Checkpoint."""
+    """The Checkpoint (mc_gguf.source) of a GGUF; `path` may be any of its shards."""
 
     def __init__(self, path: Path) -> None:
         headers = _open_shards(path)
@@ -38,13 +38,13 @@ class GgufCheckpoint:
         kv = headers[0].kv
         architecture = headers[0].get("general.architecture")
         if not isinstance(architecture, str):
-            raise SourceError(f"{path} has no key general.architecture; it is no model")
+            raise SourceError(f"{path} has no key general.architecture, so it is not a model")
         specs = [TensorSpec(e.name, e.shape, e.type.name) for _, e in self._entries.values()]
         if quantized := next((s for s in specs if s.type not in _FLOATS), None):
             raise SourceError(
                 f"{path}: {quantized.name} is {quantized.type}; give the 16-bit or 32-bit model"
             )
-        self._kv = copied(kv)
+        self._kv = select_metadata(kv)
         self.hparams: Mapping[str, Any] = hparams_of(kv, architecture)
         self.bos_id, self.add_bos = bos_of(kv)
         self.info = make_info(path, kv, architecture, specs, self._samples())
@@ -66,7 +66,7 @@ class GgufCheckpoint:
         n_bytes = entry.n_bytes if expert is None else entry.n_bytes // entry.shape[-1]
         data = np.fromfile(path, dtype=np.uint8, count=n_bytes, offset=entry.offset + n_bytes * (expert or 0))
         if len(data) != n_bytes:
-            raise SourceError(f"{path}: {name} is cut off; the file shrank after it was opened")
+            raise SourceError(f"{path}: {name} is cut off; the file has become shorter since it was opened")
         return data
 
     def tokenize(self, text: str) -> list[int]:
@@ -74,7 +74,7 @@ class GgufCheckpoint:
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
-        """llama.cpp's tokenizer; the first shard has all of the metadata."""
+        """llama.cpp's tokenizer. The first shard has all of the metadata."""
         from mc_gguf.runtime.vocabulary import Vocabulary
 
         return Vocabulary(self._path)

@@ -1,8 +1,8 @@
 """A Hugging Face checkpoint directory, read through llama.cpp's own converter.
 
-The converter (conversion/ of the pinned source) decides names, metadata, tokenizer and permutations. It
-builds a tree of lazy tensors; here the tree is kept and evaluated one tensor, or one expert of a stack, at a
-time and without the cache that LazyBase.to_eager leaves in every node. Weights are mapped only while they are
+The converter (conversion/ of the pinned source) decides on names, metadata, tokenizer and permutations. It
+builds a tree of lazy tensors, which is kept and evaluated for one tensor, or one expert of a stack, at a
+time, without the cache that LazyBase.to_eager leaves in every node. Weights are mapped only while they are
 copied.
 """
 
@@ -24,7 +24,7 @@ from mc_gguf.common.errors import SourceError
 from mc_gguf.ggml.gguf_file import FLOAT32, Value
 from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.runtime.packages import load_conversion, load_gguf
-from mc_gguf.source.base import bos_of, copied, hparams_of, make_info, sample_offsets
+from mc_gguf.source.base import bos_of, hparams_of, make_info, sample_offsets, select_metadata
 
 # What upstream's converter raises on checkpoints it cannot take.
 _CONVERTER_ERRORS = (
@@ -40,7 +40,7 @@ _CONVERTER_ERRORS = (
 
 
 class HfCheckpoint:
-    """See mc_gguf.source.Checkpoint."""
+    """The Checkpoint (mc_gguf.source) of a Hugging Face directory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -63,7 +63,7 @@ class HfCheckpoint:
         specs = [
             TensorSpec(n, tuple(int(d) for d in reversed(i.shape)), i.dtype.name) for n, i in infos.items()
         ]
-        self._kv = copied(kv)
+        self._kv = select_metadata(kv)
         self.hparams: Mapping[str, Any] = hparams_of(kv, architecture)
         self.bos_id, self.add_bos = bos_of(kv)
         self.info = make_info(path, kv, architecture, specs, _samples(stored))
@@ -109,7 +109,7 @@ class HfCheckpoint:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        """tokenizers.Tokenizer of tokenizer.json; without that file, what transformers makes of the
+        """The tokenizers.Tokenizer of tokenizer.json; without that file, what transformers makes of the
         directory.
         """
         file = self._path / "tokenizer.json"
@@ -126,9 +126,7 @@ class HfCheckpoint:
 
 
 def _convert(path: Path, conversion: ModuleType) -> tuple[Any, dict[str, Any]]:
-    """Run the converter up to, not including, the writing: (its model object, lazy float tensors by GGUF
-    name).
-    """
+    """Run the converter, but write nothing: (its model object, lazy float tensors by GGUF name)."""
     gguf = load_gguf()
     logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
     logging.getLogger("gguf").setLevel(logging.ERROR)
@@ -142,7 +140,7 @@ def _convert(path: Path, conversion: ModuleType) -> tuple[Any, dict[str, Any]]:
             yield new_name, tensor
 
     def set_vocab(self: Any) -> None:
-        # For Qwen and OLMoE the converter looks for a byte-level BPE that it knows; the runtime takes any.
+        # For Qwen and OLMoE the converter wants a byte-level BPE that it knows; the runtime takes any.
         try:
             base.set_vocab(self)
         except NotImplementedError:
@@ -152,7 +150,7 @@ def _convert(path: Path, conversion: ModuleType) -> tuple[Any, dict[str, Any]]:
 
     changes = {"model_arch": base.model_arch, "modify_tensors": modify_tensors, "set_vocab": set_vocab}
     recording = type(base.__name__, (base,), changes)
-    # The output name is never opened; a name that is no directory keeps upstream from composing one.
+    # The output is never opened; a name that is not a directory keeps upstream from making one up.
     model = recording(path, gguf.LlamaFileType.GUESSED, path / "none.gguf", hparams=hparams)
     model.prepare_tensors()
     model.prepare_metadata(vocab_only=False)
@@ -160,7 +158,7 @@ def _convert(path: Path, conversion: ModuleType) -> tuple[Any, dict[str, Any]]:
 
 
 def _evaluate(node: Any) -> Any:
-    """A lazy tensor's value, computed without storing anything in the tree."""
+    """The value of a lazy tensor, computed without storing anything in the tree."""
     if node._data is not None:
         return node._data
     return node._func(*type(node)._recurse_apply(node._args, _evaluate), **node._kwargs)
@@ -178,7 +176,7 @@ def _evaluate_f32(node: Any, name: str) -> NDArray[np.float32]:
 
 
 def _plain_value(value: Any) -> Value:
-    """A gguf-py GGUFValue as our Value; text as str, which some of upstream's tokenizers give as bytes."""
+    """A GGUFValue of gguf-py as our Value. Text becomes str; some of upstream's tokenizers give bytes."""
     data = value.value
     if int(value.type) == FLOAT32:  # as it will be stored
         return Value(FLOAT32, float(np.float32(data)))
@@ -203,7 +201,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _shards(path: Path) -> list[Path]:
-    """The safetensors shards, after checking that everything a conversion needs is there."""
+    """The safetensors shards. Raises SourceError that names what a conversion needs and is not there."""
     if not (path / "config.json").is_file():
         raise SourceError(
             f"{path} has no config.json; give a Hugging Face checkpoint directory or a GGUF file"
@@ -220,14 +218,14 @@ def _shards(path: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SourceError(f"{index} has no readable weight_map; download it again") from error
+        raise SourceError(f"{index} has no readable weight_map; download the file again") from error
     if missing := [name for name in names if not (path / name).is_file()]:
         raise SourceError(f"{path} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:5])}")
     return [path / name for name in names]
 
 
 def _stored_tensors(shards: list[Path]) -> dict[str, tuple[Path, int, int]]:
-    """(shard, offset, bytes) of every stored tensor. SourceError when a shard is damaged or truncated."""
+    """(shard, offset, bytes) of every stored tensor. Raises SourceError for a damaged or truncated shard."""
     found: dict[str, tuple[Path, int, int]] = {}
     for shard in shards:
         size = shard.stat().st_size
@@ -248,7 +246,7 @@ def _stored_tensors(shards: list[Path]) -> dict[str, tuple[Path, int, int]]:
                         f"{shard} is truncated: {name} ends at byte {8 + length + end} of {size}"
                     )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SourceError(f"{shard} has a damaged safetensors header; download it again") from error
+            raise SourceError(f"{shard} has a damaged safetensors header; download the file again") from error
     return found
 
 

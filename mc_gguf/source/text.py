@@ -1,12 +1,12 @@
-"""Calibration text as token rows [n_rows, ctx]: the bundled mixture or files of the user, seeded and hashed.
+"""Text as token rows [n_rows, ctx], of the bundled mixture or of the user's files, seeded and hashed.
 
-Windows are spread over the whole text, one at a random place in each of n_rows equal parts, so that every
-domain of a mixture is represented whatever the number of tokens. Every row starts with BOS when the model's
-tokenizer adds it, as llama.cpp's imatrix and perplexity tools do.
+The rows are spread over the whole text, one at a random place in each of n_rows equal parts, so that every
+domain of a mixture is represented, however few the tokens. Each row starts with BOS when the model's
+tokenizer adds it, as in llama.cpp's imatrix and perplexity tools.
 
-How much text: 65,536 tokens (128 rows of 512) is where llama.cpp users make imatrix files. Expert profiles
-from 8,192 tokens are noise (two halves of one text agree on 60 % of the hot experts) and i-quants break with
-an importance matrix from 5,000, so fewer than MIN_TOKENS is warned about.
+How much text: llama.cpp users make imatrix files from about 65,536 tokens (128 rows of 512). Expert profiles
+from 8,192 tokens are noise (two halves of one text agree on 60 % of the most used experts), and i-quants
+break with an importance matrix from 5,000. Fewer than MIN_TOKENS tokens give a warning.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Tokenizer(Protocol):
 class Corpus:
     """Token rows [n_rows, ctx] int32 and where they come from.
 
-    `sha256` is of the texts' bytes in order; `available` counts the tokens of the whole text, BOS not
-    included.
+    `sha256` is that of the texts' bytes, one text after the other; `available` counts the tokens of all of
+    the text, without BOS.
     """
 
     rows: NDArray[np.int32]
@@ -84,35 +84,37 @@ def load_corpus(
     seed: int = 0,
     max_ctx: int | None = None,
 ) -> Corpus:
-    """Rows of `ctx` tokens (at most `max_ctx`, the model's context), about `tokens` in all, BOS included.
+    """Rows of `ctx` tokens (at most `max_ctx`, the model's context), about `tokens` in all, with BOS.
 
-    Raises SourceError when a file is not UTF-8 text or all of the text is shorter than one row.
+    `files` are read one after the other; without any, the bundled mixture is. `seed` decides where the rows
+    start. Raises SourceError when a file cannot be read or is not UTF-8, when the text is shorter than one
+    row, and when `tokens` is less than `ctx`.
     """
     ctx = min(ctx, max_ctx or ctx)
     if ctx < 2 or tokens < ctx:
         raise SourceError(
-            f"cannot make rows of {ctx} tokens out of {tokens}: use --ctx of at least 2 and --tokens >= --ctx"
+            f"cannot cut {tokens} tokens into rows of {ctx}: a row needs 2 tokens or more, and there must be "
+            "tokens for one row at least",
+            parameter=("tokens", "ctx"),
         )
     names, texts = _read(files)
-    stream = np.concatenate(
-        [
-            np.asarray(tokenizer.tokenize(_decode(n, t)), dtype=np.int32)
-            for n, t in zip(names, texts, strict=True)
-        ]
-    )
+    parts = [tokenizer.tokenize(_decode(name, text)) for name, text in zip(names, texts, strict=True)]
+    stream = np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
     rows = _windows(stream, tokens // ctx, ctx, _bos(tokenizer), seed)
     _warn(rows.size, tokens, ctx)
     return Corpus(rows, names, hashlib.sha256(b"".join(texts)).hexdigest(), int(stream.size), seed)
 
 
 def _read(files: Sequence[Path]) -> tuple[tuple[str, ...], list[bytes]]:
-    """Names (without directories: two machines give the same calibration) and bytes of the texts."""
+    """Names and bytes of the texts. The names have no directories, so that two machines make the same
+    calibration.
+    """
     if not files:
         return (BUNDLED,), [resources.files("mc_gguf.source").joinpath("data", BUNDLED).read_bytes()]
     try:
         return tuple(f.name for f in files), [f.read_bytes() for f in files]
     except OSError as error:
-        raise SourceError(f"cannot read calibration text {error.filename}: {error.strerror}") from error
+        raise SourceError(f"cannot read the text {error.filename}: {error.strerror}") from error
 
 
 def _decode(name: str, data: bytes) -> str:
@@ -120,7 +122,7 @@ def _decode(name: str, data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise SourceError(
-            f"calibration text {name} is not UTF-8 (byte {error.start}); convert it first"
+            f"the text {name} is not UTF-8 (see byte {error.start}); convert it to UTF-8"
         ) from error
 
 
@@ -131,13 +133,13 @@ def _bos(tokenizer: Tokenizer) -> list[int]:
 def _windows(
     stream: NDArray[np.int32], n_rows: int, ctx: int, bos: list[int], seed: int
 ) -> NDArray[np.int32]:
-    """`n_rows` windows of `stream` that do not overlap: at a random place in each of n_rows equal parts."""
+    """`n_rows` windows of `stream` that do not overlap, at a random place in each of n_rows equal parts."""
     width = ctx - len(bos)
     fitting = stream.size // width
     if fitting == 0:
         raise SourceError(
-            f"the calibration text has {stream.size} tokens, less than one row of {ctx}; "
-            "add --text or lower --ctx"
+            f"the text has {stream.size} tokens, which is less than one row of {ctx}; add text, or make the "
+            "rows shorter"
         )
     n_rows = min(n_rows, fitting)
     edges = np.linspace(0, stream.size, n_rows + 1).astype(np.int64)
@@ -149,15 +151,11 @@ def _windows(
 
 def _warn(found: int, asked: int, ctx: int) -> None:
     if found + ctx <= asked:
-        log.warning(
-            "the calibration text gives only %d of the %d tokens asked for; add more with --text",
-            found,
-            asked,
-        )
+        log.warning("the text has only %d of the %d tokens asked for; add more", found, asked)
     if found < MIN_TOKENS:
         log.warning(
-            "%d tokens of calibration text are few: expert statistics are noisy and 1- and 2-bit types "
-            "suffer; use %d or more",
+            "%d tokens of text are few: statistics of experts will be noisy, and 1- and 2-bit types suffer "
+            "most; use %d or more",
             found,
             MIN_TOKENS,
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ from numpy.typing import NDArray
 from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Calibration
 from mc_gguf.calibrate.calibrator import calibrate, calibrate_to_file
 from mc_gguf.calibrate.expert_errors import nominal_errors
-from mc_gguf.calibrate.request import CalibrationOptions, measured_types
+from mc_gguf.calibrate.options import CalibrationOptions, measured_types
+from mc_gguf.calibrate.state import state_bytes
 from mc_gguf.common.errors import McError, SourceError
+from mc_gguf.common.workdir import Workdir, workdir_path
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.ggml.types import CANDIDATES, FALLBACKS
 from mc_gguf.source.text import Corpus
@@ -200,7 +203,13 @@ def assert_equal(one: Calibration, other: Calibration) -> None:
         np.testing.assert_array_equal(array, other.statistics[name], err_msg=name)
 
 
-STATE_AFTER_ONE = [*(f"branches-1/{i}.npy" for i in range(3)), "hidden-1.npy", "stats.safetensors"]
+STATE_AFTER_ONE = [
+    *(f"branches-1/{i}.npy" for i in range(3)),
+    "hidden-1.npy",
+    "identity.json",
+    "lock",
+    "stats.safetensors",
+]
 
 
 def files(folder: Path) -> list[str]:
@@ -258,7 +267,7 @@ def test_a_kill_between_two_layers_loses_at_most_one(
     def watched(function: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
         def watching(source: Any, target: Any) -> None:
             function(source, target)
-            if Path(target).relative_to(partial) == Path(last) and (partial / "branches-2").exists():
+            if Path(target) == partial / last and (partial / "branches-2").exists():
                 shutil.copytree(partial, seen)
 
         return watching
@@ -266,8 +275,8 @@ def test_a_kill_between_two_layers_loses_at_most_one(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", watched(Path.replace))
         patch.setattr(Path, "rename", watched(Path.rename))
-        calibrate(MemoryCheckpoint(model), corpus(), options, partial, quiet=True)
-    shutil.rmtree(partial)
+        calibrate_to_file(MemoryCheckpoint(model), corpus(), output, options, quiet=True)
+    output.unlink()
     seen.rename(partial)
     assert {"branches-1/0.npy", "branches-2/4.npy", "hidden-1.npy"} <= set(files(partial))
     checkpoint = MemoryCheckpoint(model)
@@ -338,6 +347,41 @@ def test_a_state_of_something_else_is_not_continued(
         calibrate_to_file(checkpoint, text, output, options, resume=change != "no resume", quiet=True)
     assert checkpoint.n_reads == 2 * 5 * 3
     assert ("starting anew" in caplog.text) == (change != "no resume")
+    assert ("made with another seed" in caplog.text) == (change == "seed")
+
+
+def test_the_disk_is_measured_and_the_lock_taken_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, output = MemoryCheckpoint(case()[0]), tmp_path / "new" / "calib"
+    options = CalibrationOptions(types=TYPES, threads=1)
+    with Workdir(output, {}), pytest.raises(McError, match=r"another process .* is writing .*calib"):
+        calibrate_to_file(checkpoint, corpus(), output, options, quiet=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(McError, match="has 1000 B free, but making calib takes"):
+        calibrate_to_file(checkpoint, corpus(), output, options, quiet=True)
+    assert checkpoint.n_reads == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_state_takes_no_more_than_was_asked_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured whenever a file of a state is complete; headers of files and the statistics are small."""
+    output, options = tmp_path / "calib", CalibrationOptions(types=TYPES, threads=1)
+    checkpoint, largest = MemoryCheckpoint(case()[0]), [0]
+    replace_file = Path.replace
+
+    def measured(self: Path, target: Path) -> Path:
+        found = replace_file(self, target)
+        states = (p.stat().st_size for p in workdir_path(output).rglob("*.npy"))
+        largest[0] = max(largest[0], sum(states))
+        return found
+
+    monkeypatch.setattr(Path, "replace", measured)
+    calibrate_to_file(checkpoint, corpus(), output, options, quiet=True)
+    promised = state_bytes(checkpoint.info, corpus().rows, options.sensitivity_tokens)
+    assert 0.3 * promised < largest[0] <= promised + 128 * 20
 
 
 class Unrouted(MemoryCheckpoint):

@@ -18,14 +18,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from mc_gguf.artifacts import Calibration
 from mc_gguf.calibrate.calibrator import calibrate
-from mc_gguf.calibrate.request import CalibrationOptions
+from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.calibrate.sensitivity import SENSITIVITY_TOKENS, branch_rows
 from mc_gguf.calibrate.statistics import N_QUANTILES
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.source import open_checkpoint
 from mc_gguf.source.text import Corpus, load_corpus
+from tests.support import TINY
 from tests.support.moe_directories import CONFIGS, random_moe, save_moe
-from tests.support.small_models import TINY, MemoryCheckpoint, random_mixtral, tiny_mixtral
+from tests.support.small_models import MemoryCheckpoint, random_mixtral, tiny_mixtral
 
 pytestmark = pytest.mark.native
 MIDDLE = N_QUANTILES // 2

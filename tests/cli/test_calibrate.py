@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from mc_gguf.artifacts import Calibration
-from mc_gguf.calibrate import expert_errors
-from mc_gguf.cli import main
-from mc_gguf.source import text as corpus
+from tests.support.command_line import invoke
 
 pytestmark = pytest.mark.native
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["calibrate", *map(str, arguments)])
+    return invoke("calibrate", *arguments)
 
 
 def test_calibrates_the_bundled_model(tiny_model: Path, tmp_path: Path) -> None:
@@ -50,6 +49,15 @@ def test_calibrates_the_bundled_model(tiny_model: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["calib.safetensors"]
 
 
+def test_the_result_as_json(tiny_model: Path, tmp_path: Path) -> None:
+    options = ("--tokens", 128, "--ctx", 64, "--types", "Q8_0", "--json")
+    result = run(tiny_model, "-o", tmp_path / "c", *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["output"], found["n_layer"], found["tokens"]) == (str(tmp_path / "c"), 6, 128)
+    assert (found["types"], found["super_experts"]) == (["Q8_0"], [])
+
+
 def test_own_text_and_progress(tiny_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "own.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
@@ -77,8 +85,8 @@ def test_own_text_and_progress(tiny_model: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--types", "Q9_K"], "unknown ggml type 'Q9_K'"),
-        (["--text", "missing.txt"], "missing.txt"),
-        (["--tokens", 100, "--ctx", 200], "--tokens >= --ctx"),
+        (["--text", "missing.txt"], "Error: --text: cannot read the text missing.txt"),
+        (["--tokens", 100, "--ctx", 200], "Error: --tokens, --ctx: cannot cut 100 tokens into rows of 200"),
     ],
 )
 def test_errors_are_one_line(tiny_model: Path, tmp_path: Path, arguments: list[object], message: str) -> None:
@@ -92,11 +100,3 @@ def test_no_source_is_an_error(tmp_path: Path) -> None:
     result = run(tmp_path / "nothing", "-o", tmp_path / "c")
     assert result.exit_code == 1
     assert "does not exist" in result.stderr
-
-
-def test_defaults_are_those_of_the_library() -> None:
-    command = main.get_command(None, "calibrate")  # type: ignore[arg-type]
-    assert command is not None
-    defaults = {parameter.name: parameter.default for parameter in command.params}
-    found = (defaults["tokens"], defaults["ctx"], defaults["rows"])
-    assert found == (corpus.DEFAULT_TOKENS, corpus.DEFAULT_CTX, expert_errors.MAX_ROWS)

@@ -8,25 +8,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from mc_gguf import runtime
-from mc_gguf.cli import main
 from mc_gguf.evaluate import report
 from mc_gguf.evaluate.result import Result as Found
+from tests.support import WIKITEXT
+from tests.support.command_line import fails_with, invoke
 
-pytestmark = pytest.mark.native
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MC_GGUF_RUNTIME", str(runtime.require().path))
-    monkeypatch.setenv("MC_GGUF_CACHE", str(tmp_path / "cache"))
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("own_cache")]
 
 
 @pytest.fixture
-def texts(tmp_path: Path, repo_root: Path) -> list[Path]:
-    whole = (repo_root / "tests" / "data" / "wikitext-2.test.txt").read_text(encoding="utf-8")
+def texts(tmp_path: Path) -> list[Path]:
+    whole = WIKITEXT.read_text(encoding="utf-8")
     paths = [tmp_path / "wiki.txt", tmp_path / "rest.txt"]
     for path, content in zip(paths, (whole[:8_000], whole[50_000:58_000]), strict=True):
         path.write_text(content, encoding="utf-8")
@@ -34,15 +28,11 @@ def texts(tmp_path: Path, repo_root: Path) -> list[Path]:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["eval", *map(str, arguments)])
+    return invoke("eval", *arguments)
 
 
 def fails(message: str, *arguments: object) -> None:
-    result = run(*arguments)
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    assert re.search(message, result.stderr)
-    assert len(result.stderr.splitlines()) == 1
+    fails_with(message, "eval", *arguments)
 
 
 def test_models_texts_reference_json_and_report(tiny_gguf: Path, texts: list[Path], tmp_path: Path) -> None:
@@ -107,12 +97,19 @@ def test_table_without_a_reference(tiny_gguf: Path, texts: list[Path]) -> None:
 
 
 def test_refused_before_anything_is_computed(tiny_gguf: Path, texts: list[Path], tmp_path: Path) -> None:
-    fails("there is nothing to evaluate on: give --text FILE", tiny_gguf)
-    fails("--reference is compared on a text", tiny_gguf, "--reference", tiny_gguf, "--tasks", "x")
+    fails("Error: --text, --tasks: there is nothing to evaluate on", tiny_gguf)
+    fails(
+        "Error: --reference: a reference is compared on a text",
+        tiny_gguf,
+        "--reference",
+        tiny_gguf,
+        "--tasks",
+        "x",
+    )
     fails("no such file", tmp_path / "none.gguf", "--text", texts[0])
     fails("cannot read the text .*none", tiny_gguf, "--text", tmp_path / "none")
     fails("not a GGUF", texts[0], "--text", texts[0])
-    fails("policy", tiny_gguf, "--text", texts[0], "--routing", "nope")
+    fails("Error: --routing: .*policy", tiny_gguf, "--text", texts[0], "--routing", "nope")
     fails("name of a file in a folder", tiny_gguf, "--text", texts[0], "-o", tmp_path)
     fails("name of a file in a folder", tiny_gguf, "--text", texts[0], "-o", tmp_path / "no" / "r.html")
     missing = ("--reference", tmp_path / "none")
@@ -122,7 +119,12 @@ def test_refused_before_anything_is_computed(tiny_gguf: Path, texts: list[Path],
 
 def test_tasks_without_lm_eval(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    fails("pip install lm_eval", tiny_gguf, "--tasks", "hellaswag")
+    fails(
+        r"this needs lm_eval, which is not installed; run: pip install 'mc-gguf\[tasks\]'",
+        tiny_gguf,
+        "--tasks",
+        "hellaswag",
+    )
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_calibration_is_found_beside_the_plan(source: Checkpoint, tiny_gguf: Pat
     arguments = (tiny_gguf, elsewhere / "plan.json", "-o", tmp_path / "n.gguf", "--threads", 2)
     code, _, stderr = run(*arguments)
     assert code == 1
-    assert "give it with --calibration FILE" in stderr
+    assert "Error: --calibration: no *.safetensors in" in stderr
     code, _, _ = run(*arguments, "--calibration", tmp_path / "calib.safetensors")
     assert code == 0
     assert (tmp_path / "n.gguf").read_bytes() == output.read_bytes()
@@ -62,7 +62,7 @@ def test_errors_are_one_line(source: Checkpoint, tiny_gguf: Path, tmp_path: Path
             "not exist",
         ),
         ((tiny_gguf, tmp_path / "no.json"), "cannot read"),
-        ((tiny_gguf, tmp_path / "plan.json"), "--calibration FILE"),
+        ((tiny_gguf, tmp_path / "plan.json"), "Error: --calibration: no *.safetensors"),
         (
             (tiny_gguf, tmp_path / "plan.json", "--calibration", tmp_path / "calib.safetensors"),
             "another model",

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from mc_gguf.artifacts import Plan
 from mc_gguf.calibrate.calibrator import calibrate
-from mc_gguf.calibrate.request import CalibrationOptions
+from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.cli import main
 from mc_gguf.plan import Budget
 from mc_gguf.plan import plan as make_plan
@@ -104,8 +104,8 @@ def test_what_does_not_belong_together_is_refused(tiny_model: Path, folder: Path
     assert result.exit_code == 1
     assert "was not made from a calibration of this source" in result.stderr
     for option, value, message in (
-        ("--time", "soon", "is not a duration"),
-        ("--memory", "much", "is not a size"),
+        ("--time", "soon", "Error: --time: 'soon' is not a duration"),
+        ("--memory", "much", "Error: --memory: 'much' is not a size"),
         ("--tokens", "256", "too few to compare"),
     ):
         result = run(tiny_model, folder, tmp_path / "r.json", option, value)

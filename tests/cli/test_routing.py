@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mc_gguf.container import read_routing
 from mc_gguf.quantize.writer import quantize
 from mc_gguf.routing.metadata import choose_thresholds, routing_metadata_from
 from mc_gguf.source import open_checkpoint
+from tests.support.command_line import fails_with, invoke
 from tests.support.gguf_models import (
     RandomCheckpoint,
     make_calibration,
@@ -32,17 +34,11 @@ TYPES = {p: [["Q8_0", "Q4_0", "Q8_0"], *[["Q4_0"] * 3] * 3] for p in PROJECTIONS
 
 
 def run(*args: object) -> Result:
-    return CliRunner().invoke(main, ["routing", *map(str, args)])
+    return invoke("routing", *args)
 
 
 def fails(message: str, *args: object) -> None:
-    """One line on stderr with this text, exit code 1."""
-    result = run(*args)
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    assert result.stderr.startswith("Error: ")
-    assert message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    fails_with(re.escape(message), "routing", *args)
 
 
 @pytest.fixture
@@ -139,17 +135,16 @@ def test_what_is_refused(ours: Path, plain: Path, calibration: Path, tmp_path: P
         ("made with another model", (plain, "--calibration", other)),
         ("this is no model with experts", (tmp_path / "dense.gguf", "--calibration", calibration)),
         ("layer 7 has no experts", (ours, "--layers", "0,7")),
-        ("'0-3' names no layers", (ours, "--layers", "0-3")),
-        ("'a third' is not a share", (ours, "--target-drop", "a third")),
+        ("Error: --layers: '0-3' names no layers", (ours, "--layers", "0-3")),
+        ("Error: --target-drop: 'a third' is not a share", (ours, "--target-drop", "a third")),
         ("'1.5' is not a share", (ours, "--quantile", 1.5)),
         ("60 % of the expert activations cannot be dropped", (ours, "--target-drop", 0.6)),
         ("cannot read", (tmp_path / "nothing.gguf",)),
         ("cannot read", (ours, "--calibration", tmp_path / "nothing")),
     ):
         fails(message, "set", *args)
-    both = run("set", ours, "--target-drop", "15%", "--quantile", "0.5")
-    assert both.exit_code == 2
-    assert "exclude each other" in both.stderr
+    both = ("--target-drop", "15%", "--quantile", "0.5")
+    fails("Error: --quantile, --target-drop: these exclude each other", "set", ours, *both)
     assert (ours.read_bytes(), plain.read_bytes()) == untouched
     assert not list(tmp_path.glob(".*"))
 

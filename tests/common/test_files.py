@@ -113,6 +113,7 @@ def test_no_file_of_the_source_is_replaced(tmp_path: Path) -> None:
         ["quantize", "source", "plan", "-o", "plan"],
         ["quantize", "source", "plan", "--calibration", "calib", "-o", "calib"],
         ["refine", "source", "plan", "-o", "plan"],
+        ["routing", "set", "source", "--calibration", "calib", "-o", "calib"],
         ["convert", "source", "--bpw", "2", "-o", "source"],
         ["convert", "source", "--bpw", "2", "--calibration", "calib", "-o", "calib"],
     ],

@@ -82,6 +82,16 @@ def test_a_failed_start_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
+def test_a_start_that_cannot_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"), Workdir(tmp_path / "new" / "out", MINE):
+        pass
+    assert names(tmp_path) == set()
+
+
 def test_folders_of_others_stay(tmp_path: Path) -> None:
     fail_after(tmp_path / "new" / "out", lambda work: (tmp_path / "new" / "other").touch())
     assert names(tmp_path / "new") == {"other"}
@@ -186,7 +196,7 @@ def test_an_output_that_became_a_directory_loses_no_work(output: Path) -> None:
 def test_a_full_disk_is_told_before_the_work(output: Path) -> None:
     with Workdir(output, MINE) as work:
         free = shutil.disk_usage(output.parent).free
-        with pytest.raises(McError, match=r"has .* free, but making out takes .* more; make room"):
+        with pytest.raises(McError, match=r"has .* free, but making out takes .*; make room"):
             work.check_space(1 << 60)
         work.path("data").write_bytes(b"x" * (8 << 20))
         os.sync()

@@ -97,12 +97,12 @@ def test_killed_resumed_and_threads_give_the_same_bytes(
     outcome = compensate(source, calibration, wanted, corpus, whole, 2)
     assert outcome.compensated + outcome.plain == 12
     assert np.median(outcome.ratios) < 0.8
-    assert not list(whole.folder.glob("hidden*"))
-    parts = open_bank(tmp_path / "b", calibration)
+    parts, states = open_bank(tmp_path / "b", calibration), tmp_path / "states"
     with pytest.raises(Killed):
-        compensate(source, calibration, wanted, corpus, parts, 1, Bomb(9))
-    assert [path.name for path in parts.folder.glob("hidden*")] == ["hidden-2.npy"]
-    outcome = compensate(source, calibration, wanted, corpus, parts, 1)
+        compensate(source, calibration, wanted, corpus, parts, 1, Bomb(9), states=states)
+    assert [path.name for path in states.iterdir()] == ["hidden-2.npy"]
+    outcome = compensate(source, calibration, wanted, corpus, parts, 1, states=states)
+    assert not states.exists()
     assert outcome.compensated + outcome.plain == 3
     assert contents(parts, wanted) == contents(whole, wanted)
     assert not compensate(source, calibration, wanted, corpus, parts, 1).ratios
@@ -115,15 +115,15 @@ def test_the_pass_is_the_decoders_forward(tmp_path: Path) -> None:
     ones = [np.ones((2, info.n_expert, n), dtype=np.float32) for n in (info.n_embd, info.n_ff)]
     statistics = {"imatrix_in": ones[0], "imatrix_mid": ones[1]}
     flat = replace(Calibration.blank(info), statistics=statistics, corpus=corpus.to_json())
-    bank = open_bank(tmp_path / "bank", flat)
+    bank, states = open_bank(tmp_path / "bank", flat), tmp_path / "states"
     with pytest.raises(Killed):
-        compensate(source, flat, want("Q4_0", (1,), (0,)), corpus, bank, 1, Bomb(3))
+        compensate(source, flat, want("Q4_0", (1,), (0,)), corpus, bank, 1, Bomb(3), states=states)
     hidden = decoder.embed(corpus.rows)
     decoder.attention(0, hidden)
     reached = set(decoder.route(0, hidden.flatten(0, 1)).experts.flatten().tolist())
     assert len(reached) < info.n_expert
     decoder.feed_forward(0, hidden)
-    np.testing.assert_allclose(np.load(bank.folder / "hidden-1.npy"), hidden.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.load(states / "hidden-1.npy"), hidden.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_block_output_is_closer_on_other_text(
@@ -203,7 +203,7 @@ def test_another_text_is_refused(source: Checkpoint, calibration: Calibration, t
     np.testing.assert_array_equal(corpus.rows, load_corpus(source, tokens=TOKENS, ctx=CTX).rows)
     other = tmp_path / "other.txt"
     other.write_text("Another text. " * 20_000)
-    with pytest.raises(ArtifactError, match=r"give it with --text FILE, or use --no-compensate"):
+    with pytest.raises(ArtifactError, match=r"give that one, or do without error compensation"):
         calibration_text(source, calibration, (other,))
 
 
@@ -225,7 +225,7 @@ def test_command_line(tiny_model: Path, tmp_path: Path) -> None:
     plan = tmp_path / "m.plan.json"
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"m.gguf", "m.plan.json", "m.calib.safetensors", "text.txt"}
-    for name, options in (("a", ("--text", text)), ("b", ("--no-compensate",))):
+    for name, options in (("a", ("--calibration-text", text)), ("b", ("--no-compensate",))):
         run("quantize", tiny_model, plan, "-o", tmp_path / name, *options)
     assert (tmp_path / "a").read_bytes() == model.read_bytes()
     assert (tmp_path / "b").stat().st_size == model.stat().st_size
@@ -233,4 +233,4 @@ def test_command_line(tiny_model: Path, tmp_path: Path) -> None:
     assert Plan.load(plan).file_bytes == model.stat().st_size
     result = CliRunner().invoke(main, ["quantize", str(tiny_model), str(plan), "-o", str(tmp_path / "c")])
     assert result.exit_code == 1
-    assert "--no-compensate" in result.output
+    assert "Error: --calibration-text: the calibration was made from another text" in result.output

@@ -167,7 +167,7 @@ def test_rows_of_zeros_stay_zero() -> None:
 
 def test_errors_say_what_to_do() -> None:
     weights, eye = make_weights(2, 256), np.eye(256, dtype=np.float32)
-    with pytest.raises(McError, match="no-compensate"):
+    with pytest.raises(McError, match="do without it"):
         quantize_compensated(weights, "F16", eye, None)
     with pytest.raises(McError, match="positive definite"):
         quantize_compensated(weights, "Q2_K", -eye, None, CompensationOptions(damping=-2.0))

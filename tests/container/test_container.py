@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mc_gguf import container
 from mc_gguf.artifacts import PROJECTIONS, FixedTypes, TensorSpec
 from mc_gguf.common.errors import FormatError, McError
-from mc_gguf.container.table import render
+from mc_gguf.container.table import render_description
 from mc_gguf.ggml.gguf_file import FLOAT32, STRING, UINT32, Value
 from mc_gguf.ggml.types import CANDIDATES, TYPES
 from mc_gguf.runtime.packages import load_gguf
@@ -181,7 +181,7 @@ def test_header_refuses_a_fingerprint_that_is_none() -> None:
     checkpoint = RandomCheckpoint()
     tensors = container.layout(checkpoint.info, EXPERTS, FixedTypes())
     with pytest.raises(FormatError, match=r"mc_gguf\.calibration: ''"):
-        container.header(checkpoint, tensors, ONES, "")
+        container.encode_header(checkpoint, tensors, ONES, "")
 
 
 # --- broken rules
@@ -383,7 +383,7 @@ def test_flipped_bytes_never_crash(good: Path, tmp_path: Path, data: st.DataObje
     path = tmp_path / "flipped.gguf"
     path.write_bytes(whole)
     with suppress(FormatError):
-        render(container.describe(container.MixedGguf.open(path)))
+        render_description(container.describe_model(container.MixedGguf.open(path)))
 
 
 @given(st.floats(0, 1, exclude_max=True))
@@ -415,12 +415,17 @@ def test_a_plain_file_opens_but_is_not_ours(good: Path, tmp_path: Path) -> None:
         container.validate(tmp_path / "plain.gguf")
 
 
+def test_whose_keys_they_are() -> None:
+    assert container.has_own_keys(["general.name", "mc_gguf.routing.version"])
+    assert not container.has_own_keys(["general.name", "mc_gguf", "llama.mc_gguf.version"])
+
+
 def test_golden_bytes(tmp_path: Path) -> None:
-    """The example of docs/format.md, to the byte: a change here is a change of the format."""
+    """The example of docs/reference/format.md, to the byte: a change here is a change of the format."""
     checkpoint = RandomCheckpoint(1, 2, n_embd=32, n_ff=32)
     experts = {p: [["Q8_0", "Q4_0"]] for p in PROJECTIONS}
     tensors = container.layout(checkpoint.info, experts, FixedTypes())
-    header = container.header(checkpoint, tensors, ONES, TWOS)
+    header = container.encode_header(checkpoint, tensors, ONES, TWOS)
     assert len(header) == tensors[0].offset == GOLDEN_HEADER_BYTES
     assert hashlib.sha256(header).hexdigest() == GOLDEN_HEADER_SHA256
     assert container.total_bytes(tensors) == GOLDEN_FILE_BYTES

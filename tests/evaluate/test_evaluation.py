@@ -16,22 +16,14 @@ from mc_gguf.evaluate.evaluation import evaluate, perplexity
 from mc_gguf.evaluate.result import table
 from mc_gguf.evaluate.scorer import Scorer
 from mc_gguf.evaluate.text import Text
+from tests.support import WIKITEXT
 
-pytestmark = pytest.mark.native
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stored references go where the test can see them; the runtime stays where it is."""
-    from mc_gguf import runtime
-
-    monkeypatch.setenv("MC_GGUF_RUNTIME", str(runtime.require().path))
-    monkeypatch.setenv("MC_GGUF_CACHE", str(tmp_path / "cache"))
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("own_cache")]
 
 
 @pytest.fixture(scope="module")
-def text(repo_root: Path) -> Text:
-    whole = Text.read(repo_root / "tests" / "data" / "wikitext-2.test.txt")
+def text() -> Text:
+    whole = Text.read(WIKITEXT)
     return Text(whole.name, whole.content[:40_000])
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from click.testing import CliRunner
 from mc_gguf.cli import main
 from mc_gguf.evaluate.sequences import Sequences
 from mc_gguf.evaluate.tasks.continuations import Generation, Tree, generate, log_likelihoods
-from mc_gguf.runtime import packages
 
 pytestmark = pytest.mark.native
 
@@ -28,19 +26,10 @@ DOCUMENTS: tuple[dict[str, Any], ...] = (
 
 
 @pytest.fixture(scope="module")
-def f32(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model in float32: BF16 kernels round differently for one token than for many."""
-    path = tmp_path_factory.mktemp("f32") / "tiny-f32.gguf"
-    script = packages.source_dir() / "convert_hf_to_gguf.py"
-    command: list[str | Path] = [sys.executable, script, tiny_model, "--outfile", path, "--outtype", "f32"]
-    subprocess.run(command, check=True, capture_output=True)
-    return path
-
-
-@pytest.fixture(scope="module")
-def llm(f32: Path) -> Iterator[Sequences]:
+def llm(tiny_f32: Path) -> Iterator[Sequences]:
+    """In float32: BF16 kernels round differently for one token than for many."""
     """Room for 4 sequences and 256 tokens in all, 32 at a time: most cases below need several rounds."""
-    llm = Sequences(f32, n_ctx=256, n_seq=4, n_batch=32, unified=True, n_threads=1)
+    llm = Sequences(tiny_f32, n_ctx=256, n_seq=4, n_batch=32, unified=True, n_threads=1)
     yield llm
     llm.close()
 
@@ -133,13 +122,13 @@ def write_tasks(folder: Path) -> None:
 
 
 def test_tasks_of_a_local_folder(
-    f32: Path, llm: Sequences, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_f32: Path, llm: Sequences, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    datasets = pytest.importorskip("datasets", reason="pip install 'mc_gguf[tasks]'")
+    datasets: Any = importlib.import_module("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     write_tasks(tmp_path)
     names = "local_choice,local_rolling,local_answer"
-    arguments = ["eval", f32, "--tasks", names, "--tasks-path", tmp_path, "--threads", 1, "--json"]
+    arguments = ["eval", tiny_f32, "--tasks", names, "--tasks-path", tmp_path, "--threads", 1, "--json"]
     result = CliRunner().invoke(main, [*map(str, arguments), "-o", str(tmp_path / "r.html")])
     assert result.exit_code == 0, result.output
     found = {r["task"]: r for r in json.loads(result.stdout)}
@@ -163,6 +152,6 @@ def test_tasks_of_a_local_folder(
     assert found["local_rolling"]["value"] == pytest.approx(nats / size / np.log(2), rel=1e-3)
     assert "local_choice" in (tmp_path / "r.html").read_text()
 
-    unknown = CliRunner().invoke(main, ["eval", str(f32), "--tasks", "no_such_task"])
+    unknown = CliRunner().invoke(main, ["eval", str(tiny_f32), "--tasks", "no_such_task"])
     assert (unknown.exit_code, unknown.stdout) == (1, "")
     assert "has no task no_such_task" in unknown.stderr

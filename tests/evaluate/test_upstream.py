@@ -23,6 +23,7 @@ from mc_gguf.evaluate.evaluation import evaluate
 from mc_gguf.evaluate.reference import MAGIC, Reference, file_size
 from mc_gguf.evaluate.scorer import Scorer
 from mc_gguf.evaluate.text import Text
+from tests.support import WIKITEXT
 
 pytestmark = pytest.mark.native
 
@@ -30,8 +31,8 @@ Q2_K = 10  # LLAMA_FTYPE_MOSTLY_Q2_K
 
 
 @pytest.fixture(scope="module")
-def wikitext(repo_root: Path) -> Text:
-    return Text.read(repo_root / "tests" / "data" / "wikitext-2.test.txt")
+def wikitext() -> Text:
+    return Text.read(WIKITEXT)
 
 
 @pytest.fixture(scope="module")

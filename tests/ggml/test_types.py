@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from mc_gguf.common.errors import McError, RuntimeBuildError
+from mc_gguf.common.errors import McError
 from mc_gguf.ggml.types import (
     CANDIDATES,
     FALLBACKS,
@@ -98,18 +98,17 @@ def test_an_unknown_type_is_answered_with_the_known_ones() -> None:
 
 @pytest.fixture(scope="module")
 def gguf() -> Any:
-    """The second implementation in the pinned source, when it is here."""
-    try:
-        return packages.load_gguf()
-    except RuntimeBuildError:
-        pytest.skip("no pinned source; mc-gguf runtime build fetches it")
+    """The second implementation, in the pinned source."""
+    return packages.load_gguf()
 
 
+@pytest.mark.native
 def test_the_pinned_gguf_has_the_same_types(gguf: Any) -> None:
     sizes = {int(t): (t.name, *gguf.GGML_QUANT_SIZES[t]) for t in gguf.GGMLQuantizationType}
     assert {i: (t.name, t.block_size, t.block_bytes) for i, t in TYPES_BY_ID.items()} == sizes
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("name", TYPES)
 def test_the_pinned_gguf_has_the_same_file_types(gguf: Any, name: str) -> None:
     """llama_ftype names mixtures of k-quants (Q4_K_M, Q3_K_S) as well as types."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+import mc_gguf
 from mc_gguf import Llama
 from mc_gguf.artifacts import NO_CALIBRATION, Calibration, Plan
 from mc_gguf.cli import main
-from mc_gguf.common.errors import SourceError
+from mc_gguf.common.errors import NoBudgetError, SourceError
+from mc_gguf.common.units import parse_size
 from mc_gguf.container import MixedGguf
-from mc_gguf.source import keep_source
+from mc_gguf.source import refuse_to_overwrite
 from tests.support.moe_directories import CONFIGS, random_moe, save_moe
 
 pytestmark = pytest.mark.native
@@ -78,7 +81,7 @@ def test_other_text_makes_a_new_calibration(converted: Path, tiny_model: Path, t
     calibration = output.with_name("model.calib.safetensors")
     calibration.write_bytes(converted.with_name("model.calib.safetensors").read_bytes())
     before = calibration.read_bytes()
-    result = convert(tiny_model, "-o", output, "--bpw", "2.2", *QUICK, "--calibration-seed", "1", "--dry-run")
+    result = convert(tiny_model, "-o", output, "--bpw", "2.2", *QUICK, "--seed", "1", "--dry-run")
     assert result.exit_code == 0, result.output
     assert calibration.read_bytes() != before
     assert not output.exists()
@@ -109,18 +112,54 @@ def test_a_given_calibration_is_used(converted: Path, tiny_model: Path, tmp_path
 
 def test_a_budget_is_required(tiny_model: Path, tmp_path: Path) -> None:
     result = convert(tiny_model, "-o", tmp_path / "m.gguf")
-    assert result.exit_code == 1
-    assert "--bpw" in result.output
-    assert list(tmp_path.iterdir()) == []
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert lines[0] == "Error: --size, --bpw: no budget was given: give size or bpw"
+    command = next(line for line in lines if "--size" in line and line.startswith("main"))
+    size = command.split("--size ")[1]
+    planned = convert(
+        tiny_model, "-o", tmp_path / "m.gguf", "--size", size, *QUICK[:6], "--dry-run", "--json"
+    )
+    assert planned.exit_code == 0, planned.output
+    assert json.loads(planned.stdout)["plan"]["file_bytes"] <= parse_size(size)
+
+
+def test_proposals_are_exact_sizes(tiny_model: Path, tmp_path: Path) -> None:
+    """A file with one type for all experts has exactly the size that was proposed."""
+    with pytest.raises(NoBudgetError) as caught:
+        mc_gguf.convert(tiny_model, tmp_path / "m.gguf")
+    error = caught.value
+    assert error.parameters == ("size", "bpw")
+    sizes = [proposal.size_bytes for proposal in error.proposals]
+    assert len(sizes) >= 3
+    assert sizes == sorted(sizes)
+    assert all(proposal.fits for proposal in error.proposals)  # of megabytes
+    assert error.memory_bytes > 100 * sizes[-1]
+    proposal = next(p for p in error.proposals if p.bpw == 2.0625)
+    written = mc_gguf.convert(
+        str(tiny_model),
+        str(tmp_path / "u.gguf"),
+        size=proposal.size_bytes,
+        strategy="uniform",
+        types="IQ2_XXS",
+        tokens=1024,
+        ctx=128,
+        rows=16,
+        compensate=False,
+        quiet=True,
+    )
+    assert written.header.file_bytes <= proposal.size_bytes
+    assert proposal.size_bytes - written.header.file_bytes < 4096  # routing metadata
 
 
 def calibrating(folder: Path) -> bool:
     state = folder / ".model.calib.safetensors.partial"
-    return state.is_dir() and any(state.iterdir())
+    return state.is_dir() and any(state.glob("branches-*"))
 
 
 def pieces_done(folder: Path, n: int) -> bool:
-    journal = folder / ".model.gguf.journal"
+    journal = folder / ".model.gguf.partial" / "pieces" / "journal"
     return journal.is_file() and journal.read_bytes().count(b"\n") > n
 
 
@@ -132,6 +171,7 @@ def test_killed_anywhere_and_started_again_gives_the_same_bytes(
     moments: list[Callable[[Path], bool]] = [
         calibrating,
         lambda folder: (folder / "model.calib.safetensors").is_file(),
+        lambda folder: any((folder / ".model.gguf.partial" / "bank").rglob("*.blocks")),
         lambda folder: pieces_done(folder, 0),
         lambda folder: pieces_done(folder, 40),
     ]
@@ -161,8 +201,8 @@ def test_the_source_is_not_overwritten(tiny_model: Path, tiny_gguf: Path, tmp_pa
     other = tmp_path / "model-00002-of-00002.gguf"
     other.write_bytes(b"")
     with pytest.raises(SourceError):
-        keep_source(copy, other)
-    keep_source(tiny_gguf, copy)
+        refuse_to_overwrite(other, copy)
+    refuse_to_overwrite(copy, tiny_gguf)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +234,7 @@ def test_a_damaged_calibration_beside_the_output_is_made_again(tiny_model: Path,
 def test_other_plans_use_the_same_calibration(converted: Path, tiny_model: Path) -> None:
     calibration = converted.with_name("model.calib.safetensors")
     written = calibration.stat().st_mtime_ns
-    for options in (["--strategy", "random", "--seed", "7"], ["--types", "IQ1_S,Q3_K"]):
+    for options in (["--strategy", "random"], ["--types", "IQ1_S,Q3_K"]):
         quick = QUICK if "--types" not in options else (*QUICK[:6], "--quiet")
         result = convert(tiny_model, "-o", converted, "--bpw", "2.2", *quick, *options, "--dry-run")
         assert result.exit_code == 0, result.output
@@ -223,21 +263,28 @@ def test_directories_of_every_architecture_convert(name: str, tmp_path: Path) ->
 
 
 def test_refined_and_killed_gives_a_refined_file(converted: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """Killed after the search: the same command takes the plan that was found, and quantizes it."""
+    """Killed in the search, and after it: the same command takes the plan that was found."""
     output, calibration = tmp_path / "model.gguf", converted.with_name("model.calib.safetensors")
     options = ["--bpw", "2.2", *QUICK, "--refine", "1s", "--no-compensate"]
     command = [sys.executable, "-m", "mc_gguf", "convert", str(tiny_model), "-o", str(output), *options]
     command += ["--calibration", str(calibration)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        while not pieces_done(tmp_path, 0):
-            assert process.poll() is None, "it came through before it could be killed"
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+    search = tmp_path / ".model.refined.plan.json.partial" / "search" / "state.json"
+    moments: list[Callable[[Path], bool]] = [
+        lambda folder: search.is_file(),
+        lambda folder: pieces_done(folder, 0),
+    ]
+    for reached in moments:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            while not reached(tmp_path):
+                assert process.poll() is None, "it came through before it could be killed"
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+    assert not search.exists()
     refined = output.with_name("model.refined.plan.json")
     written = refined.stat().st_mtime_ns
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "refined: KL divergence on held-out text" in done.stdout
+    assert "KL divergence on held-out text" in done.stdout
     assert refined.stat().st_mtime_ns == written
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"model.gguf", "model.plan.json", "model.refined.plan.json"}
@@ -255,7 +302,7 @@ def test_refines_another_architecture_on_compensated_blocks(tmp_path: Path) -> N
     options = ["--bpw", "6", "--tokens", "2048", "--ctx", "128", "--rows", "8", "--threads", "1"]
     result = convert(source, "-o", folder / "m.gguf", *options, "--refine", "10s")
     assert result.exit_code == 0, result.output
-    assert "refined: KL divergence on held-out text" in result.stdout
+    assert "KL divergence on held-out text" in result.stdout
     assert result.stderr.count("error compensation:") == 1
     names = {path.name for path in folder.iterdir()}
     assert names == {"m.gguf", "m.plan.json", "m.refined.plan.json", "m.calib.safetensors"}

@@ -124,13 +124,11 @@ def test_objectives_belong_to_strategies_that_have_none() -> None:
             plan(SOURCE, Budget(bpw=2.5), strategy, objective="block")
 
 
-@pytest.mark.parametrize(("n_layer", "gap", "seconds"), [(1, 1e-9, 20), (58, 1e-3, 240)])
-def test_large_programs_are_solved_to_their_gap(n_layer: int, gap: float, seconds: float) -> None:
-    """Ten times what a quiet machine is allowed, twice for the large one (which takes half a second)."""
+@pytest.mark.parametrize(("n_layer", "gap"), [(1, 1e-9), (58, 1e-3)])
+def test_large_programs_are_solved_to_their_gap(n_layer: int, gap: float) -> None:
     found = bench_allocate.measure("test", n_layer, 256, 2.2)
     assert found.n_item == n_layer * 768
     assert found.gap <= gap
-    assert found.seconds < seconds
 
 
 def test_made_up_calibrations_are_calibrations() -> None:

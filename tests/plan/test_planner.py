@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -198,14 +197,11 @@ def test_the_gap_under_a_file_size_is_small(limit: int) -> None:
 def test_a_mixtral_file_is_filled_to_within_the_smallest_step() -> None:
     source = calibration(32, 8, 4096, 14336)
     limit = 31 << 29  # 15.5 GiB
-    start = time.perf_counter()
     plan = make_plan(source, Budget(size_bytes=limit), file_bytes=measure(source))
-    taken = time.perf_counter() - start
     assert plan.file_bytes is not None
     assert 0 <= limit - plan.file_bytes <= 2 * 4096 * 14336 // 256
     assert plan.optimality_gap is not None
     assert plan.optimality_gap < 1e-4
-    assert taken < 20, f"{taken:.1f} s"
 
 
 @pytest.mark.parametrize("strategy", BUDGETED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,10 @@ from mc_gguf.source.decoder import Decoder
 from tests.support.moe_directories import CONFIGS, random_moe, save_moe
 from tests.support.refine_models import divergence, slice_of
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_torch_thread")]
 TYPES = ("Q4_0", "Q8_0")
 N_EXPERT = 6
 SHAPE = (2, N_EXPERT, len(PROJECTIONS))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The matrices are too small for two threads, and results must not depend on the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=list(CONFIGS))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
 from mc_gguf.calibrate.calibrator import calibrate
-from mc_gguf.calibrate.request import CalibrationOptions
+from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.common.errors import ArtifactError
+from mc_gguf.common.workdir import workdir_path
 from mc_gguf.compensate.experts import calibration_text, compensate, open_bank, wanted_by
 from mc_gguf.plan import Budget
 from mc_gguf.plan import plan as make_plan
@@ -23,20 +23,17 @@ from mc_gguf.refine.budget import scope_of
 from mc_gguf.refine.matrices import GgmlQuantizer
 from mc_gguf.refine.options import RefinementOptions
 from mc_gguf.refine.refinement import refine_to_file, refined_before
+from mc_gguf.refine.search import Search
 from mc_gguf.source.text import load_corpus
 from tests.support.refine_models import TYPES, small
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_torch_thread")]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Matrices are too small for two. One size up and down, so that there are types which are not near."""
+def _few_near_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One size up and down, so that there are types which are not near."""
     monkeypatch.setattr(blocks, "NEAR", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -117,18 +114,8 @@ def test_blocks_are_those_of_quantize_and_not_ggmls(
 ) -> None:
     checkpoint = small()[1]
     scope, start = scope_of(plan, calibration)
-    made = compensated_blocks(
-        checkpoint,
-        calibration,
-        scope.problem,
-        start,
-        (text,),
-        tmp_path / "bank",
-        tmp_path / "states",
-        1,
-        1e9,
-        True,
-    )
+    folders = tmp_path / "bank", tmp_path / "states"
+    made = compensated_blocks(checkpoint, calibration, scope.problem, start, (text,), *folders, 1, 1e9, True)
     assert made is not None
     assert made.compensated
     name = scope.problem.types[start[1, 2, 0]]
@@ -137,6 +124,34 @@ def test_blocks_are_those_of_quantize_and_not_ggmls(
     assert (blocks != GgmlQuantizer(checkpoint, calibration)(1, "gate", 2, name)).any()
     with pytest.raises(ArtifactError, match="missing or damaged"):
         made.quantizer(1, "gate", 2, name)
+
+
+def test_a_search_of_another_seed_takes_the_blocks_that_are_there(
+    text: Path,
+    calibration: Calibration,
+    plan: Plan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Interrupted twice after the first round: its bank outlives the change, its rounds do not."""
+
+    def stop(self: Search) -> None:
+        save(self)
+        raise RuntimeError("killed")
+
+    save, output = Search._save, tmp_path / "r.json"
+    monkeypatch.setattr(Search, "_save", stop)
+    blocks = workdir_path(output) / "bank"
+    times = []
+    for seed in (1, 1, 2):
+        with pytest.raises(RuntimeError, match="killed"):
+            refine_to_file(small()[1], calibration, plan, output, options(text, seconds=1e9, seed=seed))
+        state = json.loads((workdir_path(output) / "search" / "state.json").read_text())
+        times.append((state["rounds"], sorted(p.stat().st_mtime_ns for p in blocks.rglob("*.blocks"))))
+    assert [rounds for rounds, _ in times] == [1, 2, 1]
+    assert times[0][1] == times[1][1] == times[2][1] != []
+    assert "made with another seed, text); starting anew" in caplog.text
 
 
 def test_text_of_the_calibration_is_needed(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from mc_gguf.artifacts import Plan
 from mc_gguf.common.errors import ArtifactError, McError, SourceError
@@ -26,16 +25,7 @@ from mc_gguf.refine.search import Search
 from mc_gguf.refine.state import SearchState
 from tests.support.refine_models import TYPES, layers, rows, small
 
-pytestmark = pytest.mark.native
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The matrices are too small for two threads, and results must not depend on the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_torch_thread")]
 
 
 def start_plan(bpw: float = 5.2, strategy: str = "random") -> Plan:
@@ -104,12 +94,9 @@ def test_a_killed_search_continues_bit_for_bit(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "killed").glob("memory-*")] == ["memory-3.npz"]
 
 
-def test_a_state_of_another_shape_or_a_damaged_one_is_not_taken(tmp_path: Path) -> None:
+def test_a_damaged_state_or_one_of_another_shape_is_not_taken(tmp_path: Path) -> None:
     path, start = tmp_path / "state.json", np.zeros((2, 5, 3), dtype=np.int64)
-    SearchState.resume(path, start).save(path)
-    mine = SearchState.resume(path, start)
-    mine.columns, mine.rounds = start + 1, 7
-    mine.save(path)
+    SearchState(start + 1, rounds=7).save(path)
     assert SearchState.resume(path, start).rounds == 7
     assert SearchState.resume(path, start[:1]).rounds == 0
     path.write_text(path.read_text()[:-9])

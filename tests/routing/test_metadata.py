@@ -160,7 +160,7 @@ def test_sizes_are_exact(checkpoint: RandomCheckpoint, tmp_path: Path) -> None:
 
 
 def test_golden_bytes() -> None:
-    """The example of docs/format.md, to the byte: a change here is a change of the format."""
+    """The example of docs/reference/format.md, to the byte: a change here is a change of the format."""
     layers = np.array([[[0, 0.25, 1]]])
     small = RoutingProfile((0,), 1, layers, np.array([0.5]), np.array([[0, 1.0, 4]]))
     kv = routing_kv(choose_thresholds(default_metadata(small), quantile=0.5, protect=0.5))
@@ -342,7 +342,7 @@ def test_only_the_routing_keys_change(which: str, request: pytest.FixtureRequest
 def test_an_interrupted_copy_leaves_the_old_file(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = ours.read_bytes()
     metadata = choose_thresholds(default_metadata(profile()), 0.3)
-    monkeypatch.setattr("mc_gguf.container.routing._COPY_BYTES", 1000)
+    monkeypatch.setattr("mc_gguf.container.rewrite._COPY_BYTES", 1000)
 
     class Bar:
         calls = 0
@@ -360,7 +360,7 @@ def test_an_interrupted_copy_leaves_the_old_file(ours: Path, monkeypatch: pytest
 
 
 def test_a_file_that_shrinks_meanwhile_is_an_error(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mc_gguf.container.routing._COPY_BYTES", 1000)
+    monkeypatch.setattr("mc_gguf.container.rewrite._COPY_BYTES", 1000)
 
     class Bar:
         def update(self, done: float, total: float) -> None:
@@ -375,7 +375,7 @@ def test_a_full_disk_is_said_before_anything_is_written(ours: Path, monkeypatch:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 100))
     before = ours.read_bytes()
-    with pytest.raises(McError, match=r"has 100 B free, the copy needs .*-o"):
+    with pytest.raises(McError, match=r"has 100 B free, but the copy takes .*; make room"):
         container.write_routing(ours, ours, default_metadata(profile()))
     assert ours.read_bytes() == before
 
@@ -462,7 +462,7 @@ def test_calibrations_of_other_models_are_refused(
             container.base_metadata(foreign, given_[name])
     with pytest.raises(ArtifactError, match="has no routing statistics"):
         container.base_metadata(own, given_["without routing"])
-    with pytest.raises(ArtifactError, match=r"plain\.gguf carries no routing profile .*--calibration FILE"):
+    with pytest.raises(ArtifactError, match=r"plain\.gguf carries no routing profile .*give a calibration"):
         container.base_metadata(foreign, None)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mc_gguf.routing.params import IMPORTANCES, RoutingParams
-from mc_gguf.runtime import Runtime, packages
-from tests.support import ROOT
+from tests.support import WIKITEXT
 from tests.support.eval_capture import Batch, Context, Decision
 from tests.support.routing_reference import Reference, Routed, load, splitmix64, ubatches, uniform
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_torch_thread")]
 N_LAYER = 6
-TEXT = ROOT / "tests" / "data" / "wikitext-2.test.txt"
 # llama.cpp's flash attention rounds keys and values to F16 whatever the cache holds.
 NEAR_FLASH = 1e-2
 Step = Batch | tuple[int, int]  # decode, or remove (sequence, start)
@@ -31,33 +27,14 @@ Weights = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def tiny_f32(runtime: Runtime, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model as an F32 GGUF: the weights that torch reads."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny-f32.gguf"
-    script = packages.source_dir() / "convert_hf_to_gguf.py"
-    command: list[str | Path] = [sys.executable, script, tiny_model, "--outfile", path, "--outtype", "f32"]
-    subprocess.run(command, check=True, capture_output=True)
-    return path
-
-
-@pytest.fixture(scope="module")
 def weights(tiny_model: Path) -> Weights:
     return load(tiny_model)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Idle threads of torch and of ggml take the cores from each other: ten times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def text(tiny_model: Path) -> NDArray[np.int64]:
     tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
-    return np.array(tokenizer.encode(TEXT.read_text()[:20_000]).ids)
+    return np.array(tokenizer.encode(WIKITEXT.read_text()[:20_000]).ids)
 
 
 def thresholds(*by_rank: float) -> NDArray[np.float32]:

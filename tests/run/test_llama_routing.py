@@ -13,8 +13,7 @@ import pytest
 from mc_gguf import Llama, Routing
 from mc_gguf.artifacts import PROJECTIONS, Calibration
 from mc_gguf.common.errors import FormatError, McError
-from mc_gguf.container import expert_bytes
-from mc_gguf.container.routing import write_routing
+from mc_gguf.container import expert_bytes, write_routing
 from mc_gguf.ggml.gguf_file import read_header
 from mc_gguf.quantize.writer import quantize
 from mc_gguf.routing import RoutingMetadata, default_metadata

@@ -23,7 +23,7 @@ from mc_gguf.run.llama import Llama
 from mc_gguf.run.routing_api import set_routing
 from mc_gguf.runtime import Runtime
 from mc_gguf.source import open_checkpoint
-from tests.support import ROOT
+from tests.support import WIKITEXT
 from tests.support.mixed_files import ModelWriter, first_layers
 from tests.support.random_models import write_random_model
 from tests.support.routing_session import Logits, Session, write_lora
@@ -32,7 +32,6 @@ import llama_cpp  # isort: skip  after mc_gguf.run.llama, which chooses its libr
 from llama_cpp._logger import set_verbose  # isort: skip
 
 pytestmark = pytest.mark.native
-TEXT = ROOT / "tests" / "data" / "wikitext-2.test.txt"
 N_LAYER, N_EXPERT, N_EMBD, N_FF = 2, 8, 256, 256  # of the bundled model's first layers
 ALL = tuple(range(N_EXPERT))
 MIXED: dict[int, list[tuple[str, tuple[int, ...]]]] = {
@@ -89,7 +88,7 @@ def models(writer: ModelWriter) -> Iterator[Models]:
 
 @pytest.fixture(scope="module")
 def tokens(models: Models) -> list[int]:
-    return models("F32").tokenize(TEXT.read_bytes()[:6000])[:512]
+    return models("F32").tokenize(WIKITEXT.read_bytes()[:6000])[:512]
 
 
 def far(a: Logits, b: Logits) -> float:

@@ -31,6 +31,7 @@ from mc_gguf.common.errors import RuntimeBuildError
 from mc_gguf.runtime import builder as building
 from mc_gguf.runtime import fetch as source
 from mc_gguf.runtime import locate, packages, upstream
+from mc_gguf.runtime.facts import render_facts, runtime_facts
 from mc_gguf.runtime.shell import Log, git_env
 
 CMAKE = """cmake_minimum_required(VERSION 3.14)
@@ -186,8 +187,8 @@ def built_cache(master: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Pa
     master.pin()
     with pytest.MonkeyPatch.context() as patch:
         _use(master, cache, patch)
-        runtime.build(patched=True)
-        runtime.build(patched=False)
+        building.build(patched=True)
+        building.build(patched=False)
     return cache
 
 
@@ -212,7 +213,7 @@ def nothing_installed(cache: Path) -> bool:
 def test_build_installs_libraries_and_the_needed_source(
     stand_in: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = runtime.build()
+    made = building.build()
     assert runtime.require() == made
     for name in ("llama", "ggml", "ggml-base", "ggml-cpu"):
         assert runtime.library_path(name).is_file()
@@ -246,13 +247,13 @@ def test_libraries_find_each_other_after_a_move(built: Path, tmp_path: Path) -> 
 def test_a_second_build_runs_nothing(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Log, "run", None)
     monkeypatch.setenv("PATH", "")
-    assert runtime.build() == runtime.require()
+    assert building.build() == runtime.require()
 
 
 def test_force_builds_again_and_replaces(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = runtime.build()
+    first = building.build()
     (first.path / "mark").touch()
-    assert runtime.build(force=True) == first
+    assert building.build(force=True) == first
     assert not (first.path / "mark").exists()
     assert [path.name for path in first.path.parent.iterdir()] == [first.path.name]
 
@@ -279,18 +280,18 @@ def test_a_library_with_other_patches_is_refused(built: Path, monkeypatch: pytes
 
 
 def test_a_changed_patch_asks_for_a_new_build(stand_in: StandIn) -> None:
-    before = runtime.build()
+    before = building.build()
     (stand_in.patches / "src").mkdir()
     (stand_in.patches / "src" / "mc.h").write_text("// ours\n")
     with pytest.raises(RuntimeBuildError, match="is not built for this mc-gguf; run: mc-gguf runtime build"):
         runtime.library_path("llama")
-    after = runtime.build()
+    after = building.build()
     assert after.path != before.path
     assert (after.source_dir / "mc" / "mc.h").read_text() == "// ours\n"
 
 
 def test_a_damaged_library_is_refused(stand_in: StandIn) -> None:
-    made = runtime.build()
+    made = building.build()
     path = made.library("llama").resolve()
     path.unlink()  # the build has loaded it: a new file, not new bytes in the mapped one
     path.write_bytes(b"no library")
@@ -333,12 +334,12 @@ def test_the_preferred_backend_is_used_unless_another_is_named(
 
 
 def test_info_tells_what_is_built(built: Path) -> None:
-    facts = runtime.info()
+    facts = runtime_facts()
     assert facts["built"]
     assert facts["backends"] == {"cpu": True, "cuda": False, "vulkan": False, "metal": False}
     assert facts["path"] == str(runtime.require().path)
     assert facts["patches"] == ["0001-llama-say-patches.patch"]
-    text = runtime.describe(facts)
+    text = render_facts(facts)
     assert "backends built    cpu" in text
     assert facts["path"] in text
 
@@ -346,19 +347,19 @@ def test_info_tells_what_is_built(built: Path) -> None:
 def test_programs_are_compiled_against_the_runtime_and_cached(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = runtime.build_tests(runtime.require())
+    program = building.build_tests(runtime.require())
     assert subprocess.run([program], check=False).returncode == 0
     own = tmp_path / "own.cpp"
     own.write_text('#include "llama.h"\nint main() { return llama_answer() - 40; }\n')
-    first = runtime.compile_program(runtime.require(), own, "own")
+    first = building.compile_program(runtime.require(), own, "own")
     assert subprocess.run([first], check=False).returncode == 2
     own.write_text("int main() { return 3; }\n")
-    assert runtime.compile_program(runtime.require(), own, "own") != first
+    assert building.compile_program(runtime.require(), own, "own") != first
     own.write_text("int main() { return nothing; }\n")
     with pytest.raises(RuntimeBuildError, match=r"compiling own\.cpp failed"):
-        runtime.compile_program(runtime.require(), own, "own")
+        building.compile_program(runtime.require(), own, "own")
     monkeypatch.setattr(Log, "run", None)
-    assert runtime.build_tests(runtime.require()) == program
+    assert building.build_tests(runtime.require()) == program
 
 
 def test_the_command_builds_and_prints_paths(built: Path) -> None:
@@ -398,7 +399,7 @@ def test_a_missing_tool_is_named(
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
     with pytest.raises(RuntimeBuildError, match=message):
-        runtime.build()
+        building.build()
     assert not upstream.cache_dir().exists()
 
 
@@ -413,30 +414,30 @@ def test_a_backend_without_its_toolkit_is_named(
     monkeypatch.setattr(building, "_cuda_compiler", lambda: shutil.which("nvcc"))
     monkeypatch.setattr(sys, "platform", "linux")
     with pytest.raises(RuntimeBuildError, match=message):
-        runtime.build(backend)
+        building.build(backend)
 
 
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(RuntimeBuildError, match="unknown backend 'tpu': one of cpu, cuda, vulkan, metal"):
-        runtime.build("tpu")
+        building.build("tpu")
 
 
 def test_a_wrong_cxx_is_named(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -m32")
     with pytest.raises(RuntimeBuildError, match="CXX is 'no-such-compiler -m32', which is not installed"):
-        runtime.build()
+        building.build()
 
 
 def test_no_pip_is_named(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeBuildError, match=r"has no pip to fetch llama.cpp with; run: .* -m ensurepip"):
-        runtime.build()
+        building.build()
 
 
 def test_a_full_disk_is_named(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300_000_000))
-    with pytest.raises(RuntimeBuildError, match=r"0\.3 GB are free under .* needs 1 GB: make room"):
-        runtime.build()
+    with pytest.raises(RuntimeBuildError, match=r"has 0\.3 GB free, but a build needs 1 GB: make room"):
+        building.build()
 
 
 def test_a_bare_machine_is_enough(
@@ -445,7 +446,7 @@ def test_a_bare_machine_is_enough(
     """git, cmake, make, a compiler and what comes with it: no ninja, no ccache."""
     compiler = {"cc", "c++", "as", "ld", "ar", "ranlib", "nm", "objcopy", "objdump", "strip"}
     _only({"git", "cmake", "make", "sh", "uname"} | compiler, tmp_path / "bin", monkeypatch)
-    assert runtime.build() == runtime.require()
+    assert building.build() == runtime.require()
     assert "runtime cpu: 100 %" in capsys.readouterr().err
 
 
@@ -455,7 +456,7 @@ def test_a_bare_machine_is_enough(
 def test_a_wrong_hash_is_refused_and_not_kept(stand_in: StandIn) -> None:
     stand_in.pin(sdist_sha256="0" * 64)
     with pytest.raises(RuntimeBuildError, match=r"has SHA-256 .*, expected 0000.* not the pinned release"):
-        runtime.build()
+        building.build()
     assert not any((upstream.cache_dir() / "downloads").iterdir())
     assert nothing_installed(upstream.cache_dir())
 
@@ -473,29 +474,29 @@ def test_pips_own_failure_is_reported_with_its_last_lines(
 ) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(RuntimeBuildError, match=r"downloading stand-in 1\.0 with pip failed .* full log: "):
-        runtime.build()
+        building.build()
     assert "No matching distribution found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["tree", "patched_tree"])
 def test_another_tree_than_the_pinned_one_is_refused(key: str, stand_in: StandIn) -> None:
     stand_in.pin(**{key: "1" * 40})
-    with pytest.raises(RuntimeBuildError, match=r"source is git tree .* patches/UPSTREAM says 1111"):
-        runtime.build()
+    with pytest.raises(RuntimeBuildError, match=r"source is git tree .* patches/UPSTREAM has 1111"):
+        building.build()
     assert nothing_installed(upstream.cache_dir())
 
 
 def test_an_unknown_commit_is_refused(stand_in: StandIn) -> None:
     stand_in.pin(commit="1" * 40)
     with pytest.raises(RuntimeBuildError, match=r"checking out llama\.cpp failed"):
-        runtime.build()
+        building.build()
 
 
 def test_a_patch_that_does_not_apply_exactly_is_refused(stand_in: StandIn) -> None:
     path = stand_in.patches / "0001-llama-say-patches.patch"
     path.write_text(path.read_text().replace(" int ggml_answer(void);", " int ggml_answer();"))
     with pytest.raises(RuntimeBuildError, match=r"applying the patches to llama\.cpp failed"):
-        runtime.build()
+        building.build()
     assert nothing_installed(upstream.cache_dir())
 
 
@@ -558,12 +559,12 @@ def test_a_failed_compilation_shows_its_last_lines_and_can_be_continued(
 ) -> None:
     monkeypatch.setenv("CFLAGS", "-Dllama_answer=0")
     with pytest.raises(RuntimeBuildError, match=r"compiling llama\.cpp failed .* full log: .*\.log"):
-        runtime.build()
+        building.build()
     assert "error: " in capsys.readouterr().err
     assert nothing_installed(upstream.cache_dir())
     monkeypatch.delenv("CFLAGS")
     monkeypatch.setattr(source, "download", None)  # the prepared source is used again
-    assert runtime.build() == runtime.require()
+    assert building.build() == runtime.require()
 
 
 def test_an_interrupted_build_leaves_no_runtime(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,7 +576,7 @@ def test_an_interrupted_build_leaves_no_runtime(stand_in: StandIn, monkeypatch: 
         assert CliRunner().invoke(main, ["runtime", "build"]).exit_code == 130
     assert nothing_installed(upstream.cache_dir())
     assert runtime.find() is None
-    assert runtime.build() == runtime.require()
+    assert building.build() == runtime.require()
 
 
 def test_leftovers_of_a_killed_build_are_no_runtime_and_are_removed(stand_in: StandIn) -> None:
@@ -584,7 +585,7 @@ def test_leftovers_of_a_killed_build_are_no_runtime_and_are_removed(stand_in: St
     (leftover / "lib").mkdir(parents=True)
     (runtimes / locate.runtime_key("cpu", True)).mkdir()  # no manifest
     assert runtime.find() is None
-    runtime.build()
+    building.build()
     assert not leftover.exists()
 
 
@@ -614,7 +615,7 @@ def test_the_build_that_waited_uses_what_the_other_built(
     manifest = runtime.require().path / locate.MANIFEST
     monkeypatch.setattr(Path, "is_file", lambda path: next(found, True) if path == manifest else real(path))
     monkeypatch.setattr(building, "_build_locked", None)
-    assert runtime.build().path == manifest.parent
+    assert building.build().path == manifest.parent
 
 
 def test_a_program_that_cannot_start_is_one_sentence(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from mc_gguf.ggml.gguf_file import STRING, UINT32, Value
 from mc_gguf.runtime.packages import load_gguf
 from mc_gguf.source import Checkpoint, open_checkpoint
 from mc_gguf.source.base import SAMPLE_BYTES, bos_of, make_info, sample_offsets
+from tests.support import TINY
 from tests.support.gguf_models import (
-    TINY,
     RandomCheckpoint,
     model_kv,
     model_tensors,
@@ -129,6 +129,7 @@ def test_nothing_stays_in_memory(tiny: Checkpoint) -> None:
         tiny.expert(0, "gate", expert)
     tiny.tensor("token_embd.weight")
     seen: list[Any] = [*tiny._lazy.values()]  # type: ignore[attr-defined]
+    n_node = 0
     while seen:
         node = seen.pop()
         if isinstance(node, list | tuple):
@@ -136,6 +137,8 @@ def test_nothing_stays_in_memory(tiny: Checkpoint) -> None:
         elif hasattr(node, "_args"):
             assert node._data is None
             seen.append(node._args)
+            n_node += 1
+    assert n_node > len(tiny.info.tensors)
 
 
 def split(source: Path, target: Path, n_shard: int) -> Path:

@@ -16,7 +16,7 @@ from mc_gguf.source.text import MIN_TOKENS, load_corpus
 
 @dataclass
 class Bytes:
-    """One token a byte."""
+    """One token per byte."""
 
     bos_id: int | None = 1000
     add_bos: bool = True
@@ -105,18 +105,18 @@ def test_few_tokens_are_warned_about(text: Path, caplog: pytest.LogCaptureFixtur
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         load_corpus(Bytes(), [text], tokens=1000, ctx=128)
-    assert "896 tokens of calibration text are few" in caplog.text
+    assert "896 tokens of text are few" in caplog.text
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
     short, binary = tmp_path / "short", tmp_path / "binary"
     short.write_text("too short")
     binary.write_bytes(b"abc\xff")
-    with pytest.raises(SourceError, match="less than one row of 512"):
+    with pytest.raises(SourceError, match="is less than one row of 512"):
         load_corpus(Bytes(), [short])
-    with pytest.raises(SourceError, match=r"binary is not UTF-8 \(byte 3\)"):
+    with pytest.raises(SourceError, match=r"binary is not UTF-8 \(see byte 3\)"):
         load_corpus(Bytes(), [binary])
     with pytest.raises(SourceError, match="missing"):
         load_corpus(Bytes(), [tmp_path / "missing"])
-    with pytest.raises(SourceError, match="--tokens"):
+    with pytest.raises(SourceError, match="cannot cut 10 tokens into rows of 20"):
         load_corpus(Bytes(), [short], tokens=10, ctx=20)

@@ -25,11 +25,9 @@ from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, STRING, UINT32, TensorEntry, 
 from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.routing import RoutingMetadata
 from mc_gguf.runtime.packages import load_gguf
-from mc_gguf.source.base import fingerprint, kv_size
-from tests.support import ROOT
+from mc_gguf.source.base import fingerprint, measure_metadata
 from tests.support.synthetic_calibration import synthetic_routing
 
-TINY = ROOT / "models" / "tiny-mixtral"
 ONES = hashlib.sha256(b"1").hexdigest()
 TWOS = hashlib.sha256(b"2").hexdigest()
 
@@ -91,7 +89,7 @@ class RandomCheckpoint:
             n_embd=n_embd,
             n_ff=n_ff,
             fingerprint=fingerprint(self.kv, "llama", tensors, []),
-            kv_bytes=kv_size(self.kv, "llama"),
+            kv_bytes=measure_metadata(self.kv, "llama"),
             n_kv=len(self.kv) + 1,
             tensors=tuple(tensors),
         )
@@ -130,6 +128,13 @@ class RandomCheckpoint:
 def uniform(info: ModelInfo, type_name: str) -> dict[str, tuple[tuple[str, ...], ...]]:
     """Plan.experts with one type everywhere."""
     return {p: tuple((type_name,) * info.n_expert for _ in info.expert_layers) for p in PROJECTIONS}
+
+
+def mixed(checkpoint: RandomCheckpoint, types: tuple[str, ...], seed: int = 1) -> dict[str, list[list[str]]]:
+    """Types of a plan, drawn from `types`."""
+    rng = np.random.default_rng(seed)
+    info = checkpoint.info
+    return {p: rng.choice(types, (len(info.expert_layers), info.n_expert)).tolist() for p in PROJECTIONS}
 
 
 def make_plan(
@@ -203,7 +208,7 @@ def write_random(
     tensors = container.layout(checkpoint.info, experts, FixedTypes(), routing)
     rng = np.random.default_rng(7)
     data = bytearray(container.total_bytes(tensors))
-    header = container.header(checkpoint, tensors, ONES, TWOS, routing)
+    header = container.encode_header(checkpoint, tensors, ONES, TWOS, routing)
     data[: len(header)] = header
     for t in tensors:
         body = rng.bytes(t.n_bytes) if t.map is None else np.asarray(t.map, dtype="<i4").tobytes()

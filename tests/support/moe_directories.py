@@ -15,7 +15,7 @@ import torch
 from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
 from mc_gguf.runtime.packages import load_gguf
 from mc_gguf.source import Checkpoint
-from tests.support.small_models import TINY
+from tests.support import TINY
 
 # What the architectures do not share; attention heads are 32 wide where that can be chosen.
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration
 from mc_gguf.calibrate.calibrator import calibrate
-from mc_gguf.calibrate.request import CalibrationOptions
+from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.compensate.bank import Bank
 from mc_gguf.ggml.quantizers import dequantize_rows
 from mc_gguf.refine.matrices import GgmlQuantizer, Matrices

@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import PROJECTIONS, ModelInfo, TensorSpec, expert_tensor_name
-from tests.support import ROOT
+from tests.support import TINY
 
-TINY = ROOT / "models" / "tiny-mixtral"
 _NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",

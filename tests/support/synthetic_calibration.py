@@ -10,24 +10,7 @@ import numpy as np
 
 from mc_gguf.artifacts import ATTENTION, PROJECTIONS, Calibration, ModelInfo, TensorSpec, expert_tensor_name
 from mc_gguf.ggml.types import CANDIDATES
-
-# Relative squared error of each type on unit Gaussian rows, measured.
-RELATIVE_ERROR = {
-    "IQ1_S": 0.251,
-    "IQ1_M": 0.222,
-    "IQ2_XXS": 0.123,
-    "IQ2_XS": 0.096,
-    "IQ2_S": 0.065,
-    "Q2_K": 0.074,
-    "IQ3_XXS": 0.036,
-    "IQ3_S": 0.020,
-    "Q3_K": 0.021,
-    "IQ4_XS": 0.0058,
-    "Q4_K": 0.0051,
-    "Q5_K": 0.0014,
-    "Q6_K": 0.0004,
-    "Q8_0": 0.00003,
-}
+from tools.common import RELATIVE_ERROR
 
 
 def model_info(

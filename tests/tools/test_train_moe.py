@@ -1,4 +1,4 @@
-"""The training tool on a model of a minute's fraction: it learns, and continues where it was killed."""
+"""The training tool on a tiny model: it learns, and it continues where it was killed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from mc_gguf.source import open_checkpoint
 from mc_gguf.source.decoder import Decoder
+from tests.support import WIKITEXT
 from tools.experiments import train_moe
 
 
@@ -98,9 +99,10 @@ def test_the_command_learns_and_its_directory_is_a_source_model(text: Path, tmp_
 
 
 def test_default_texts_leave_the_evaluation_text_out() -> None:
-    names = [path.name for path in train_moe.default_texts()]
-    assert names[0] == "calibration-mix.txt"
-    assert all("wikitext" not in name for name in names)
+    texts = train_moe.default_texts()
+    assert {"calibration-mix.txt", "README.md", "LOG.md"} < {path.name for path in texts}
+    assert all(path.is_file() for path in texts)
+    assert WIKITEXT not in texts
 
 
 def test_imbalance_is_1_for_even_use_and_grows_with_the_load_of_one() -> None:

@@ -2,15 +2,14 @@
 
     python -m tools.experiments.make_model /tmp/mixtral-2 --layers 2
 
-For measuring memory and time, not quality: the weights are Gaussian (standard deviation 0.02, norms 1). One
-tensor at a time is in memory. Default sizes are those of Mixtral-8x7B: 2.9 GB a layer. The tokenizer is the
-bundled model's.
+It is for measuring memory and time, not quality: the weights are Gaussian with a standard deviation of 0.02,
+the norms are 1. One tensor at a time is in memory. The default sizes are those of Mixtral-8x7B, 2.9 GB per
+layer. The tokenizer is the bundled model's.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-TOKENIZER_FROM = Path(__file__).resolve().parents[2] / "models" / "tiny-mixtral"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+from tools.common import copy_tokenizer
+
 _PIECE = 1 << 22
 
 
@@ -38,7 +37,7 @@ class Sizes:
     vocab: int
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """(Hugging Face name, shape) of every tensor."""
+        """The Hugging Face name and the shape of every tensor."""
         kv = self.embd // self.heads * self.kv_heads
         yield "model.embed_tokens.weight", (self.vocab, self.embd)
         for layer in range(self.layers):
@@ -85,12 +84,12 @@ class Sizes:
 
 
 def bf16(values: NDArray[np.float32]) -> bytes:
-    """Truncated to BF16."""
+    """The values truncated to BF16."""
     return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
 
 
 def random_bytes(rng: np.random.Generator, shape: tuple[int, ...]) -> Iterator[bytes]:
-    """A random BF16 tensor in pieces; norms are ones."""
+    """The bytes of a random BF16 tensor in pieces; a norm is all ones."""
     left = int(np.prod(shape))
     if len(shape) == 1:
         yield bf16(np.ones(left, dtype=np.float32))
@@ -102,7 +101,7 @@ def random_bytes(rng: np.random.Generator, shape: tuple[int, ...]) -> Iterator[b
 
 
 def shards(sizes: Sizes, max_bytes: int) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """The tensors, cut into shards of at most `max_bytes` (one tensor at least)."""
+    """The tensors in shards of at most `max_bytes`, or of one tensor that is larger."""
     found: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     filled = 0
     for name, shape in sizes.tensors():
@@ -116,7 +115,7 @@ def shards(sizes: Sizes, max_bytes: int) -> list[list[tuple[str, tuple[int, ...]
 
 
 def write_shard(path: Path, tensors: list[tuple[str, tuple[int, ...]]], rng: np.random.Generator) -> None:
-    """One safetensors file: length, JSON header, tensors one after another."""
+    """Write one safetensors file: length, JSON header, then one tensor after another."""
     header, offset = {}, 0
     for name, shape in tensors:
         end = offset + 2 * int(np.prod(shape))
@@ -144,8 +143,7 @@ def make_model(folder: Path, sizes: Sizes, max_shard_bytes: int, seed: int) -> N
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (folder / "config.json").write_text(json.dumps(sizes.config(), indent=1))
-    for name in TOKENIZER_FILES:
-        shutil.copy(TOKENIZER_FROM / name, folder / name)
+    copy_tokenizer(folder)
 
 
 @click.command()

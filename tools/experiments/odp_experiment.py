@@ -1,16 +1,17 @@
-"""What dropping experts costs in quality, for every policy and importance measure, on the bundled model.
+"""Measure what dropping experts costs in quality, for every policy and importance measure.
 
     python -m tools.experiments.odp_experiment /tmp/odp [--tokens 4096] [--ctx 512] [--threads 1]
 
-Converts the bundled model to 16 bits and to about 2 bits an expert weight (calibrated on the bundled text),
-then measures on WikiText-2 test and on C++ (src/llama-vocab.cpp of the pinned llama.cpp: not in the
-calibration text) perplexity and the mean KL divergence from the same file with routing off, against the share
-of expert activations that were dropped, by the runtime's counters. Every token is scored:
-what is counted is what is scored. A window of --ctx tokens is one prompt, so importance is ranked within it.
+The script converts the bundled model to 16 bits and to about 2 bits per expert weight, calibrated on the
+bundled text. On WikiText-2 test and on C++ (src/llama-vocab.cpp of the pinned llama.cpp, which is not in the
+calibration text) it then measures perplexity and the mean KL divergence from the same file with routing off,
+against the share of expert activations that the runtime's counters say were dropped. Every token is scored,
+so what is counted is what is scored. A window of --ctx tokens is one prompt, within which importance is
+ranked.
 
-Writes results.json, table.md (interpolated between the measured points at 5, 10, 15, 20, 30 %) and curves.svg
-(with matplotlib: pip install 'mc_gguf[plot]'). A measured point is not measured again: delete results.json to
-start over.
+It writes results.json, table.md (interpolated between the measured points at 5, 10, 15, 20 and 30 %) and
+curves.svg (with matplotlib: pip install 'mc_gguf[plot]'). A measured point is not measured again: delete
+results.json to start over.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "models" / "tiny-mixtral"
-WIKITEXT = ROOT / "tests" / "data" / "wikitext-2.test.txt"
+from tools.common import MODEL, WIKITEXT, mc_gguf, panels, save_svg
+
 SHARES = (0.05, 0.10, 0.15, 0.20, 0.30)
 IMPORTANCES = ("attention", "l1", "mean", "variance", "kurtosis", "last")
 FILES = {"16 bit": ("--bpw", "16"), "mixed, 2.06 bpw": ("--bpw", "2.06")}
@@ -40,8 +40,8 @@ PROTECT = 0.02
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: share of expert activations dropped, perplexity, mean KL divergence from routing off
-    (nats a token) and its standard error.
+    """One measurement: the share of expert activations dropped, the perplexity, and the mean KL divergence
+    from routing off in nats per token, with its standard error.
     """
 
     file: str
@@ -55,8 +55,8 @@ class Point:
 
 
 def settings() -> Iterator[tuple[str, str]]:
-    """(name of the curve, routing) of all points. With two experts a token, a share s of all activations is
-    dropped at the quantile 2 s of the second one's ratios.
+    """The name of the curve and the routing of every point. With two experts per token, a share s of all
+    activations is dropped at the quantile 2 s of the second expert's ratios.
     """
     grid = [round(2 * s, 3) for s in (0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.26, 0.33)]
     for q in grid:
@@ -71,19 +71,19 @@ def settings() -> Iterator[tuple[str, str]]:
         yield "random", f"random:rate={q},seed=1"
     for ratio in (0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65):
         yield "keep_min", f"keep_min:ratio={ratio}"
-        yield "top_p", f"top_p:top_p={1 / (1 + ratio)}"  # of two experts: the same decision
+        yield "top_p", f"top_p:top_p={1 / (1 + ratio)}"  # for two experts the same decision
 
 
 @dataclass
 class Scores:
-    """Log-probabilities at the scored tokens of a text: all [n, n_vocab], and of the right ones [n]."""
+    """Log-probabilities at the n scored tokens of a text: all [n, n_vocab], and the right token's [n]."""
 
     log_probs: NDArray[np.float32]
     right: NDArray[np.float64]
 
 
 def measure(llm: Any, windows: NDArray[np.int64]) -> Scores:
-    """Scores of all tokens of each window but the first."""
+    """The scores of all tokens of each window but its first."""
     log_probs, right = [], []
     for window in windows:
         llm.reset()
@@ -97,7 +97,7 @@ def measure(llm: Any, windows: NDArray[np.int64]) -> Scores:
 
 
 def divergence(base: Scores, other: Scores) -> tuple[float, float]:
-    """Mean KL(base || other) in nats a token, and its standard error."""
+    """Mean KL(base || other) in nats per token, and its standard error."""
     per_token = np.concatenate(
         [
             (np.exp(p.astype(np.float64)) * (p.astype(np.float64) - q)).sum(axis=1)
@@ -118,8 +118,9 @@ def cut(llm: Any, text: str, n_tokens: int, ctx: int) -> NDArray[np.int64]:
     return windows
 
 
-def convert(folder: Path) -> dict[str, Path]:
-    """The two files. The calibration is shared."""
+def convert(folder: Path, model: Path, calibration_tokens: int | None) -> dict[str, Path]:
+    """Make the two files, which share a calibration."""
+    calibrate = ("--tokens", calibration_tokens) if calibration_tokens else ()
     paths = {}
     for name, budget in FILES.items():
         path = folder / f"{name.split(',')[0].replace(' ', '-')}.gguf"
@@ -127,30 +128,12 @@ def convert(folder: Path) -> dict[str, Path]:
         if not path.exists():
             source = folder / "tiny-mixtral"
             if not source.exists():
-                shutil.copytree(MODEL, source)
-            command: list[str | Path] = [
-                sys.executable,
-                "-m",
-                "mc_gguf",
-                "convert",
-                source,
-                "-o",
-                path,
-                *budget,
-            ]
-            subprocess.run(command, check=True)
+                shutil.copytree(model, source)
+            options = calibrate if budget != ("--bpw", "16") else ()  # 16 bits need no calibration
+            subprocess.run(mc_gguf("convert", source, "-o", path, *budget, *options), check=True)
     calibration = next(folder.glob("*.calib.safetensors"))
-    command = [
-        sys.executable,
-        "-m",
-        "mc_gguf",
-        "routing",
-        "set",
-        paths["16 bit"],
-        "--calibration",
-        calibration,
-    ]
-    subprocess.run(command, check=True, capture_output=True)  # a 16-bit file needs no calibration by itself
+    command = mc_gguf("routing", "set", paths["16 bit"], "--calibration", calibration)
+    subprocess.run(command, check=True, capture_output=True)
     return paths
 
 
@@ -161,12 +144,13 @@ def texts() -> dict[str, str]:
     return {"WikiText-2": WIKITEXT.read_text(encoding="utf-8"), "C++": code.read_text(encoding="utf-8")}
 
 
-def run(folder: Path, n_tokens: int, ctx: int, threads: int) -> list[Point]:
+def run(folder: Path, files: dict[str, Path], n_tokens: int, ctx: int, threads: int) -> list[Point]:
+    """Measure the points that results.json lacks."""
     from mc_gguf.run.llama import Llama
 
     results = folder / "results.json"
     points = [Point(**p) for p in json.loads(results.read_text())] if results.exists() else []
-    for name, path in convert(folder).items():
+    for name, path in files.items():
         llm = Llama(
             path, n_ctx=ctx, n_batch=ctx, n_ubatch=ctx, logits_all=True, n_threads=threads, routing="off"
         )
@@ -203,13 +187,13 @@ def run(folder: Path, n_tokens: int, ctx: int, threads: int) -> list[Point]:
 
 
 def curve(points: list[Point], file: str, text: str, policy: str) -> list[Point]:
-    """The points of one curve by dropped share, beginning with routing off."""
+    """The points of one curve in the order of the dropped share, beginning with routing off."""
     chosen = [p for p in points if (p.file, p.text) == (file, text) and p.policy in (policy, "off")]
     return sorted(chosen, key=lambda p: p.dropped)
 
 
 def at(points: list[Point], share: float, value: str) -> float | None:
-    """Interpolated between measured points, without overshoot (PCHIP); None outside of them."""
+    """A value interpolated between the measured points without overshoot (PCHIP); None outside of them."""
     x = [p.dropped for p in points]
     if len(points) < 2 or not x[0] <= share <= x[-1]:
         return None
@@ -219,7 +203,7 @@ def at(points: list[Point], share: float, value: str) -> float | None:
 
 
 def table(points: list[Point]) -> str:
-    """Markdown: KL divergence (perplexity) at the wanted shares, a table a file and text."""
+    """Markdown: KL divergence (perplexity) at the wanted shares, with a table per file and text."""
     lines = []
     for file, text in dict.fromkeys((p.file, p.text) for p in points):
         off = next(p for p in points if (p.file, p.text, p.policy) == (file, text, "off"))
@@ -240,15 +224,10 @@ def table(points: list[Point]) -> str:
 
 
 def plot(points: list[Point], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "mc_gguf", "font.size": 8})
-    from matplotlib import pyplot
-
+    """KL divergence against the dropped share, with a panel per file and text."""
     pairs = list(dict.fromkeys((p.file, p.text) for p in points))
-    figure, axes = pyplot.subplots(1, len(pairs), figsize=(4 * len(pairs), 3.6), sharey=True)
-    for axis, (file, text) in zip(np.atleast_1d(axes), pairs, strict=True):
+    figure, axes = panels(len(pairs))
+    for axis, (file, text) in zip(axes, pairs, strict=True):
         for policy in dict.fromkeys(p.policy for p in points if p.policy != "off"):
             found = curve(points, file, text, policy)
             style = "--" if policy in ("random", "keep_min", "top_p") else "-"
@@ -259,20 +238,22 @@ def plot(points: list[Point], path: Path) -> None:
         axis.set_xlabel("expert activations dropped, %")
         axis.set_xlim(0, 33)
         axis.set_ylim(0, None)
-    np.atleast_1d(axes)[0].set_ylabel("mean KL divergence from routing off, nats a token")
-    np.atleast_1d(axes)[-1].legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    axes[0].set_ylabel("mean KL divergence from routing off, nats per token")
+    save_svg(figure, path)
 
 
 @click.command(help=__doc__)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--tokens", "n_tokens", default=4096, show_default=True, help="Tokens of each text.")
-@click.option("--ctx", default=512, show_default=True, help="Window, tokens.")
+@click.option("--ctx", default=512, show_default=True, help="Tokens of a window.")
 @click.option("--threads", default=1, show_default=True)
-def main(folder: Path, n_tokens: int, ctx: int, threads: int) -> None:
+@click.option("--model", type=click.Path(path_type=Path), default=MODEL, help="[default: the bundled model]")
+@click.option("--calibration-tokens", type=int, help="Tokens to calibrate on.  [default: mc-gguf's own]")
+def main(
+    folder: Path, n_tokens: int, ctx: int, threads: int, model: Path, calibration_tokens: int | None
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    points = run(folder, n_tokens, ctx, threads)
+    points = run(folder, convert(folder, model, calibration_tokens), n_tokens, ctx, threads)
     (folder / "table.md").write_text(table(points))
     click.echo(table(points))
     plot(points, folder / "curves.svg")

@@ -1,22 +1,22 @@
-"""How close to the 16-bit model every allocation and quantizer comes, at equal file bytes.
+"""Measure how close every allocation and quantizer comes to the 16-bit model, at equal file bytes.
 
     python -m tools.experiments.quality_experiment run DIR [--model HF_DIR] [--tokens 2048]
         [--seeds 3] [--jobs 2]
     python -m tools.experiments.quality_experiment report DIR
 
-Sizes: the files that one stock type makes (IQ1_M 1.75 bits an expert weight, IQ2_XXS 2.06, IQ2_XS 2.31,
-IQ2_S 2.56, IQ3_XXS 3.06, Q3_K and IQ3_S 3.44), and those of llama-quantize's recipes. Every other arm is
-planned for the bytes of that very file. All have the same attention, embedding and output types and, from one
-seed, the same importance matrix; the recipes go through llama_model_quantize with these types as overrides.
-llama.cpp fixes the recipe's expert types itself. One arm differs: in pmq-attention the types of attention
-matrices are decided in the same bytes, too (the default of `plan --size`).
+The sizes are those of the files that one stock type makes (IQ1_M 1.75 bits per expert weight, IQ2_XXS 2.06,
+IQ2_XS 2.31, IQ2_S 2.56, IQ3_XXS 3.06, Q3_K and IQ3_S 3.44) and those of llama-quantize's recipes. Every other
+arm is planned for the bytes of that very file. All arms have the same attention, embedding and output types,
+and those of one seed have the same importance matrix. The recipes go through llama_model_quantize with these
+types as overrides; llama.cpp itself decides their expert types. One arm differs: pmq-attention decides the
+types of the attention matrices within the same bytes too, as `plan --size` does by default.
 
-Texts, none of it calibration text: WikiText-2 test (the calibration mixture holds WikiText-2 valid: in
-domain), C++ (src/llama-vocab.cpp) and Markdown (tools/server/README.md) of the pinned llama.cpp. `run` prints
-how many of their 8-word sequences occur in the calibration text.
+None of the texts is calibration text. They are WikiText-2 test (in domain, because the calibration mixture
+holds WikiText-2 valid), and C++ (src/llama-vocab.cpp) and Markdown (tools/server/README.md) of the pinned
+llama.cpp. `run` prints how many of their 8-word sequences occur in the calibration text.
 
-results.json holds one record a file and text; what is there is not measured again. `report` writes table.md
-and curves.svg (matplotlib: pip install 'mc_gguf[plot]').
+results.json holds one record per file and text; what it holds is not measured again. `report` writes table.md
+and curves.svg (with matplotlib: pip install 'mc_gguf[plot]').
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from typing import Any
 
 import click
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "models" / "tiny-mixtral"
-WIKITEXT = ROOT / "tests" / "data" / "wikitext-2.test.txt"
+from tools.common import CALIBRATION_TEXT, MODEL, WIKITEXT
+
 MARKDOWN = "vendor/llama.cpp/tools/server/README.md"
 UNIFORM = ("IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q3_K")
 # enum llama_ftype
@@ -60,7 +59,7 @@ FIXED_PATTERNS = {r"attn_[kv]\.weight": "attn_kv", r"attn_(q|output)\.weight": "
 
 @dataclass(frozen=True)
 class Arm:
-    """How a file is made: `strategy` under the bytes of `size` (a stock type or "recipe X")."""
+    """How a file is made: by `strategy`, within the bytes of `size` (a stock type or "recipe X")."""
 
     size: str
     strategy: str
@@ -79,7 +78,7 @@ class Arm:
 
 
 def arms(n_seed: int, sizes: Sequence[str], compensate: bool) -> Iterator[Arm]:
-    """The arms, in the order in which they are measured: what gives the bytes comes first."""
+    """The arms in the order in which they are measured; the one that gives the bytes comes first."""
     for seed in range(n_seed):
         for size in sizes:
             is_recipe = size.startswith("recipe ")
@@ -93,13 +92,23 @@ def arms(n_seed: int, sizes: Sequence[str], compensate: bool) -> Iterator[Arm]:
 
 
 class Workshop:
-    """Makes the files: calibrations and quantized matrices are made once."""
+    """Makes the files; calibrations and quantized matrices are made once.
 
-    def __init__(self, folder: Path, model: Path, threads: int) -> None:
+    `tokens` to calibrate on (None: as many as mc-gguf by default) and `types` to measure (None: all).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        threads: int,
+        tokens: int | None = None,
+        types: tuple[str, ...] | None = None,
+    ) -> None:
         from mc_gguf.artifacts import Calibration
         from mc_gguf.source import open_checkpoint
 
-        self.folder, self.threads = folder, threads
+        self.folder, self.threads, self.tokens, self.types = folder, threads, tokens, types
         self.checkpoint = open_checkpoint(model)
         self.calibrations: dict[int, Calibration] = {}
         self.banks: dict[int, Any] = {}
@@ -108,21 +117,20 @@ class Workshop:
     def calibration(self, seed: int) -> Any:
         from mc_gguf.artifacts import Calibration
         from mc_gguf.calibrate.calibrator import calibrate_to_file
-        from mc_gguf.calibrate.request import CalibrationOptions
-        from mc_gguf.source.text import load_corpus
+        from mc_gguf.calibrate.options import CalibrationOptions
+        from mc_gguf.source.text import DEFAULT_TOKENS, load_corpus
 
         if seed not in self.calibrations:
             path = self.folder / f"seed-{seed}.calib.safetensors"
             if not path.exists():
-                text = load_corpus(self.checkpoint, seed=seed)
-                calibrate_to_file(
-                    self.checkpoint, text, path, CalibrationOptions(seed=seed, threads=self.threads)
-                )
+                text = load_corpus(self.checkpoint, tokens=self.tokens or DEFAULT_TOKENS, seed=seed)
+                options = CalibrationOptions(types=self.types, seed=seed, threads=self.threads)
+                calibrate_to_file(self.checkpoint, text, path, options)
             self.calibrations[seed] = Calibration.load(path)
         return self.calibrations[seed]
 
     def sixteen_bit(self) -> Path:
-        """The reference. It carries the routing metadata, so that what is made from it has them too."""
+        """The reference. It carries the routing metadata, so that what is made from it has it too."""
         from mc_gguf.plan import Budget
 
         path = self.folder / "16-bit.gguf"
@@ -150,14 +158,17 @@ class Workshop:
         return path
 
     def _plan(self, budget: Any, strategy: str, seed: int, calibration: Any, types: Any = None) -> Any:
-        from mc_gguf.artifacts import FixedTypes
-        from mc_gguf.cli.options import PlanOptions
+        from mc_gguf.pipeline import file_bytes_for
+        from mc_gguf.plan.request import PlanRequest
 
         base = strategy.removesuffix("-attention")
-        attention = () if base != strategy else None
-        options = PlanOptions(budget, base, types, FixedTypes(), seed, attention=attention)
+        attention = "fixed" if base == strategy else "auto"
+        request = PlanRequest(
+            bpw=budget.bpw, size=budget.size_bytes, strategy=base, types=types, seed=seed, attention=attention
+        )
         name = "-".join([strategy, str(seed), *(f"{v:g}" for v in budget.to_json().values()), *(types or ())])
-        return options.plan(calibration).save(self.folder / f"{name}.plan.json")
+        plan = request.plan(calibration, file_bytes_for(calibration))
+        return plan.save(self.folder / f"{name}.plan.json")
 
     def _bank(self, plan: Any, arm: Arm) -> Any:
         """The plan's matrices, quantized with or without compensation."""
@@ -212,7 +223,7 @@ class Workshop:
 
 
 def _overrides(llama_cpp: Any, types: dict[str, int]) -> Any:
-    """Null-terminated array of llama_model_tensor_override."""
+    """A null-terminated array of llama_model_tensor_override."""
     kind = llama_cpp.llama_model_tensor_override
     entries = [kind(pattern.encode(), number) for pattern, number in types.items()]
     return (kind * (len(entries) + 1))(*entries)
@@ -225,7 +236,7 @@ def _bpw(type_name: str) -> float:
 
 
 def _plain_bank(folder: Path, checkpoint: Any, calibration: Any, plan: Any, threads: int) -> Any:
-    """The plan's matrices by ggml's quantizers."""
+    """The plan's matrices, quantized by ggml's quantizers."""
     from mc_gguf.artifacts import PROJECTIONS
     from mc_gguf.compensate.bank import Bank, bank_key
     from mc_gguf.ggml.quantizers import quantize_rows
@@ -260,9 +271,8 @@ def text_files(folder: Path) -> dict[str, Path]:
 
 
 def overlap(text: Path) -> float:
-    """Share of the text's 8-word sequences that occur in the bundled calibration text."""
-    calibration = ROOT / "mc_gguf" / "data" / "calibration-mix.txt"
-    known = set(_sequences(calibration.read_text(encoding="utf-8")))
+    """The share of the text's 8-word sequences that occur in the bundled calibration text."""
+    known = set(_sequences(CALIBRATION_TEXT.read_text(encoding="utf-8")))
     found = list(_sequences(text.read_text(encoding="utf-8")))
     return sum(sequence in known for sequence in found) / max(1, len(found))
 
@@ -275,7 +285,7 @@ def _sequences(text: str) -> Iterator[tuple[str, ...]]:
 def measure(
     path: Path, sixteen: Path, texts: dict[str, Path], n_ctx: int, n_tokens: int
 ) -> list[dict[str, Any]]:
-    """One record a text, by the runtime, on one thread."""
+    """One record per text, measured by the runtime on one thread."""
     from mc_gguf.evaluate.cache import references
     from mc_gguf.evaluate.evaluation import evaluate
     from mc_gguf.evaluate.text import Text
@@ -293,13 +303,15 @@ def main() -> None: ...
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--model", type=click.Path(path_type=Path), default=MODEL, show_default=True)
-@click.option("--tokens", "n_tokens", default=2048, show_default=True, help="Scored tokens of each text.")
+@click.option("--tokens", "n_tokens", default=2048, show_default=True, help="Tokens of each text to score.")
 @click.option("--ctx", "n_ctx", default=512, show_default=True)
-@click.option("--seeds", default=3, show_default=True, help="Calibrations, each from other token rows.")
+@click.option("--seeds", default=3, show_default=True, help="Calibrations, each on other token rows.")
 @click.option("--sizes", default=",".join([*UNIFORM, *(f"recipe {r}" for r in RECIPES)]), show_default=True)
 @click.option("--compensate/--no-compensate", default=True, show_default=True)
 @click.option("--strategies", help="Only these, separated by commas.  [default: all]")
-@click.option("--jobs", default=1, show_default=True, help="Files that are measured at once, a thread each.")
+@click.option("--jobs", default=1, show_default=True, help="Files to measure at once, on a thread each.")
+@click.option("--calibration-tokens", type=int, help="Tokens to calibrate on.  [default: mc-gguf's own]")
+@click.option("--types", help="Types to measure, separated by commas.  [default: all]")
 def run(
     folder: Path,
     model: Path,
@@ -310,11 +322,13 @@ def run(
     compensate: bool,
     strategies: str | None,
     jobs: int,
+    calibration_tokens: int | None,
+    types: str | None,
 ) -> None:
     """Make and measure what is not in FOLDER yet."""
     from mc_gguf.common.errors import BudgetError
 
-    shop = Workshop(folder, model, jobs)
+    shop = Workshop(folder, model, jobs, calibration_tokens, tuple(types.split(",")) if types else None)
     texts, results = text_files(folder), folder / "results.json"
     for name, path in texts.items():
         click.echo(f"{name}: {overlap(path):.2%} of the 8-word sequences are in the calibration text")
@@ -353,7 +367,7 @@ def _collect(arm: Arm, future: Any, records: list[dict[str, Any]], results: Path
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
-    """table.md and curves.svg of what was measured."""
+    """Write table.md and curves.svg of what was measured."""
     from tools.experiments.quality_report import plot, tables
 
     records = json.loads((folder / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""Tables and plot of tools/experiments/quality_experiment.py: KL divergences of equal bytes side by side."""
+"""The tables and the plot of tools/experiments/quality_experiment.py: KL divergences at equal file bytes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from tools.common import panels, save_svg
 
 Record = dict[str, Any]
 
 
 def tables(records: Sequence[Record]) -> str:
-    """Markdown, a table a text: mean KL divergence in units of 0.001 nats a token, mean and range of the
-    seeds; file sizes below.
+    """Markdown with a table per text: the mean KL divergence in 0.001 nats per token, as mean and range over
+    the seeds; file sizes are below.
     """
     lines = []
     for text in dict.fromkeys(r["text"] for r in records):
@@ -45,7 +45,7 @@ def _table(records: Sequence[Record]) -> list[str]:
 
 
 def _cell(values: Sequence[float]) -> str:
-    """Mean, and the range where there are several."""
+    """The mean, and the range where there are several values."""
     if not values:
         return ""
     scaled = [1000 * v for v in values]
@@ -64,13 +64,7 @@ def _bytes(records: Sequence[Record]) -> list[str]:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Mean KL divergence (mean of the seeds) against file size, one panel a text."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "mc_gguf", "font.size": 8})
-    from matplotlib import pyplot
-
+    """Plot the mean KL divergence, as mean over the seeds, against the file size, with a panel per text."""
     shown = (
         "llama-quantize",
         "uniform",
@@ -83,8 +77,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
         "pmq-attention + compensation",
     )
     texts = list(dict.fromkeys(r["text"] for r in records))
-    figure, axes = pyplot.subplots(1, len(texts), figsize=(4 * len(texts), 3.6), sharey=True)
-    for axis, text in zip(np.atleast_1d(axes), texts, strict=True):
+    figure, axes = panels(len(texts))
+    for axis, text in zip(axes, texts, strict=True):
         for arm in shown:
             points: dict[int, list[float]] = {}
             for r in records:
@@ -98,7 +92,5 @@ def plot(records: Sequence[Record], path: Path) -> None:
         axis.set_yscale("log")
         axis.set_title(text)
         axis.set_xlabel("file, MB")
-    np.atleast_1d(axes)[0].set_ylabel("mean KL divergence from 16 bit, nats a token")
-    np.atleast_1d(axes)[-1].legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    axes[0].set_ylabel("mean KL divergence from 16 bits, nats per token")
+    save_svg(figure, path)

@@ -2,22 +2,21 @@
 
     python -m tools.experiments.train_moe /tmp/tiny-qwen3moe --steps 1000 --text a.txt --text b.txt
 
-Writes a Hugging Face directory: bfloat16 safetensors and the tokenizer of the bundled model. The defaults are
-28.9 M parameters, 58 MB: 4 layers, 32 experts of width 256, the best 4 of them used. Forward and backward
-pass are bfloat16 and compiled (needs a C++ compiler; 2.8 times as fast), the weights that AdamW updates
-float32. A load-balance loss keeps all experts in use. The learning rate is constant between a short rise and
-a linear fall over the last part of the steps.
+It writes a Hugging Face directory with bfloat16 safetensors and the tokenizer of the bundled model. The
+defaults give 28.9 M parameters in 58 MB: 4 layers with 32 experts of width 256, of which each token uses the
+best 4. The forward and backward passes run in bfloat16 and are compiled, which needs a C++ compiler and is
+2.8 times as fast; AdamW updates weights in float32. A load-balance loss keeps all experts in use. The
+learning rate is constant between a short rise and a linear fall over the last part of the steps.
 
-Windows come from places of the concatenated texts that seed and step alone decide, so a seed gives the same
-model on one machine and number of threads. A killed run continues from FOLDER/training.safetensors, with the
-same options; only --steps may be another number, until the fall has begun.
+The seed and the step alone decide which windows of the concatenated texts are read, so a seed gives the same
+model on one machine with one number of threads. A killed run continues from FOLDER/training.safetensors with
+the same options; only --steps may differ, until the fall has begun.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,10 +29,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf.common.files import atomic_write
+from tools.common import CALIBRATION_TEXT, MODEL, ROOT, copy_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
-TOKENIZER_FROM = ROOT / "models" / "tiny-mixtral"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 BOS, EOS, N_VOCAB = 1, 2, 4096
 RISE_STEPS = 50
 FALL_SHARE = 0.35
@@ -42,7 +39,7 @@ LOG_EVERY = 10
 
 @dataclass(frozen=True)
 class Settings:
-    """All that the trained weights depend on, the texts' bytes aside. `rows` windows of `ctx` a step."""
+    """Everything that the trained weights depend on but the texts; a step has `rows` windows of `ctx`."""
 
     layers: int
     embd: int
@@ -88,15 +85,15 @@ class Settings:
         return new(config, attn_implementation="sdpa", experts_implementation="grouped_mm")
 
     def rate_at(self, step: int) -> float:
-        """Learning rate of a step."""
+        """The learning rate of a step."""
         fall = max(1, round(self.steps * FALL_SHARE))
         return self.rate * min(1.0, (step + 1) / RISE_STEPS, (self.steps - step) / fall)
 
 
 def imbalance(logits: Tensor, top_k: int) -> Tensor:
-    """Switch Transformer's balance loss of one layer's router logits [N, E]: 1 when all experts get as much.
+    """Switch Transformer's balance loss of one layer's router logits [N, E]: 1 when all experts get the same.
 
-    transformers' own lumps the layers together, so that an expert may starve in one of them.
+    transformers' own loss adds the layers up, so that an expert may starve in one of them.
     """
     probs = torch.softmax(logits.float(), dim=-1)
     chosen = torch.topk(probs, top_k, dim=-1).indices
@@ -105,7 +102,7 @@ def imbalance(logits: Tensor, top_k: int) -> Tensor:
 
 
 class Training:
-    """bfloat16 model, float32 weights and AdamW's moments, and where they are kept."""
+    """The bfloat16 model, its float32 weights, AdamW's moments, and the file that keeps them."""
 
     def __init__(self, folder: Path, settings: Settings, texts_sha256: str, compiled: bool) -> None:
         self.settings, self.step = settings, 0
@@ -123,7 +120,9 @@ class Training:
             self._load()
 
     def advance(self, rows: Tensor) -> float:
-        """One step on token rows [rows, ctx]; the loss (nats a token, balance loss included) before it."""
+        """Make one step on token rows [rows, ctx]. Returns the loss before it, in nats per token and with the
+        balance loss.
+        """
         output = self._forward(input_ids=rows, labels=rows)
         balance = sum(imbalance(logits, self.settings.top_k) for logits in output.router_logits)
         loss = output.loss + self.settings.balance * balance / self.settings.layers
@@ -144,7 +143,7 @@ class Training:
             weight.copy_(self._master[name])
 
     def save(self) -> None:
-        """What a killed run continues from."""
+        """Store what a killed run continues from."""
         from safetensors.torch import save
 
         tensors = {f"weight.{n}": p.detach() for n, p in self._master.items()}
@@ -178,16 +177,15 @@ class Training:
         self.model.config.use_cache = True
         self.model.config.output_router_logits = False
         self.model.save_pretrained(folder)
-        for name in TOKENIZER_FILES:
-            shutil.copy(TOKENIZER_FROM / name, folder / name)
+        copy_tokenizer(folder)
         self._file.unlink(missing_ok=True)
 
 
 def read_stream(texts: tuple[Path, ...]) -> tuple[NDArray[np.int32], str]:
-    """Tokens of all texts one after another, and the SHA-256 of their bytes."""
+    """The tokens of all texts one after another, and the SHA-256 of their bytes."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(TOKENIZER_FROM / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     data = [path.read_bytes() for path in texts]
     ids = [tokenizer.encode(d.decode("utf-8"), add_special_tokens=False).ids for d in data]
     return np.concatenate([np.asarray(i, dtype=np.int32) for i in ids]), hashlib.sha256(
@@ -196,13 +194,13 @@ def read_stream(texts: tuple[Path, ...]) -> tuple[NDArray[np.int32], str]:
 
 
 def default_texts() -> tuple[Path, ...]:
-    """The bundled mixture and the documentation: all text of the repository that nothing is measured on."""
-    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-    return (ROOT / "mc_gguf" / "data" / "calibration-mix.txt", *sorted(documents))
+    """The bundled mixture and the documents: all text of the repository on which nothing is measured."""
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    return (CALIBRATION_TEXT, *sorted(documents))
 
 
 def windows(stream: NDArray[np.int32], settings: Settings, step: int) -> Tensor:
-    """Token rows [rows, ctx] of a step, each with BOS in front."""
+    """The token rows [rows, ctx] of a step, each with BOS in front."""
     width = settings.ctx - 1
     starts = np.random.default_rng([settings.seed, step]).integers(0, len(stream) - width, settings.rows)
     rows = stream[starts[:, None] + np.arange(width)]
@@ -243,13 +241,13 @@ def train(
 @click.option("--top-k", default=4)
 @click.option("--expert-ff", default=256)
 @click.option("--steps", default=1000)
-@click.option("--rows", default=4, help="Windows a step.")
+@click.option("--rows", default=4, help="Windows per step.")
 @click.option("--ctx", default=512)
 @click.option("--rate", default=2e-3, help="Learning rate.")
 @click.option("--balance", default=0.01, help="Weight of the load-balance loss.")
 @click.option("--seed", default=0)
 @click.option("--threads", default=1)
-@click.option("--save-every", default=100, help="Steps.")
+@click.option("--save-every", default=100, help="Steps between two saves.")
 @click.option("--compile/--no-compile", "compiled", default=True)
 def main(
     folder: Path, texts: tuple[Path, ...], threads: int, save_every: int, compiled: bool, **settings: Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mc_gguf.common.errors import McError
+from mc_gguf.common.extras import require
 from mc_gguf.evaluate.files import file_bytes
 from mc_gguf.evaluate.result import align_columns
 
@@ -50,16 +50,16 @@ class TaskResult:
 
 
 def check_tasks(request: TaskRequest) -> None:
-    """McError when lm_eval is missing or does not know a task."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise McError("--tasks needs lm-evaluation-harness: pip install lm_eval (or 'mc_gguf[tasks]')")
+    """Raises MissingExtraError without lm_eval, McError when it does not know a task."""
+    require("tasks")
     if request.folder and not request.folder.is_dir():
-        raise McError(f"{request.folder} is no folder: --tasks-path takes one that holds tasks (YAML)")
+        raise McError(f"{request.folder} is not a folder with tasks (YAML)", parameter="tasks_path")
     known = set(_manager(request).all_tasks)
     if unknown := [name for name in request.names if name not in known]:
         raise McError(
-            f"lm-evaluation-harness has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them, "
-            "--tasks-path names a folder with your own"
+            f"lm-evaluation-harness has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them, and "
+            "tasks_path names a folder with your own",
+            parameter="tasks",
         )
 
 

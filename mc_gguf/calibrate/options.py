@@ -54,13 +54,13 @@ def measured_types(info: ModelInfo, wanted: Sequence[str] | None) -> tuple[str, 
     for projection, width in widths.items():
         if not any(TYPES[n].fits(width) for n in usable):
             raise McError(
-                f"none of the types {', '.join(names)} fits rows of {width} weights ({projection}); "
-                "try --types F16"
+                f"none of the types {', '.join(names)} fits rows of {width} weights ({projection}); try F16",
+                parameter="types",
             )
     return tuple(sorted(usable, key=lambda n: (TYPES[n].bpw, n)))
 
 
-def request_identity(
+def calibration_identity(
     info: ModelInfo, text: Corpus, types: Sequence[str], options: CalibrationOptions
 ) -> dict[str, Any]:
     """All that the result depends on; the number of threads is not part of it."""
@@ -81,7 +81,7 @@ def is_calibration_of(
     """Whether `calibration` holds what calibrate() would measure with these arguments; it may hold more
     types.
     """
-    wanted = request_identity(info, text, measured_types(info, options.types), options)
+    wanted = calibration_identity(info, text, measured_types(info, options.types), options)
     found = dict(calibration.corpus.get("measured", {}))
     types = found.pop("types", ())
     return set(wanted.pop("types")) <= set(types) and found == wanted

@@ -1,21 +1,22 @@
-"""Refinement against evolutionary search: same start, same text, same blocks, same CPU time of one thread.
+"""Compare refinement with evolutionary search: same start, text, blocks, and CPU time of one thread.
 
-    python -m tools.bench_refine run DIR --bpw 2.0625 [--method expansion|evopress] [--start pmq|layer]
-    python -m tools.bench_refine report DIR
+    python -m tools.experiments.bench_refine run DIR --bpw 2.0625 [--method expansion] [--start pmq]
+    python -m tools.experiments.bench_refine report DIR
 
-Methods: `expansion` is mc-gguf refine (mc_gguf/refine/search.py); `evopress` is the search of EvoPress
-(Sieberling et al. 2024, arXiv 2410.14649): offspring of the incumbent by level switches (a matrix gets the
-next larger type, others smaller ones until the budget holds; min of two draws from 1 to 3 switches), selected
-in three steps on few, more, many token rows drawn anew in every generation, by KL divergence; the incumbent
-takes part in the last step. Offspring and tokens are fewer than in the paper (128 and 131,072), so that there
-are generations enough in minutes.
+There are two methods. `expansion` is mc-gguf refine (mc_gguf/refine/search.py). `evopress` is the search of
+EvoPress (Sieberling et al. 2024, arXiv 2410.14649). It makes offspring of the incumbent by level switches: a
+matrix gets the next larger type, and others get smaller ones until the budget holds; the number of switches
+is the lower of two draws from 1 to 3. KL divergence selects among the offspring in three steps, on few, more
+and many token rows that are drawn anew in every generation, and the incumbent takes part in the last step.
+There are fewer offspring and tokens than in the paper (128 and 131,072), so that minutes suffice for many
+generations.
 
-Time is CPU time of this process, so that others on the machine do not count; all matrices are dequantized
-before it starts. Compensated blocks come from DIR/bank, which is filled first with every type; a search is
-charged --matrix-seconds for each of the matrices near its start plan, as refine would have had to make them.
-`--blocks ggml` searches on ggml's blocks (all types, no charge). Everything found is quantized with
-compensation and measured by the runtime as in tools/experiments/quality_experiment.py. DIR/16-bit.gguf and
-DIR/seed-0.calib.safetensors are that tool's and are used if they are there.
+Time is the CPU time of this process, so that other work on the machine does not count, and it starts when all
+matrices are dequantized. Compensated blocks come from DIR/bank, which is filled with every type first; a
+search is charged --matrix-seconds for each of the matrices near its start plan, which refine would have had
+to make. `--blocks ggml` searches on ggml's blocks, with all types and no charge. Everything found is
+quantized with compensation and measured by the runtime as in tools/experiments/quality_experiment.py, whose
+DIR/16-bit.gguf and DIR/seed-0.calib.safetensors are used if they are there.
 """
 
 from __future__ import annotations
@@ -31,19 +32,21 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.experiments.quality_experiment import MODEL, Workshop, measure, text_files
+from tools.common import MODEL
+from tools.experiments.quality_experiment import Workshop, measure, text_files
 
 Ints = NDArray[np.int64]
-# Offspring of a generation, and (token rows, survivors) of the selection steps.
+# Offspring per generation, and the (token rows, survivors) of the selection steps.
 N_OFFSPRING = 32
 STEPS = ((1, 8), (6, 2), (24, 1))
-HELD_OUT = 4
-N_SCORED = 4096  # tokens of each text by the runtime
+HELD_OUT = 4  # every fourth row
+N_CTX = 512
+N_SCORED = 4096  # tokens of each text that the runtime scores
 
 
 @dataclass(eq=False)
 class EvoPress:
-    """The baseline. `choice` is the incumbent; sizes of types by matrix are those of `scope`."""
+    """The baseline. `choice` is the incumbent; `scope` knows the sizes of the types by matrix."""
 
     scope: Any
     evaluator: Any
@@ -55,11 +58,11 @@ class EvoPress:
     levels: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
-        # Columns of every projection from the smallest type to the largest.
+        # The columns of every projection, from the smallest type to the largest.
         self.levels = np.argsort(self.scope.problem.size, axis=1, kind="stable")
 
     def mutate(self) -> Ints:
-        """The incumbent with a few level switches that keep the budget."""
+        """The incumbent after a few level switches that keep the budget."""
         child = self.choice.copy()
         for _ in range(min(self.rng.integers(1, 4), self.rng.integers(1, 4))):
             self._step(child, +1)
@@ -93,9 +96,9 @@ class EvoPress:
 
 
 class Bench:
-    """Start plan, text, blocks and rows of one arm."""
+    """The start plan, the blocks and the token rows of one arm."""
 
-    def __init__(self, folder: Path, bpw: float, start: str, blocks: str, tokens: int, seed: int) -> None:
+    def __init__(self, shop: Workshop, bpw: float, start: str, blocks: str, tokens: int, seed: int) -> None:
         from mc_gguf.compensate import experts as compensation
         from mc_gguf.plan import Budget
         from mc_gguf.refine.blocks import NEAR, ggml_blocks
@@ -106,7 +109,8 @@ class Bench:
         from mc_gguf.source.decoder import Decoder
         from mc_gguf.source.text import load_corpus
 
-        self.folder, self.shop = folder, Workshop(folder, MODEL, 1)
+        folder = shop.folder
+        self.folder, self.shop = folder, shop
         self.calibration = self.shop.calibration(0)
         self.plan = self.shop._plan(Budget(bpw=bpw), start, 0, self.calibration)
         self.scope, self.start = scope_of(self.plan, self.calibration)
@@ -134,7 +138,7 @@ class Bench:
         return Assignment(self.scope.problem.types, columns)
 
     def warm(self) -> None:
-        """Dequantize everything that a search may read."""
+        """Dequantize every matrix that a search may read."""
         for layer, expert, p, t in zip(*np.nonzero(self.allowed), strict=True):
             name = self.scope.problem.types[t]
             self.layers.matrices.get(int(layer), ("gate", "up", "down")[p], int(expert), name)
@@ -173,7 +177,7 @@ class Bench:
         return state.columns, {"rounds": state.rounds, "accepted": state.accepted}
 
     def held_out_divergence(self, columns: Ints) -> list[float]:
-        """Start and end on rows that no search saw, with compensated blocks."""
+        """The divergences of start and end on rows that no search saw, with compensated blocks."""
         from mc_gguf.refine.matrices import Matrices
         from mc_gguf.refine.passes import Evaluator, Layers
         from mc_gguf.source.decoder import Decoder
@@ -184,8 +188,8 @@ class Bench:
         before = evaluator.settle(self.assignment(self.start)).mean()
         return [float(before), float(evaluator.sweep([self.assignment(columns)])[0].mean())]
 
-    def measured(self, columns: Ints, name: str) -> dict[str, float]:
-        """KL divergence of the file by the runtime, nats a token, by text."""
+    def measured(self, columns: Ints, name: str, n_scored: int) -> dict[str, float]:
+        """The KL divergence of the file by text, in nats per token, measured by the runtime."""
         from mc_gguf.quantize.writer import quantize
 
         path, problem = self.folder / f"{name}.gguf", self.scope.problem
@@ -197,7 +201,7 @@ class Bench:
             file_bytes=self.scope.file_bytes(columns),
         ).save(self.folder / f"{name}.plan.json")
         quantize(self.shop.checkpoint, self.calibration, plan, path, 1, resume=False, bank=self.bank)
-        found = measure(path, self.shop.sixteen_bit(), text_files(self.folder), 512, N_SCORED)
+        found = measure(path, self.shop.sixteen_bit(), text_files(self.folder), N_CTX, n_scored)
         path.unlink()
         return {r["text"]: r["mean_kld"] for r in found}
 
@@ -220,7 +224,13 @@ def main() -> None: ...
 @click.option("--blocks", type=click.Choice(["compensated", "ggml"]), default="compensated")
 @click.option("--seconds", default=300.0, show_default=True)
 @click.option("--matrix-seconds", default=0.2, show_default=True)
-@click.option("--tokens", default=32768, show_default=True)
+@click.option("--tokens", default=32768, show_default=True, help="Tokens to search on.")
+@click.option(
+    "--scored", "n_scored", default=N_SCORED, show_default=True, help="Tokens of each text to score."
+)
+@click.option("--model", type=click.Path(path_type=Path), default=MODEL, help="[default: the bundled model]")
+@click.option("--calibration-tokens", type=int, help="Tokens to calibrate on.  [default: mc-gguf's own]")
+@click.option("--types", help="Types to measure, separated by commas.  [default: all]")
 def run(
     folder: Path,
     bpw: float,
@@ -230,13 +240,18 @@ def run(
     seconds: float,
     matrix_seconds: float,
     tokens: int,
+    n_scored: int,
+    model: Path,
+    calibration_tokens: int | None,
+    types: str | None,
 ) -> None:
-    """One search; adds a record to FOLDER/refine.jsonl."""
+    """Run one search and add a record to FOLDER/refine.jsonl."""
     import torch
 
     torch.set_num_threads(1)
     name = f"{method}-{start}-{blocks}-{bpw:g}"
-    bench = Bench(folder, bpw, start, blocks, tokens, 1)
+    shop = Workshop(folder, model, 1, calibration_tokens, tuple(types.split(",")) if types else None)
+    bench = Bench(shop, bpw, start, blocks, tokens, 1)
     charged = bench.n_charged * matrix_seconds
     columns, record = bench.search(method, seconds - charged, folder / name)
     record |= {"method": method, "start": start, "blocks": blocks, "bpw": bpw, "charged": charged}
@@ -244,9 +259,9 @@ def run(
     record["held_out"] = bench.held_out_divergence(columns)
     stored = folder / f"start-{start}-{bpw:g}.json"
     if not stored.exists():
-        stored.write_text(json.dumps(bench.measured(bench.start, f"{name}-start")))
+        stored.write_text(json.dumps(bench.measured(bench.start, f"{name}-start", n_scored)))
     record["start_kld"] = json.loads(stored.read_text())
-    record["kld"] = bench.measured(columns, name)
+    record["kld"] = bench.measured(columns, name, n_scored)
     with (folder / "refine.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
     click.echo(json.dumps(record))
@@ -255,7 +270,7 @@ def run(
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
-    """The records as a table: KL divergences in 0.001 nats a token, end over start in brackets."""
+    """Print the records as a table: KL divergences in 0.001 nats per token; in brackets, end over start."""
     records = [json.loads(line) for line in (folder / "refine.jsonl").read_text().splitlines()]
     texts = list(records[0]["kld"])
     click.echo(f"| bits | start | blocks | method | rounds | held out | {' | '.join(texts)} |")

@@ -1,0 +1,52 @@
+"""CalibrationRequest: the text to calibrate on and what to measure, as a user writes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mc_gguf.common.arguments import Names, Paths, to_paths, to_types
+from mc_gguf.common.errors import about
+from mc_gguf.source.text import DEFAULT_CTX, DEFAULT_TOKENS, Corpus, load_corpus
+
+if TYPE_CHECKING:
+    from mc_gguf.calibrate.options import CalibrationOptions
+    from mc_gguf.source import Checkpoint
+
+DEFAULT_ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRequest:
+    """How much of which text, and what is measured on it.
+
+    Args:
+        text: UTF-8 files; by default the mixture that comes with mc_gguf.
+        tokens: tokens to use, spread over the whole text.
+        ctx: tokens per row of text; at most the model's context.
+        rows: rows of a matrix on which the errors of the types are measured.
+        types: ggml types to measure; by default all candidates that fit the model.
+        seed: random seed.
+        threads: threads; by default all usable cores.
+    """
+
+    text: Paths = ()
+    tokens: int = DEFAULT_TOKENS
+    ctx: int = DEFAULT_CTX
+    rows: int = DEFAULT_ROWS
+    types: Names | None = None
+    seed: int = 0
+    threads: int | None = None
+
+    def corpus(self, checkpoint: Checkpoint) -> Corpus:
+        """The token rows. Raises SourceError for a text that cannot be read or is too short."""
+        length = checkpoint.hparams.get("context_length")
+        with about("text"):
+            return load_corpus(checkpoint, to_paths(self.text), self.tokens, self.ctx, self.seed, length)
+
+    def options(self) -> CalibrationOptions:
+        """The options of the library that these arguments stand for."""
+        from mc_gguf.calibrate.options import CalibrationOptions
+
+        types = None if self.types is None else to_types(self.types)
+        return CalibrationOptions(types=types, max_rows=self.rows, seed=self.seed, threads=self.threads or 0)

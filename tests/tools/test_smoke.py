@@ -1,0 +1,179 @@
+"""Every script of tools/ runs at small sizes, on the first layers of the bundled model.
+
+The numbers do not matter here; that the scripts still fit the package does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mc_gguf import runtime as runtimes
+from tests.support import ROOT, TINY, WIKITEXT
+from tests.support.mixed_files import first_layers
+
+SEEN = ROOT / "tests" / "tools" / "test_smoke.py", ROOT / "tests" / "tools" / "test_train_moe.py"
+
+
+def run(name: str, *arguments: object) -> str:
+    """`python -m tools.NAME ARGUMENTS` in the repository; what it prints."""
+    command = [sys.executable, "-m", f"tools.{name}", *map(str, arguments)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def scripts() -> list[str]:
+    """The names of all modules under tools/ that can be run."""
+    files = [p for p in (ROOT / "tools").rglob("*.py") if "__main__" in p.read_text(encoding="utf-8")]
+    return sorted(".".join(p.relative_to(ROOT / "tools").with_suffix("").parts) for p in files)
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_every_script_has_a_smoke_run_and_help(name: str) -> None:
+    tests = "".join(path.read_text(encoding="utf-8") for path in SEEN)
+    assert f'run("{name}"' in tests or f"{name.rpartition('.')[2]}.main" in tests
+    assert f"python -m tools.{name} " in " ".join(run(name, "--help").split()) + " "
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of the bundled model."""
+    return first_layers(TINY, 2, tmp_path_factory.mktemp("smoke") / "tiny-mixtral")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("smoke") / "text.txt"
+    path.write_text(WIKITEXT.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    return path
+
+
+def test_bench_allocate() -> None:
+    found = json.loads(run("bench_allocate", "--layers", 1, "--experts", 8, "--bpw", 2.2, "--json"))
+    assert found["n_item"] == 24
+    run("bench_allocate", "--layers", 1, "--experts", 8, "--bpw", 2.2, "--size")
+
+
+def test_make_cli_docs(tmp_path: Path) -> None:
+    run("make_cli_docs", tmp_path / "new" / "cli.md")
+    assert "## mc-gguf convert" in (tmp_path / "new" / "cli.md").read_text(encoding="utf-8")
+
+
+def test_make_calibration_docs(tmp_path: Path) -> None:
+    run("make_calibration_docs", tmp_path / "new" / "calibration.md")
+    assert "| `frequency` |" in (tmp_path / "new" / "calibration.md").read_text(encoding="utf-8")
+
+
+def test_make_model(tmp_path: Path) -> None:
+    sizes = ("--layers", 1, "--embd", 64, "--ff", 64, "--heads", 2, "--kv-heads", 1, "--vocab", 4096)
+    run("experiments.make_model", tmp_path / "model", *sizes, "--max-shard-mb", 1)
+    assert len([*(tmp_path / "model").glob("*.safetensors")]) > 1
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
+@pytest.mark.native
+def test_bench_calibrate(model: Path) -> None:
+    assert "memory is as it should be" in run("bench_calibrate", model, "--tokens", 512, "--rows", 16)
+
+
+@pytest.mark.native
+def test_bench_compensate(model: Path, text: Path) -> None:
+    sizes = ("--tokens", 256, "--ctx", 128, "--calibration-tokens", 1024)
+    assert "compensated" in run(
+        "bench_compensate", "quality", model, "--types", "Q4_0", "--text", text, *sizes
+    )
+    assert "TFLOP" in run("bench_compensate", "speed", "--rows", 32, "--cols", 256, "--tokens", 128)
+
+
+@pytest.mark.native
+def test_bench_eval(tiny_gguf: Path, tmp_path: Path) -> None:
+    """llama-perplexity takes minutes to build, so a stand-in prints the lines that the script waits for."""
+    tool = tmp_path / "llama-perplexity"
+    tool.write_text("#!/bin/sh\necho '0.01 seconds per pass'\nsleep 0.1\necho 'Final estimate: PPL = 1'\n")
+    tool.chmod(0o755)
+    sizes = ("--ctx", 64, "--chunks", 64, "--rounds", 1)
+    out = run("bench_eval", tool, tiny_gguf, "--reference", tiny_gguf, *sizes)
+    assert [line.split(":")[0] for line in out.splitlines()] == ["perplexity", "KL divergence"]
+
+
+@pytest.mark.native
+def test_bench_op(runtime: runtimes.Runtime, unpatched_runtime: runtimes.Runtime) -> None:
+    sizes = ("--tokens", "2", "--threads", "1", "--rounds", 1, "--seconds", 0.01, "--shape", "256,256")
+    found = json.loads(run("bench_op", *sizes, "--types", "Q2_K+Q4_0", "--json"))
+    assert found["median"] > 0
+
+
+@pytest.mark.native
+def test_bench_quantize(model: Path) -> None:
+    assert json.loads(run("bench_quantize", "memory", model, "--types", "Q4_0,Q8_0"))["file_bytes"] > 0
+    lines = run("bench_quantize", "speed", model, "--type", "Q4_0", "--imatrix", "--repeat", 1).splitlines()
+    assert json.loads(lines[-1])["same_bytes"] is True
+
+
+@pytest.mark.native
+def test_bench_routing(model: Path, unpatched_runtime: runtimes.Runtime, tmp_path: Path) -> None:
+    run("bench_routing", "make", model, tmp_path)
+    sizes = ("--rounds", 1, "--prefill", 64)
+    assert "MoE blocks at decode" in run("bench_routing", "run", tmp_path / "mixed.gguf", *sizes)
+    baseline = ("--baseline", unpatched_runtime.lib_dir)
+    assert "baseline / patched" in run("bench_routing", "off", tmp_path / "Q2_K.gguf", *baseline, *sizes)
+
+
+@pytest.mark.native
+def test_demo(model: Path, tmp_path: Path) -> None:
+    sizes = ("--tokens", 256, "--calibration-tokens", 1024, "--model", model, "--folder", tmp_path / "demo")
+    out = run("demo", *sizes)
+    assert "perplexity" in out
+    assert (tmp_path / "demo" / "mixed.gguf").is_file()
+
+
+@pytest.mark.native
+def test_patches(tmp_path: Path) -> None:
+    """What refresh writes from an untouched checkout is the patch set; bump onto the pin changes nothing."""
+    assert "patches verified" in run("patches", "verify")
+    tree, written = tmp_path / "llama.cpp", tmp_path / "patches"
+    run("patches", "checkout", tree)
+    written.mkdir()
+    (written / "UPSTREAM").write_bytes((ROOT / "patches" / "UPSTREAM").read_bytes())
+    run("patches", "refresh", tree, "--patches", written)
+    for path in written.rglob("*"):
+        if path.is_file():
+            same = ROOT / "patches" / path.relative_to(written)
+            assert path.read_bytes() == same.read_bytes(), path.name
+    assert len([*written.glob("*.patch")]) == len([*(ROOT / "patches").glob("*.patch")])
+    assert "1:" in run("patches", "bump", tree, runtimes.upstream.pin().commit)
+
+
+@pytest.mark.native
+def test_odp_experiment(model: Path, tmp_path: Path) -> None:
+    sizes = ("--tokens", 64, "--ctx", 64, "--model", model, "--calibration-tokens", 1024)
+    assert "| keep_min |" in run("experiments.odp_experiment", tmp_path, *sizes)
+    assert (tmp_path / "curves.svg").is_file()
+
+
+MEASURED = ("--types", "IQ2_XXS,IQ2_XS,Q2_K,Q4_0", "--calibration-tokens", 1024)
+
+
+@pytest.mark.native
+def test_quality_experiment(model: Path, tmp_path: Path) -> None:
+    sizes = ("--tokens", 64, "--ctx", 64, "--seeds", 1, "--no-compensate", "--sizes", "IQ2_XS,recipe Q2_K")
+    strategies = ("--strategies", "uniform,llama-quantize,pmq")
+    run("experiments.quality_experiment", "run", tmp_path, "--model", model, *sizes, *strategies, *MEASURED)
+    assert "| pmq |" in run("experiments.quality_experiment", "report", tmp_path)
+    assert (tmp_path / "curves.svg").is_file()
+
+
+@pytest.mark.native
+def test_bench_refine(model: Path, tmp_path: Path) -> None:
+    for method in ("expansion", "evopress"):
+        sizes = ("--tokens", 4096, "--scored", 64, "--seconds", 1, "--matrix-seconds", 0, "--model", model)
+        arm = ("--bpw", 2.3, "--method", method, *sizes, *MEASURED)
+        run("experiments.bench_refine", "run", tmp_path, *arm)
+    assert "evopress" in run("experiments.bench_refine", "report", tmp_path)
