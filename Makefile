@@ -1,6 +1,7 @@
 # make setup   .venv with mc-gguf in it, and the runtime built into the user's cache
 # make demo    setup, then convert the bundled model and chat with it
-# make test    setup, then every check and test
+# make check   the checks, and the tests that need no runtime: about a minute; needs no `make setup`
+# make test    setup, then every check and every test
 # PYTHON=python3.12 make setup   uses another Python (3.11 or newer)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 # llama-cpp-python without its native part: its libraries come from `mc-gguf runtime build`.
 PURE := CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"
 
-.PHONY: setup demo test docs clean
+.PHONY: setup demo check static quick test docs clean
 
 setup: $(VENV)/installed
 	@$(BIN)/mc-gguf runtime build
@@ -25,17 +26,28 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m tools.demo
 
-# Threads that wait do not spin: on a machine that does other things too, spinning makes torch ten times slower.
-test: setup
-	$(BIN)/mc-gguf runtime build --unpatched
-	$(BIN)/python -m tools.patches verify
+# The two halves at once: on two cores this takes as long as one of them.
+check: $(VENV)/installed
+	@$(MAKE) --no-print-directory --jobs 2 static quick
+
+static: $(VENV)/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m tools.patches verify
 	$(BIN)/mypy
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --cov --cov-report=term-missing:skip-covered
+
+quick: $(VENV)/installed
+	$(BIN)/pytest --quiet --without-runtime
+
+# Threads that wait do not spin: on a machine that does other things too, spinning makes torch ten times slower.
+test: setup static
+	$(BIN)/mc-gguf runtime build --unpatched
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --numprocesses 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 docs: setup
-	$(BIN)/python -m tools.make_cli_docs
-	$(BIN)/python -m tools.make_calibration_docs
+	$(BIN)/python -m tools.reference.cli
+	$(BIN)/python -m tools.reference.calibration
 
 clean:
 	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache .coverage

@@ -1,9 +1,10 @@
 """What `make demo` runs: convert the bundled Mixtral, compare the files, and let the mixed one speak.
 
-    python -m tools.demo [--bpw 2.0625] [--tokens 20480]
+    python -m tools.demo [--bpw 2.0625] [--tokens 20480] [-- CONVERT_OPTIONS]
 
 It makes three files: one in 16 bits, one with the same type for all experts, and a mixed one of that size. It
-prints their sizes and perplexities, and a few words from the mixed file.
+prints their sizes and perplexities, and a few words from the mixed file. CONVERT_OPTIONS go to the command
+that makes the mixed file, which also calibrates.
 """
 
 from __future__ import annotations
@@ -46,16 +47,15 @@ def compare(files: dict[str, Path], n_scored: int) -> None:
     "--bpw", default=2.0625, show_default=True, help="Bits per expert weight; 2.0625 is IQ2_XXS everywhere."
 )
 @click.option("--tokens", default=20480, show_default=True, help="Tokens to score.")
-@click.option("--calibration-tokens", type=int, help="Tokens to calibrate on.  [default: mc-gguf's own]")
 @click.option("--model", type=click.Path(path_type=Path), default="models/tiny-mixtral", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), default="demo", show_default=True)
-def main(bpw: float, tokens: int, calibration_tokens: int | None, model: Path, folder: Path) -> None:
+@click.argument("convert_options", nargs=-1, type=click.UNPROCESSED)
+def main(bpw: float, tokens: int, model: Path, folder: Path, convert_options: tuple[str, ...]) -> None:
     files = {name: folder / f"{name}.gguf" for name in ("16bit", "uniform", "mixed")}
-    calibrate = ("--tokens", calibration_tokens) if calibration_tokens else ()
     calibration = folder / "mixed.calib.safetensors"
     uniform = ("--strategy", "uniform", "--calibration", calibration, "--no-compensate")  # as stock tools do
     run("convert", model, "-o", files["16bit"], "--bpw", 16)
-    run("convert", model, "-o", files["mixed"], "--bpw", bpw, *calibrate)
+    run("convert", model, "-o", files["mixed"], "--bpw", bpw, *convert_options)
     run("convert", model, "-o", files["uniform"], "--bpw", bpw, *uniform)
     run("inspect", files["mixed"])
     compare({name: ROOT / path for name, path in files.items()}, tokens)

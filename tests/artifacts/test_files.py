@@ -1,3 +1,5 @@
+"""The files that pass between the steps: what is saved is loaded, and damage is refused."""
+
 from __future__ import annotations
 
 import json

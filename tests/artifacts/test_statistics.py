@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from mc_gguf.artifacts import Calibration, Statistic, Statistics
 from mc_gguf.common.errors import ArtifactError
 from tests.support.synthetic_calibration import calibration, model_info, with_attention
-from tools import make_calibration_docs
+from tools.reference import calibration as calibration_reference
 
 
 def stored(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
@@ -128,11 +128,11 @@ def test_importance_matrices_are_found_by_the_model_s_layer_number() -> None:
 
 def test_the_documented_table_is_the_code_s(repo_root: Path) -> None:
     page = repo_root / "docs" / "reference" / "calibration.md"
-    assert page.read_text() == make_calibration_docs.text(), "run: make docs"
+    assert page.read_text() == calibration_reference.text(), "run: make docs"
     assert all(f"| `{line.name}` |" in page.read_text() for line in Calibration.table())
 
 
 def test_the_documented_keys_are_the_file_s(tmp_path: Path) -> None:
     calibration(n_layer=1).save(tmp_path / "c")
     keys = json.loads(stored(tmp_path / "c")[0]["mc_gguf"])
-    assert all(f"| `{key}` |" in make_calibration_docs.HEAD for key in keys)
+    assert all(f"| `{key}` |" in calibration_reference.HEAD for key in keys)

@@ -1,3 +1,5 @@
+"""Super experts: which experts are found by their extreme activations."""
+
 from __future__ import annotations
 
 import numpy as np

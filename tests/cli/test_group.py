@@ -19,7 +19,7 @@ import mc_gguf
 from mc_gguf import cli
 from mc_gguf.cli.command import Command
 from mc_gguf.common.errors import McError
-from tools import make_cli_docs
+from tools.reference import cli as cli_reference
 
 HEAVY = ("torch", "llama_cpp", "gguf", "numpy", "scipy", "transformers", "safetensors")
 
@@ -70,7 +70,7 @@ def test_every_command_and_option_has_help(name: str) -> None:
 
 
 def test_docs_cli_is_what_the_commands_say(repo_root: Path) -> None:
-    assert (repo_root / "docs" / "reference" / "cli.md").read_text() == make_cli_docs.text(), "run: make docs"
+    assert (repo_root / "docs" / "reference" / "cli.md").read_text() == cli_reference.text(), "run: make docs"
 
 
 def test_version() -> None:

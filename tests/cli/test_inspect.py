@@ -19,6 +19,8 @@ from tests.support.gguf_models import (
     write_random,
 )
 
+pytestmark = pytest.mark.native
+
 TYPES = {
     "gate": [["Q8_0", "Q4_0", "Q8_0"], ["Q4_0"] * 3],
     "up": [["Q8_0", "Q4_0", "Q4_0"], ["Q4_0"] * 3],

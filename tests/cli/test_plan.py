@@ -1,3 +1,5 @@
+"""`mc-gguf plan`: budgets, strategies, the summary, and what it refuses."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,7 @@
+"""Sizes and durations, read from text and written as text."""
+
+from __future__ import annotations
+
 import pytest
 
 from mc_gguf.common.errors import BudgetError, McError

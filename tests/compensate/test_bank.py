@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -112,23 +113,25 @@ def test_a_wrong_shape_or_dtype_is_refused(tmp_path: Path) -> None:
 
 def test_two_processes_store_the_same(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    both = [context.Process(target=_put_often, args=(tmp_path,)) for _ in range(2)]
+    enough = context.Event()
+    both = [context.Process(target=_put_until, args=(tmp_path, enough), daemon=True) for _ in range(2)]
     for process in both:
         process.start()
     seen = 0
-    while any(process.is_alive() for process in both):
+    while seen < 200:
+        assert all(process.exitcode is None for process in both)
         found = Bank(tmp_path, KEY).get(*PLACE)
         if found is not None:  # whole at any moment
             np.testing.assert_array_equal(found, blocks())
             seen += 1
+    enough.set()
     for process in both:
         process.join()
         assert process.exitcode == 0
     np.testing.assert_array_equal(Bank(tmp_path, KEY).get(*PLACE), blocks())
-    assert seen
     assert len(stored(tmp_path)) == 1
 
 
-def _put_often(folder: Path) -> None:
-    for _ in range(200):
+def _put_until(folder: Path, enough: Event) -> None:
+    while not enough.is_set():
         Bank(folder, KEY).put(*PLACE, blocks())

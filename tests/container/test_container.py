@@ -34,6 +34,8 @@ from tests.support.gguf_models import (
     write_random,
 )
 
+pytestmark = pytest.mark.native
+
 SMALL_TYPES = ("F32", "F16", "Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "BF16")
 T = "blk.0.ffn_gate_exps.weight"
 EXPERTS = {

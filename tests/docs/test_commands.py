@@ -18,7 +18,7 @@ COMMANDS = [command for path in documents() for command in commands(path)]
 def parse(words: tuple[str, ...]) -> None:
     """Parse as click would, without looking at files or values. Raises click.UsageError."""
     command: click.Command = cli.main
-    context = click.Context(command, info_name="mc-gguf")
+    context = click.Context(command, info_name="mc-gguf", **command.context_settings)
     left = list(words)
     while isinstance(command, click.Group) and left and not left[0].startswith("-"):
         name = left.pop(0)

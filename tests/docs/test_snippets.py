@@ -1,13 +1,14 @@
-"""The Python blocks of README.md and docs/ run, in order, where the repository's files are.
+"""The Python blocks of README.md and docs/ run, in order, beside the repository's files.
 
 A document's blocks share a folder that looks like the repository: what they write stays under it. The model
-is the bundled one, cut to its first layers, so that converting it takes seconds. A block that cannot run
-carries `<!-- not run: reason -->` above it.
+is the bundled one, cut to its first layers and calibrated once for all documents, so that converting it takes
+seconds. A block that cannot run carries `<!-- not run: reason -->` above it.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,15 +29,35 @@ def test_a_block_is_python_and_a_skipped_one_says_why(block: Block) -> None:
     assert block.reason_not_run != "", f"{block.path}:{block.line}: say why it is not run"
 
 
-@pytest.fixture
-def workplace(tmp_path: Path) -> Path:
-    """A folder with the repository's test data and documents, and models/tiny-mixtral of two layers."""
+def lay_out(folder: Path) -> Path:
+    """Make `folder` look like the repository, with models/tiny-mixtral cut to its first layers."""
     for name in ("tests", "docs"):
-        (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
-    (tmp_path / "models").mkdir()
-    (tmp_path / "demo").mkdir()
-    first_layers(TINY, N_LAYER, tmp_path / "models" / "tiny-mixtral")
+        (folder / name).symlink_to(ROOT / name, target_is_directory=True)
+    (folder / "models").mkdir()
+    (folder / "demo").mkdir()
+    first_layers(TINY, N_LAYER, folder / "models" / "tiny-mixtral")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The calibration that convert() makes beside demo/tiny.gguf, or uses if it is there."""
+    folder = lay_out(tmp_path_factory.mktemp("calibrated"))
+    arguments = ("calibrate", "models/tiny-mixtral", "-o", "demo/tiny.calib.safetensors")
+    run([sys.executable, "-m", "mc_gguf", *arguments], folder)
+    return folder / "demo" / "tiny.calib.safetensors"
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, calibration: Path) -> Path:
+    shutil.copy(calibration, lay_out(tmp_path) / "demo")
     return tmp_path
+
+
+def run(command: list[str], folder: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.native
@@ -44,11 +65,6 @@ def workplace(tmp_path: Path) -> Path:
     "path", [p for p, found in BLOCKS.items() if found], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_the_blocks_of_a_document_run(path: Path, workplace: Path) -> None:
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
     for block in BLOCKS[path]:
         if block.reason_not_run is None:
-            command = [sys.executable, "-c", block.text]
-            done = subprocess.run(
-                command, cwd=workplace, env=env, capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, f"{path}:{block.line}\n{done.stderr[-3000:]}"
+            run([sys.executable, "-c", f"# {path}:{block.line}\n{block.text}"], workplace)

@@ -40,6 +40,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "m.gguf"
 
 
+@pytest.mark.native
 def test_every_value_type_as_gguf_py(model: Path) -> None:
     header = read_header(model)
     reader = load_gguf().GGUFReader(model)
@@ -137,6 +138,7 @@ def test_missing_file(tmp_path: Path) -> None:
         read_header(tmp_path / "nothing")
 
 
+@pytest.mark.native
 def test_text_need_not_be_utf8(tmp_path: Path) -> None:
     """Token lists of byte-level vocabularies: kept, and written back as they were."""
     from mc_gguf.ggml.gguf_writer import add_values

@@ -1,3 +1,7 @@
+"""The table of ggml types against llama.cpp's documentation and gguf-py."""
+
+from __future__ import annotations
+
 from typing import Any
 
 import pytest

@@ -1,5 +1,6 @@
-"""Logits of models under the libraries in a given folder, patched or not; run as a program of its own
-because a process can hold one libllama only.
+"""Compute logits of models with the libraries in a given folder, patched or not.
+
+This is a program of its own because a process can hold only one libllama.
 
     python logits.py LIB_DIR OUT.npz MODEL [MODEL...] --batches 1,7,512 --threads 1,2 [--repack]
 
@@ -18,7 +19,7 @@ import numpy as np
 
 
 def logits_of(llama: Any, model: Any, tokens: list[int], threads: int) -> np.ndarray[Any, Any]:
-    """[len(tokens), n_vocab] after one batch on a fresh context."""
+    """Logits [len(tokens), n_vocab] after one batch in a fresh context."""
     params = llama.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 512
     params.n_threads = params.n_threads_batch = threads

@@ -1,3 +1,5 @@
+"""plan(): budgets are met exactly, and no better assignment is left."""
+
 from __future__ import annotations
 
 import itertools

@@ -1,3 +1,5 @@
+"""The solver of the multiple-choice knapsack against brute force, and at real sizes."""
+
 from __future__ import annotations
 
 import os

@@ -1,3 +1,5 @@
+"""The summary says what the plan holds."""
+
 from __future__ import annotations
 
 import json

@@ -25,6 +25,8 @@ from tests.support import TINY
 from tests.support.gguf_models import ONES, RandomCheckpoint, make_calibration, make_plan, mixed, uniform
 from tools.common import RELATIVE_ERROR
 
+pytestmark = pytest.mark.native
+
 FAST = ("Q2_K", "Q3_K", "Q4_K", "IQ4_XS")
 # A quantizer that lost its scale is far off.
 RATES = {name: RELATIVE_ERROR[name] for name in (*FAST, "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S")}

@@ -16,9 +16,9 @@ from mc_gguf.refine.passes import Assignment, Evaluator
 from tests.support.refine_models import (
     TYPES,
     divergence,
-    drawn,
     layers,
     matrices,
+    random_types,
     rows,
     slice_of,
     small,
@@ -30,7 +30,7 @@ ALL = np.ones((2, 5, 3, len(TYPES)), dtype=bool)
 
 
 def test_divergence_is_that_of_transformers(tmp_path: Path) -> None:
-    assignment = drawn(1)
+    assignment = random_types(1)
     found = Evaluator(layers(tmp_path), rows(4), TYPES).settle(assignment)
     with torch.no_grad():
         expected = divergence(small()[0], twin(assignment), rows(4)).numpy()
@@ -45,10 +45,10 @@ def test_the_source_itself_does_not_diverge(tmp_path: Path) -> None:
 
 def test_a_sweep_measures_what_settling_would(tmp_path: Path) -> None:
     evaluator = Evaluator(layers(tmp_path), rows(3), TYPES)
-    evaluator.settle(drawn(1))
-    late = drawn(1)
+    evaluator.settle(random_types(1))
+    late = random_types(1)
     late.columns[1, 2, 1] ^= 1
-    candidates = [drawn(2), late, drawn(1), drawn(3)]
+    candidates = [random_types(2), late, random_types(1), random_types(3)]
     swept = evaluator.sweep(candidates)
     few = evaluator.sweep(candidates, np.array([2, 0]))
     np.testing.assert_allclose(few, swept[:, [2, 0]], rtol=1e-9)
@@ -58,8 +58,8 @@ def test_a_sweep_measures_what_settling_would(tmp_path: Path) -> None:
 
 def test_memory_limit_changes_nothing(tmp_path: Path) -> None:
     small_limit = layers(tmp_path, limit_bytes=30_000)
-    expected = Evaluator(layers(tmp_path / "other"), rows(2), TYPES).settle(drawn(4))
-    np.testing.assert_array_equal(Evaluator(small_limit, rows(2), TYPES).settle(drawn(4)), expected)
+    expected = Evaluator(layers(tmp_path / "other"), rows(2), TYPES).settle(random_types(4))
+    np.testing.assert_array_equal(Evaluator(small_limit, rows(2), TYPES).settle(random_types(4)), expected)
     assert sum(m.nbytes for m in small_limit.matrices._kept.values()) <= 30_000
 
 
@@ -85,7 +85,7 @@ def test_matrices_are_quantized_once_and_a_damaged_block_again(tmp_path: Path) -
 
 
 def test_gradient_is_that_of_autograd(tmp_path: Path) -> None:
-    incumbent, tokens = drawn(1), rows(9)
+    incumbent, tokens = random_types(1), rows(9)
     evaluator = Evaluator(layers(tmp_path), tokens, TYPES)
     evaluator.settle(incumbent)
     picked = np.array([0, 2, 3, 4, 5, 6, 7, 8])[::-1].copy()
@@ -115,20 +115,20 @@ def test_draws_predict_the_divergence_of_small_changes(
     assert len(expansion.draws) == 32 * 8 * -(-32 // segment)
     memory = Memory(30, len(TYPES))
     memory.add(expansion)
-    items, target = np.arange(30), drawn(5, n_type=3).columns.reshape(-1)
+    items, target = np.arange(30), random_types(5, n_type=3).columns.reshape(-1)
     change = memory.scaled()[:, items, target] - memory.scaled()[:, items, fine.columns.reshape(-1)]
     linear = (memory.gradient[items, target] - memory.gradient[items, fine.columns.reshape(-1)]).sum()
     predicted = linear + 0.5 * np.square(change.sum(axis=1)).sum()
-    actual = evaluator.sweep([drawn(5, n_type=3)])[0].mean() - start
+    actual = evaluator.sweep([random_types(5, n_type=3)])[0].mean() - start
     assert predicted == pytest.approx(actual, rel=0.25)
 
 
 def test_what_is_not_wanted_is_infinite(tmp_path: Path) -> None:
     evaluator = Evaluator(layers(tmp_path), rows(2), TYPES)
-    evaluator.settle(drawn(1))
+    evaluator.settle(random_types(1))
     size = np.array([[18, 18, 22, 34]] * 3)
-    wanted = wanted_types(size, drawn(1).columns, 1)
-    assert wanted[drawn(1).columns == 0].tolist()[0] == [True, True, True, False]
+    wanted = wanted_types(size, random_types(1).columns, 1)
+    assert wanted[random_types(1).columns == 0].tolist()[0] == [True, True, True, False]
     found = expand(evaluator, np.arange(2), wanted, 1, 0)
     np.testing.assert_array_equal(np.isfinite(found.gradient), wanted.reshape(30, -1))
 

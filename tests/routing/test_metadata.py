@@ -43,6 +43,8 @@ from tests.support.gguf_models import (
 from tests.support.routing_predictions import predicted_damage, predicted_drop
 from tests.support.synthetic_calibration import synthetic_routing
 
+pytestmark = pytest.mark.native
+
 N_LAYER = 4
 MIXED = {p: [["Q8_0", "Q4_0", "Q8_0"], *[["Q4_0"] * 3] * (N_LAYER - 1)] for p in PROJECTIONS}
 FIVES, SIXES = "5" * 64, "6" * 64

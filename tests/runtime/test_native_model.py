@@ -49,7 +49,7 @@ def one_group(kind: str) -> Groups:
 
 
 def split(kind_of_size: list[tuple[str, int]], seed: int) -> Groups:
-    """Groups of given types and sizes, experts drawn by lot, ascending within a group."""
+    """Groups of the given types and sizes with random experts, ascending within a group."""
     order = np.random.default_rng(seed).permutation(8).tolist()
     groups = []
     for kind, size in kind_of_size:

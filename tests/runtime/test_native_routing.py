@@ -1,7 +1,7 @@
 """Dynamic routing in the patched llama.cpp: known answers, and everything that it has to get along with.
 
 Known answers are bit-identical. The decisions themselves are compared with a second implementation in
-tests/test_routing_reference.py.
+tests/routing/test_reference.py.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def writer(tiny_model: Path, runtime: Runtime, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def models(writer: ModelWriter) -> Iterator[Models]:
-    """The bundled model's first layers in a format of FILES, loaded; `n_used` experts a token."""
+    """The bundled model's first layers in a format of FILES, loaded, with `n_used` experts per token."""
     loaded: dict[tuple[str, int], Llama] = {}
 
     def model(name: str, n_used: int = 2) -> Llama:

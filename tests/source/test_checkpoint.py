@@ -31,6 +31,8 @@ from tests.support.gguf_models import (
 )
 from tests.support.moe_directories import random_moe, save_moe
 
+pytestmark = pytest.mark.native
+
 HF_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 
 

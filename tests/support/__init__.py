@@ -1,4 +1,4 @@
-"""What several tests share: small models and files, second implementations, places."""
+"""What several tests share: small models and files, second implementations, and places."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: where its first line is, its language, its text, and the line above the fence."""
+    """A fenced block: the place of its first line, its language, its text, and the line above the fence."""
 
     path: Path
     line: int
@@ -28,7 +28,7 @@ class Block:
 
     @property
     def reason_not_run(self) -> str | None:
-        """What `<!-- not run: reason -->` above the block says, "" without a reason; None without it."""
+        """The reason in `<!-- not run: reason -->` above the block, maybe ""; None without the comment."""
         found = NOT_RUN.fullmatch(self.above.strip())
         return found[1].strip() if found else None
 
@@ -70,7 +70,7 @@ def blocks(path: Path, language: str) -> Iterator[Block]:
 def commands(path: Path) -> Iterator[Command]:
     """The lines that begin with mc-gguf, also after an indent or "$ "; a backslash joins the next line.
 
-    What follows two spaces or a # is taken for a comment, and brackets around what may be left out go.
+    Two spaces or a # begin a comment. Brackets around what may be left out are removed.
     """
     waiting = ""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):

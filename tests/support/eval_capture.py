@@ -1,7 +1,7 @@
 """The runtime's routing decisions, slot by slot: a context whose eval callback reads tensors of every ubatch.
 
-Low-level llama_cpp on the patched libraries: several sequences in a batch, and cb_eval, which llama_cpp.Llama
-does not pass on.
+It uses the low-level llama_cpp on the patched libraries, because llama_cpp.Llama takes neither several
+sequences in a batch nor cb_eval.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _WANTED = re.compile(rb"(ffn_moe_(?:topk|weights|routed|importance)|attn_receive
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What one llama_decode gets: int64 arrays [n], and of which tokens the logits are wanted (bool [n]).
+    """What one llama_decode gets: int64 arrays [n], and bool [n] that says which tokens' logits are wanted.
 
-    `shared`: for tokens, by index, that belong to several sequences, those after the first.
+    `shared` has the tokens, by index, that belong to several sequences, and their sequences after the first.
     """
 
     tokens: NDArray[np.int64]
@@ -43,9 +43,10 @@ class Batch:
 class Decision:
     """The router of one layer in one ubatch, R rows, K experts each, in slot order.
 
-    experts int32 [R, K] as selected; routed int32 [R, K]: the number of experts where a slot is dropped;
-    weights float32 [R, K] before anything is dropped; importance float32 [R]; received float32 [n]: mean
-    attention that each token of the ubatch receives. The last two are None where they are not computed.
+    experts int32 [R, K] are those selected; routed int32 [R, K] holds the number of experts instead where a
+    slot is dropped; weights float32 [R, K] are those before anything is dropped; importance is float32 [R];
+    received float32 [n] is the mean attention that each token of the ubatch receives. The last two are None
+    where they are not computed.
     """
 
     experts: NDArray[Any]
@@ -59,8 +60,8 @@ class Decision:
 class Context:
     """A llama_context on an F32 model; the KV cache is F32 too, so that only the order of sums is left.
 
-    `n_used`: experts per token instead of the model's. Several sequences share a KV cache when it is
-    `unified`, else each has its own stream.
+    `n_used` is the number of experts per token, if not the model's. Several sequences share a KV cache when
+    it is `unified`; otherwise each has its own stream.
     """
 
     model_path: Path
@@ -117,7 +118,7 @@ class Context:
         return read_counters(self.handle)
 
     def remove(self, sequence: int, start: int) -> None:
-        """Forget the positions from `start` on, of a sequence."""
+        """Forget a sequence's positions from `start` on."""
         memory = self._llama.llama_get_memory(self.handle)
         assert self._llama.llama_memory_seq_rm(memory, sequence, start, -1)
 
@@ -174,7 +175,7 @@ class _TensorHeader(ctypes.Structure):
 
 
 def _decisions(captured: Sequence[tuple[str, int, NDArray[Any]]]) -> list[list[Decision]]:
-    """Tensors come in the order of the graph, so a ubatch begins where layer numbers fall."""
+    """Tensors come in the order of the graph, so a ubatch begins where the layer number falls."""
     ubatches: list[list[dict[str, NDArray[Any]]]] = []
     last = None
     for name, layer, array in captured:

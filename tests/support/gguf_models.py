@@ -55,7 +55,7 @@ def model_kv(n_layer: int, n_expert: int, n_embd: int, n_ff: int, n_used: int = 
 
 
 def model_tensors(n_layer: int, n_expert: int, n_embd: int, n_ff: int, kind: str) -> list[TensorSpec]:
-    """The tensors of a Mixtral-like model in the converter's kind of order, shapes in ggml order."""
+    """The tensors of a Mixtral-like model, ordered like the converter's, with shapes in ggml order."""
     tensors = [
         TensorSpec("output.weight", (n_embd, 3), kind),
         TensorSpec("token_embd.weight", (n_embd, 3), kind),
@@ -74,7 +74,7 @@ def model_tensors(n_layer: int, n_expert: int, n_embd: int, n_ff: int, kind: str
 
 
 class RandomCheckpoint:
-    """mc_gguf.source.Checkpoint with weights drawn anew at every read, always the same."""
+    """A mc_gguf.source.Checkpoint whose random weights are made anew at every read, always the same."""
 
     def __init__(
         self, n_layer: int = 2, n_expert: int = 4, n_embd: int = 32, n_ff: int = 64, kind: str = "BF16"
@@ -165,8 +165,8 @@ def make_plan(
 
 
 def make_calibration(info: ModelInfo, path: Path, unused: Sequence[tuple[int, int]] = ()) -> Calibration:
-    """A saved calibration with random importance matrices; `unused` experts (layer index, expert) saw no
-    token.
+    """A saved calibration with random importance matrices; the `unused` experts (layer index, expert) saw no
+    tokens.
     """
     n_layer, n_expert = len(info.expert_layers), info.n_expert
     rng = np.random.default_rng(5)
@@ -190,7 +190,7 @@ def make_calibration(info: ModelInfo, path: Path, unused: Sequence[tuple[int, in
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor taken out of a file. Shape in ggml order."""
+    """A tensor taken out of a file; the shape is in ggml order."""
 
     name: str
     shape: tuple[int, ...]
@@ -204,7 +204,7 @@ def write_random(
     experts: Mapping[str, Sequence[Sequence[str]]],
     routing: RoutingMetadata | None = None,
 ) -> None:
-    """A file of ours with true header and maps and random bytes for weights; needs no ggml."""
+    """Write a file with a true header and maps, and random bytes for weights. This needs no ggml."""
     tensors = container.layout(checkpoint.info, experts, FixedTypes(), routing)
     rng = np.random.default_rng(7)
     data = bytearray(container.total_bytes(tensors))
@@ -217,7 +217,7 @@ def write_random(
 
 
 def take_apart(path: Path) -> tuple[dict[str, Value], list[Part]]:
-    """Metadata and tensors of a file, to be changed and written again by write_parts."""
+    """A file's metadata and tensors, which can be changed and written again by write_parts."""
     header, data = read_header(path), path.read_bytes()
 
     def part(t: TensorEntry) -> Part:
@@ -227,7 +227,7 @@ def take_apart(path: Path) -> tuple[dict[str, Value], list[Part]]:
 
 
 def write_parts(path: Path, kv: Mapping[str, Value], parts: Sequence[Part]) -> None:
-    """Write a GGUF with gguf-py alone, whatever it contains."""
+    """Write a GGUF with gguf-py alone, whatever is in it."""
     gguf = load_gguf()
     writer = gguf.GGUFWriter(path, "llama")
     add_values(writer, {k: v for k, v in kv.items() if k != "general.architecture"})

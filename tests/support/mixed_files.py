@@ -1,5 +1,6 @@
-"""GGUF files for tests of the runtime, freer than quantize writes them: any grouping, groups of equal type,
-or every expert dequantized to F32."""
+"""GGUF files for tests of the runtime, with more freedom than quantize has: any grouping, groups of the same
+type, or every expert dequantized to F32.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +57,11 @@ class ModelWriter:
         version: int = 1,
         architecture: str | None = None,
     ) -> Path:
-        """`groups` for every layer or by layer. One group of all experts in order is a stock tensor; so is
-        everything with `dequantize`, which stores the weights that the blocks stand for as F32."""
+        """Write a file with `groups`, which are for every layer or by layer.
+
+        One group of all experts in order is a stock tensor. So is everything with `dequantize`, which stores
+        the weights that the blocks stand for as F32.
+        """
         gguf = packages.load_gguf()
         path = self.folder / f"{name}.gguf"
         own_name = self.checkpoint.info.architecture
@@ -84,7 +88,7 @@ class ModelWriter:
         return path
 
     def _rename(self, writer: Any, old: str, new: str) -> None:
-        """Give the metadata of architecture `old` to `new`, with what qwen3moe wants besides."""
+        """Give the metadata of architecture `old` to `new`, and add what qwen3moe needs."""
         values = writer.kv_data[0]
         for key in [key for key in values if key.startswith(f"{old}.")]:
             values[new + key.removeprefix(old)] = values.pop(key)

@@ -1,6 +1,7 @@
 """Hugging Face directories of small random MoE models, one for each architecture that calibration follows.
 
-All with 64 experts, the best 8 used, and expert matrices that k-quants cannot take (widths 64 and 96).
+All have 64 experts, of which a token uses the best 8, and expert matrices whose widths (64 and 96) k-quants
+cannot take.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def random_moe(name: str, seed: int = 0, **changes: Any) -> Any:
-    """A transformers model with random weights that BF16 holds exactly, float32. Norms are not ones, biases
-    are not zeros.
+    """A transformers model in float32 with random weights that BF16 holds exactly. Norms are not ones, and
+    biases are not zeros.
     """
     import transformers
 
@@ -64,7 +65,7 @@ def random_moe(name: str, seed: int = 0, **changes: Any) -> Any:
 
 
 def save_moe(model: Any, folder: Path) -> Path:
-    """The directory, BF16, with the bundled model's tokenizer."""
+    """Save the model in BF16, with the bundled model's tokenizer."""
     model.save_pretrained(folder, state_dict={k: v.bfloat16() for k, v in model.state_dict().items()})
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(TINY / name, folder / name)
@@ -72,7 +73,7 @@ def save_moe(model: Any, folder: Path) -> Path:
 
 
 def write_f32(checkpoint: Checkpoint, path: Path) -> Path:
-    """The checkpoint as a plain F32 GGUF, so that nothing but the order of sums separates two forwards."""
+    """Write the checkpoint as a plain F32 GGUF, so that two forwards only differ in the order of sums."""
     writer = load_gguf().GGUFWriter(path, checkpoint.info.architecture)
     checkpoint.copy_kv(writer)
     stacks = {expert_tensor_name(i, p): (i, p) for i in checkpoint.info.expert_layers for p in PROJECTIONS}

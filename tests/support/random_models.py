@@ -22,8 +22,8 @@ SIGMOID = 2  # enum llama_expert_gating_func_type
 
 
 def write_random_model(path: Path, architecture: str, norm: bool = True, shard_tensors: int = 0) -> Path:
-    """A model of 3 layers, 8 experts, 4 of them used by a token. `norm` is for dots1. With `shard_tensors` in
-    files of so many tensors, named like llama.cpp's.
+    """Write a model of 3 layers and 8 experts, of which a token uses 4. `norm` is for dots1. With
+    `shard_tensors` the files hold that many tensors each and are named like llama.cpp's.
     """
     writer = load_gguf().GGUFWriter(path, architecture, split_max_tensors=shard_tensors)
     _metadata(writer, architecture, norm)

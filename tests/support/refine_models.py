@@ -1,4 +1,4 @@
-"""A small random Mixtral with a calibration, for the tests of refinement; and its twin in transformers."""
+"""A small random Mixtral with a calibration, and its twin in transformers, for the tests of refinement."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def layers(folder: Path, limit_bytes: int = 1 << 30) -> Layers:
     return Layers(Decoder(small()[1]), matrices(folder, limit_bytes))
 
 
-def drawn(seed: int, n_type: int = len(TYPES)) -> Assignment:
+def random_types(seed: int, n_type: int = len(TYPES)) -> Assignment:
     """Random types."""
     columns = np.random.default_rng(seed).integers(0, n_type, (2, 5, len(PROJECTIONS)))
     return Assignment(TYPES, columns)
 
 
 def twin(assignment: Assignment) -> Any:
-    """transformers' model with what the types make of its experts."""
+    """transformers' model with its experts as the types make them."""
     model, checkpoint, calibration = small()
     copy = random_mixtral()
     copy.load_state_dict(model.state_dict())

@@ -1,4 +1,4 @@
-"""What thresholds at quantiles are expected to do, of a whole model."""
+"""What thresholds at quantiles are expected to do to a whole model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from mc_gguf.routing.thresholds import predict_damages
 
 
 def predicted_drop(profile: RoutingProfile, quantiles: Floats) -> float:
-    """Share of all expert activations: rank 0 stays, and every layer routes as many tokens."""
+    """The dropped share of all expert activations: rank 0 stays, and every layer routes the same tokens."""
     return float((profile.n_rank - 1) / profile.n_rank * quantiles.mean())
 
 
 def predicted_damage(profile: RoutingProfile, quantiles: Floats) -> float:
-    """Nats per token, all layers."""
+    """The expected damage of all layers, in nats per token."""
     return float(predict_damages(profile, quantiles).sum())

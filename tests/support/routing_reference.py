@@ -1,9 +1,9 @@
 """Dynamic expert routing on a whole Mixtral in float64 torch: the second implementation.
 
-From the Hugging Face weights, with rotate-half rotary embedding, attention over a list of past keys and
-experts in a loop. What to drop is written from the definitions in patches/src/include (mc.h,
-ggml-mc-routing.h). It follows the runtime only where its own decision is a near tie, so that one slot decided
-by rounding does not make everything after it another computation.
+It reads the Hugging Face weights and uses rotate-half rotary embedding, attention over a list of past keys,
+and a loop over experts. What to drop follows from the definitions in patches/src/include (mc.h,
+ggml-mc-routing.h). It follows the runtime only where its own decision is a near tie, so that one slot that
+rounding decides does not make everything after it another computation.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from tests.support.eval_capture import Batch, Decision
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """The rows of a MoE block: sequences, positions [R]; received [R]: mean attention that their keys receive
-    from the queries of this ubatch; queries [R]: the number of those, at or after the token.
+    """The rows of a MoE block: their sequences and positions [R]; received [R] is the mean attention that
+    their keys receive from the queries of this ubatch, and queries [R] the number of those queries, which are
+    at or after the token.
     """
 
     sequences: Tensor
@@ -43,9 +44,9 @@ class Tokens:
 class Routed:
     """The decisions of one layer in one ubatch, R rows, K experts each, best first.
 
-    experts int64 [R, K]; weights [R, K]; below bool [R, K]: the policy alone would drop it; dropped bool
-    [R, K]; near bool [R, K]: rounding may turn the decision; near_experts bool [R]: or the selection and its
-    order; importance [R]; received [R]: mean attention that the row's key receives.
+    Arrays [R, K]: experts int64; weights; below, where the policy alone would drop the slot; dropped; near,
+    where rounding may turn the decision. Arrays [R]: near_experts, where rounding may turn the selection or
+    its order; importance; received, the mean attention that the row's key receives.
     """
 
     experts: Tensor
@@ -67,7 +68,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 class Reference:
     """One model and the keys and values of all tokens that it has seen.
 
-    near: relative distance to another decision below which rounding may decide.
+    `near` is the relative distance to another decision below which rounding may decide.
     """
 
     def __init__(
@@ -84,15 +85,15 @@ class Reference:
         self._cache = [(nothing, nothing)] * self.n_layer
 
     def remove(self, sequence: int, start: int) -> None:
-        """Forget the positions from `start` on, of a sequence."""
+        """Forget a sequence's positions from `start` on."""
         left = ~((self._sequences == sequence) & (self._positions >= start))
         self._sequences, self._positions = self._sequences[left], self._positions[left]
         self._cache = [(keys[:, left], values[:, left]) for keys, values in self._cache]
 
     @torch.inference_mode()
     def decode(self, batch: Batch, found: Sequence[Decision]) -> tuple[Tensor, list[Routed]]:
-        """One ubatch. Logits of the wanted tokens [n_wanted, n_vocab] and the decisions by layer; `found` are
-        those of the runtime, followed at near ties.
+        """Compute one ubatch. Returns the logits of the wanted tokens [n_wanted, n_vocab], and the decisions
+        by layer; `found` are the runtime's decisions, which are followed at near ties.
         """
         sequences, positions = torch.from_numpy(batch.sequences), torch.from_numpy(batch.positions)
         self._sequences = torch.cat((self._sequences, sequences))
@@ -142,7 +143,7 @@ class Reference:
         return mixed @ self._weights[f"{name}.o_proj.weight"].T, received
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotary embedding of [heads, n, head_dim], halves rotated against each other."""
+        """Rotary embedding of [heads, n, head_dim] with the halves rotated against each other."""
         frequency = self.config["rope_theta"] ** -(torch.arange(0, self.head_dim, 2).double() / self.head_dim)
         angle = torch.outer(positions.double(), frequency)
         cos, sin = angle.cos(), angle.sin()
@@ -169,7 +170,7 @@ class Reference:
         return Routed(experts, weights, below, dropped, near, near_experts, importance, tokens.received)
 
     def _below(self, layer: int, weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Which slots [R, K] (weights by rank) the policy alone drops, and which rounding may turn."""
+        """The slots [R, K], by rank, that the policy alone drops, and those that rounding may turn."""
         routing, rank, first = self.routing, torch.arange(self.n_used), weights[:, :1]
         may_drop = (rank > 0).expand(weights.shape)
         if routing.active is not None and not routing.active[layer]:
@@ -192,8 +193,8 @@ class Reference:
         return may_drop & (value < limit), may_drop & self._near(value, limit)
 
     def _protected(self, importance: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """The ceil(share * n) most important of each sequence's n rows, and those that rounding may turn. A
-        sequence's only row is not protected, unless all are.
+        """The ceil(share * n) most important of each sequence's n rows, and those that rounding may turn. The
+        only row of a sequence is not protected, unless all rows are.
         """
         share = self.routing.protect if self.routing.policy == "odp" else 0.0
         safe = torch.full(sequences.shape, share == 1)
@@ -214,7 +215,7 @@ class Reference:
         return (a - b).abs() <= self.near * torch.maximum(a.abs(), b.abs())
 
     def _experts(self, layer: int, x: Tensor, decision: Routed) -> Tensor:
-        """Mixtral's weights are renormalised to sum 1, over the experts that are left."""
+        """Mixtral renormalises the weights of the experts that are left to a sum of 1."""
         kept = decision.weights * ~decision.dropped
         kept = kept / kept.sum(-1, keepdim=True)
         out = torch.zeros_like(x)
@@ -254,7 +255,7 @@ def splitmix64(state: int) -> int:
 
 
 def uniform(seed: int, layer: int, position: int, rank: int) -> float:
-    """Number in [0, 1) of a slot: the top 53 bits of splitmix64 over the parts of its name, one by one."""
+    """A slot's number in [0, 1): the top 53 bits of splitmix64 over the parts of its name, one by one."""
     z = 0
     for part in (seed, layer, position, rank):
         z = splitmix64(z ^ part)
@@ -262,15 +263,15 @@ def uniform(seed: int, layer: int, position: int, rank: int) -> float:
 
 
 def float32(value: float) -> float:
-    """What the runtime's parameters hold of it."""
+    """The value as the runtime's parameters hold it."""
     return float(np.float32(value))
 
 
 def ubatches(batch: Batch, n_ubatch: int, unified: bool) -> Iterator[NDArray[np.int64]]:
     """Which tokens of a batch go into each ubatch, in its order.
 
-    Sequences in one KV cache: as they come. Else as many of each of those that have neighbouring numbers, one
-    sequence after another.
+    With one KV cache for all sequences, tokens go as they come. Otherwise a ubatch takes the same number of
+    tokens from each of the sequences with neighbouring numbers, one sequence after another.
     """
     if unified:
         yield from np.split(np.arange(len(batch.tokens)), range(n_ubatch, len(batch.tokens), n_ubatch))

@@ -1,5 +1,7 @@
-"""A llama_context under low-level control, for tests of dynamic routing: batches of several sequences, part
-of the logits, the memory, the state. The model is borrowed from a Llama, so several sessions can share one.
+"""A llama_context under low-level control, for tests of dynamic routing.
+
+It gives batches of several sequences, some of the logits, the memory and the state. The model is borrowed
+from a Llama, so that several sessions can share one.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ class Session:
         llama_cpp.llama_memory_clear(self.memory, True)
 
     def decode(self, tokens: Sequence[Token], outputs: Sequence[int] | None = None) -> Logits:
-        """Logits [n_outputs, n_vocab] of the tokens at these places of the batch, all by default."""
+        """Logits [n_outputs, n_vocab] of the tokens at these places of the batch, by default of all."""
         wanted = range(len(tokens)) if outputs is None else outputs
         batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
@@ -74,7 +76,7 @@ class Session:
         return np.ctypeslib.as_array(found, (len(wanted), self.llm.n_vocab())).copy()
 
     def run(self, tokens: Sequence[int], n_step: int = 4, start: int = 0, sequence: int = 0) -> Logits:
-        """Logits [n, n_vocab] of `tokens` from position `start`: at once, the last `n_step` one by one."""
+        """Logits [n, n_vocab] of `tokens` from position `start`; the last `n_step` come one by one."""
         placed = [(token, start + i, sequence) for i, token in enumerate(tokens)]
         n_prompt = len(placed) - n_step
         return np.concatenate(
@@ -95,7 +97,7 @@ class Session:
         assert llama_cpp.llama_state_set_data(self.ctx, buffer, len(state)) > 0
 
     def n_reused(self) -> int:
-        """Graphs that were not built anew."""
+        """The number of graphs that were not built anew."""
         return int(llama_cpp.llama_perf_context(self.ctx).n_reused)
 
 

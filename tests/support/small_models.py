@@ -1,4 +1,4 @@
-"""A Checkpoint in memory made from a transformers Mixtral: what the calibration tests read.
+"""A Checkpoint in memory, made from a transformers Mixtral, for the tests of calibration.
 
 It converts names and permutes Q and K itself, independently of mc_gguf.source.
 """
@@ -40,9 +40,7 @@ def tiny_mixtral() -> Any:
 
 
 def random_mixtral(seed: int = 0, **changes: Any) -> Any:
-    """A random Mixtral; by default 2 layers, 5 experts, top-3, sizes that k-quants cannot take unless
-    changed.
-    """
+    """A random Mixtral, by default with 2 layers, 5 experts, top-3, and sizes that k-quants cannot take."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(seed)
@@ -66,7 +64,7 @@ def random_mixtral(seed: int = 0, **changes: Any) -> Any:
 
 
 class MemoryCheckpoint:
-    """mc_gguf.source.Checkpoint over a transformers Mixtral."""
+    """A mc_gguf.source.Checkpoint over a transformers Mixtral."""
 
     def __init__(self, model: Any) -> None:
         config = model.config
@@ -140,5 +138,5 @@ class MemoryCheckpoint:
         return np.array(self._experts[layer, projection][expert])
 
     def tokenize(self, text: str) -> list[int]:
-        """One token a byte, in the vocabulary's range after the special ones."""
+        """One token per byte, in the vocabulary's range after the special tokens."""
         return [3 + byte % 93 for byte in text.encode()]

@@ -38,7 +38,7 @@ def model_info(
 
 
 def synthetic_routing(n_layer: int, n_rank: int = 2, n_quantile: int = 101) -> dict[str, Any]:
-    """The routing arrays of a Calibration, shaped like measured ones: the last layers are the sensitive."""
+    """The routing arrays of a Calibration, shaped like measured ones: the last layers are sensitive."""
     q = np.linspace(0, 1, n_quantile)
     power, rank = np.linspace(1, 2, n_layer)[:, None, None], np.arange(1, n_rank)[:, None]
     return {

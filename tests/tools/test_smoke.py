@@ -1,4 +1,4 @@
-"""Every script of tools/ runs at small sizes, on the first layers of the bundled model.
+"""Every script of tools/ runs at small sizes, on a small random model.
 
 The numbers do not matter here; that the scripts still fit the package does.
 """
@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from mc_gguf import runtime as runtimes
-from tests.support import ROOT, TINY, WIKITEXT
-from tests.support.mixed_files import first_layers
+from tests.support import ROOT, WIKITEXT
 
 SEEN = ROOT / "tests" / "tools" / "test_smoke.py", ROOT / "tests" / "tools" / "test_train_moe.py"
 
@@ -42,10 +41,23 @@ def test_every_script_has_a_smoke_run_and_help(name: str) -> None:
     assert f"python -m tools.{name} " in " ".join(run(name, "--help").split()) + " "
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache in which the runtimes and the source are where they were, and what is stored goes away."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name in ("downloads", "runtimes"):
+        (cache / name).symlink_to(runtimes.upstream.cache_dir() / name, target_is_directory=True)
+    monkeypatch.setenv("MC_GGUF_CACHE", str(cache))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of the bundled model."""
-    return first_layers(TINY, 2, tmp_path_factory.mktemp("smoke") / "tiny-mixtral")
+    """One layer of four random experts, with the bundled model's tokenizer."""
+    folder = tmp_path_factory.mktemp("smoke") / "random-mixtral"
+    sizes = ("--layers", 1, "--embd", 256, "--ff", 256, "--experts", 4, "--heads", 4, "--kv-heads", 2)
+    run("experiments.make_model", folder, *sizes, "--vocab", 4096)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +73,24 @@ def test_bench_allocate() -> None:
     run("bench_allocate", "--layers", 1, "--experts", 8, "--bpw", 2.2, "--size")
 
 
-def test_make_cli_docs(tmp_path: Path) -> None:
-    run("make_cli_docs", tmp_path / "new" / "cli.md")
+def test_reference_cli(tmp_path: Path) -> None:
+    run("reference.cli", tmp_path / "new" / "cli.md")
     assert "## mc-gguf convert" in (tmp_path / "new" / "cli.md").read_text(encoding="utf-8")
 
 
-def test_make_calibration_docs(tmp_path: Path) -> None:
-    run("make_calibration_docs", tmp_path / "new" / "calibration.md")
+def test_reference_calibration(tmp_path: Path) -> None:
+    run("reference.calibration", tmp_path / "new" / "calibration.md")
     assert "| `frequency` |" in (tmp_path / "new" / "calibration.md").read_text(encoding="utf-8")
 
 
-def test_make_model(tmp_path: Path) -> None:
-    sizes = ("--layers", 1, "--embd", 64, "--ff", 64, "--heads", 2, "--kv-heads", 1, "--vocab", 4096)
-    run("experiments.make_model", tmp_path / "model", *sizes, "--max-shard-mb", 1)
-    assert len([*(tmp_path / "model").glob("*.safetensors")]) > 1
-    assert (tmp_path / "model" / "config.json").is_file()
+def test_make_model(model: Path) -> None:
+    assert {"config.json", "tokenizer.json"} < {path.name for path in model.iterdir()}
+    assert [path.name for path in model.glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
+
+
+# Few tokens, and types whose tables take no time to build.
+QUICK = ("--", "--tokens", 1024, "--types", "Q2_K,Q3_K")
+MEASURED = ("--types", "Q2_K,IQ3_XXS,Q3_K", "--calibration-tokens", 1024)
 
 
 @pytest.mark.native
@@ -87,7 +102,7 @@ def test_bench_calibrate(model: Path) -> None:
 def test_bench_compensate(model: Path, text: Path) -> None:
     sizes = ("--tokens", 256, "--ctx", 128, "--calibration-tokens", 1024)
     assert "compensated" in run(
-        "bench_compensate", "quality", model, "--types", "Q4_0", "--text", text, *sizes
+        "bench_compensate", "quality", model, "--types", "Q2_K", "--text", text, *sizes
     )
     assert "TFLOP" in run("bench_compensate", "speed", "--rows", 32, "--cols", 256, "--tokens", 128)
 
@@ -128,8 +143,8 @@ def test_bench_routing(model: Path, unpatched_runtime: runtimes.Runtime, tmp_pat
 
 @pytest.mark.native
 def test_demo(model: Path, tmp_path: Path) -> None:
-    sizes = ("--tokens", 256, "--calibration-tokens", 1024, "--model", model, "--folder", tmp_path / "demo")
-    out = run("demo", *sizes)
+    sizes = ("--bpw", 3, "--tokens", 256, "--model", model, "--folder", tmp_path / "demo")
+    out = run("demo", *sizes, *QUICK)
     assert "perplexity" in out
     assert (tmp_path / "demo" / "mixed.gguf").is_file()
 
@@ -153,17 +168,14 @@ def test_patches(tmp_path: Path) -> None:
 
 @pytest.mark.native
 def test_odp_experiment(model: Path, tmp_path: Path) -> None:
-    sizes = ("--tokens", 64, "--ctx", 64, "--model", model, "--calibration-tokens", 1024)
-    assert "| keep_min |" in run("experiments.odp_experiment", tmp_path, *sizes)
+    sizes = ("--tokens", 64, "--ctx", 64, "--model", model, "--bpw", 3)
+    assert "| keep_min |" in run("experiments.odp_experiment", tmp_path, *sizes, *QUICK)
     assert (tmp_path / "curves.svg").is_file()
-
-
-MEASURED = ("--types", "IQ2_XXS,IQ2_XS,Q2_K,Q4_0", "--calibration-tokens", 1024)
 
 
 @pytest.mark.native
 def test_quality_experiment(model: Path, tmp_path: Path) -> None:
-    sizes = ("--tokens", 64, "--ctx", 64, "--seeds", 1, "--no-compensate", "--sizes", "IQ2_XS,recipe Q2_K")
+    sizes = ("--tokens", 64, "--ctx", 64, "--seeds", 1, "--no-compensate", "--sizes", "IQ3_XXS,recipe Q2_K")
     strategies = ("--strategies", "uniform,llama-quantize,pmq")
     run("experiments.quality_experiment", "run", tmp_path, "--model", model, *sizes, *strategies, *MEASURED)
     assert "| pmq |" in run("experiments.quality_experiment", "report", tmp_path)
@@ -174,6 +186,6 @@ def test_quality_experiment(model: Path, tmp_path: Path) -> None:
 def test_bench_refine(model: Path, tmp_path: Path) -> None:
     for method in ("expansion", "evopress"):
         sizes = ("--tokens", 4096, "--scored", 64, "--seconds", 1, "--matrix-seconds", 0, "--model", model)
-        arm = ("--bpw", 2.3, "--method", method, *sizes, *MEASURED)
+        arm = ("--bpw", 3, "--method", method, *sizes, *MEASURED)
         run("experiments.bench_refine", "run", tmp_path, *arm)
     assert "evopress" in run("experiments.bench_refine", "report", tmp_path)

@@ -82,6 +82,7 @@ def test_a_state_of_other_options_is_not_continued(settings: Any, text: Path, tm
         train_moe.Training(tmp_path, replace(settings, seed=1), "0", compiled=False)
 
 
+@pytest.mark.native
 def test_the_command_learns_and_its_directory_is_a_source_model(text: Path, tmp_path: Path) -> None:
     sizes = ["--layers", 1, "--embd", 64, "--heads", 2, "--kv-heads", 1, "--head-dim", 32, "--experts", 4]
     sizes += ["--top-k", 2, "--expert-ff", 64, "--ctx", 32, "--rows", 4, "--steps", 40, "--rate", 0.02]

@@ -1,13 +1,13 @@
 """Measure what dropping experts costs in quality, for every policy and importance measure.
 
-    python -m tools.experiments.odp_experiment /tmp/odp [--tokens 4096] [--ctx 512] [--threads 1]
+    python -m tools.experiments.odp_experiment /tmp/odp [--tokens 4096] [--ctx 512] [-- CONVERT_OPTIONS]
 
 The script converts the bundled model to 16 bits and to about 2 bits per expert weight, calibrated on the
-bundled text. On WikiText-2 test and on C++ (src/llama-vocab.cpp of the pinned llama.cpp, which is not in the
-calibration text) it then measures perplexity and the mean KL divergence from the same file with routing off,
-against the share of expert activations that the runtime's counters say were dropped. Every token is scored,
-so what is counted is what is scored. A window of --ctx tokens is one prompt, within which importance is
-ranked.
+bundled text or as CONVERT_OPTIONS say. On WikiText-2 test and on C++ (src/llama-vocab.cpp of the pinned
+llama.cpp, which is not in the calibration text) it then measures perplexity and the mean KL divergence from
+the same file with routing off, against the share of expert activations that the runtime's counters say were
+dropped. Every token is scored, so what is counted is what is scored. A window of --ctx tokens is one prompt,
+within which importance is ranked.
 
 It writes results.json, table.md (interpolated between the measured points at 5, 10, 15, 20 and 30 %) and
 curves.svg (with matplotlib: pip install 'mc_gguf[plot]'). A measured point is not measured again: delete
@@ -34,7 +34,6 @@ from tools.common import MODEL, WIKITEXT, mc_gguf, panels, save_svg
 
 SHARES = (0.05, 0.10, 0.15, 0.20, 0.30)
 IMPORTANCES = ("attention", "l1", "mean", "variance", "kurtosis", "last")
-FILES = {"16 bit": ("--bpw", "16"), "mixed, 2.06 bpw": ("--bpw", "2.06")}
 PROTECT = 0.02
 
 
@@ -118,19 +117,17 @@ def cut(llm: Any, text: str, n_tokens: int, ctx: int) -> NDArray[np.int64]:
     return windows
 
 
-def convert(folder: Path, model: Path, calibration_tokens: int | None) -> dict[str, Path]:
+def convert(folder: Path, model: Path, bpw: float, options: tuple[str, ...]) -> dict[str, Path]:
     """Make the two files, which share a calibration."""
-    calibrate = ("--tokens", calibration_tokens) if calibration_tokens else ()
     paths = {}
-    for name, budget in FILES.items():
+    for name, arguments in {"16 bit": (16,), f"mixed, {bpw:g} bpw": (bpw, *options)}.items():
         path = folder / f"{name.split(',')[0].replace(' ', '-')}.gguf"
         paths[name] = path
         if not path.exists():
             source = folder / "tiny-mixtral"
             if not source.exists():
                 shutil.copytree(model, source)
-            options = calibrate if budget != ("--bpw", "16") else ()  # 16 bits need no calibration
-            subprocess.run(mc_gguf("convert", source, "-o", path, *budget, *options), check=True)
+            subprocess.run(mc_gguf("convert", source, "-o", path, "--bpw", *arguments), check=True)
     calibration = next(folder.glob("*.calib.safetensors"))
     command = mc_gguf("routing", "set", paths["16 bit"], "--calibration", calibration)
     subprocess.run(command, check=True, capture_output=True)
@@ -248,12 +245,19 @@ def plot(points: list[Point], path: Path) -> None:
 @click.option("--ctx", default=512, show_default=True, help="Tokens of a window.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--model", type=click.Path(path_type=Path), default=MODEL, help="[default: the bundled model]")
-@click.option("--calibration-tokens", type=int, help="Tokens to calibrate on.  [default: mc-gguf's own]")
+@click.option("--bpw", default=2.06, show_default=True, help="Bits per expert weight of the mixed file.")
+@click.argument("convert_options", nargs=-1, type=click.UNPROCESSED)
 def main(
-    folder: Path, n_tokens: int, ctx: int, threads: int, model: Path, calibration_tokens: int | None
+    folder: Path,
+    n_tokens: int,
+    ctx: int,
+    threads: int,
+    model: Path,
+    bpw: float,
+    convert_options: tuple[str, ...],
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    points = run(folder, convert(folder, model, calibration_tokens), n_tokens, ctx, threads)
+    points = run(folder, convert(folder, model, bpw, convert_options), n_tokens, ctx, threads)
     (folder / "table.md").write_text(table(points))
     click.echo(table(points))
     plot(points, folder / "curves.svg")

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import multiprocessing
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -343,7 +344,9 @@ def run(
     sixteen = shop.sixteen_bit()
     measure(sixteen, sixteen, texts, n_ctx, n_tokens)  # stores the reference before the workers need it
     work = partial(measure, sixteen=sixteen, texts=texts, n_ctx=n_ctx, n_tokens=n_tokens)
-    with ProcessPoolExecutor(jobs) as pool, click.progressbar(todo, label="files", file=sys.stderr) as bar:
+    # a forked worker would inherit locks of libraries that run threads here
+    workers = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    with workers as pool, click.progressbar(todo, label="files", file=sys.stderr) as bar:
         waiting: list[tuple[Arm, Any]] = []
         for arm in bar:
             try:
