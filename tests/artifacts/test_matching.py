@@ -14,6 +14,8 @@ from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.files import sha256_of
 from tests.support.gguf_models import ONES, RandomCheckpoint, make_calibration, make_plan, uniform
 
+pytestmark = pytest.mark.native
+
 
 def test_only_calibrations_of_the_model_are_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, other = RandomCheckpoint(1, 3).info, RandomCheckpoint(1, 4).info

@@ -21,6 +21,8 @@ from mc_gguf.quantize.writer import model_workdir, quantize
 from mc_gguf.source import open_checkpoint
 from tests.support.gguf_models import RandomCheckpoint, make_plan, mixed
 
+pytestmark = pytest.mark.native
+
 FAST = ("Q2_K", "Q3_K", "Q4_K", "IQ4_XS")
 
 
