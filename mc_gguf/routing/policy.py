@@ -1,90 +1,58 @@
-"""The policies in one table, and how each turns a Routing into what the runtime is told.
+"""The policies in one table: what each drops, and the options that it takes.
 
 A token's selected experts are ranked by routing weight, w_0 >= w_1 >= ...; rank 0 is never dropped, and
 POLICIES says what happens to the others. patches/src/include/mc.h has the exact definitions.
 
-To add a policy, write its entry here and its name in params.py, in the order of the enum in mc.h.
+To add a policy, write its entry here and its name in params.py, in the order of the enum in mc.h; if it needs
+more than options, thresholds and layers, extend resolve.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mc_gguf.artifacts import Calibration
-from mc_gguf.common.errors import ArtifactError, McError
-from mc_gguf.routing.metadata import DEFAULT_PROTECT, RoutingMetadata, routing_metadata_from
 from mc_gguf.routing.options import OPTIONS
-from mc_gguf.routing.params import RoutingParams, RoutingShape
-from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.routing.thresholds import quantiles_for_drop, thresholds_at, tolerant_layers
-
-if TYPE_CHECKING:
-    from mc_gguf.routing.request import Routing
 
 THRESHOLD_SOURCES = ("quantile", "threshold", "target_drop")  # options, of which at most one is given
 _THRESHOLD_OPTIONS = (*THRESHOLD_SOURCES, "calibration", "layers")
 
-Thresholds = NDArray[np.float32]
-# Thresholds [n_layer, n_rank] where the policy has any, and the layers that may drop (None: all).
-Settings = tuple[Thresholds | None, Sequence[int] | None]
-
 
 @dataclass(frozen=True)
 class Policy:
-    """What a policy drops, the options that it takes, and how its thresholds and layers are found.
-
-    `settle` is None for policies that drop nothing, or that Routing.settled replaces.
-    """
+    """What a policy drops, and the options that it takes; one without options drops nothing by itself."""
 
     name: str
     meaning: str
     options: tuple[str, ...] = ()
-    settle: Callable[[Routing, RoutingMetadata | None, RoutingShape], Settings] | None = None
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether it compares routing weights with thresholds per layer and rank."""
+        return "threshold" in self.options
 
 
-def resolve(
-    routing: Routing,
-    metadata: RoutingMetadata | None,
-    shape: RoutingShape,
-    calibration: Calibration | None = None,
-) -> RoutingParams:
-    """What to tell the runtime, for a model of this shape whose file carries `metadata`.
-
-    `calibration` is what the file `routing.calibration` holds; the caller reads it. Raises McError when the
-    policy needs what the file does not carry, or when its numbers do not fit the model, and ArtifactError
-    when the calibration does not.
-    """
-    routing = routing.settled(metadata)
-    settle = POLICIES[routing.policy].settle
-    if settle is None:
-        return RoutingParams(routing.policy)
-    if not shape.n_expert:
-        raise McError(
-            f"this model has no experts to drop, so routing {routing.policy!r} is impossible; use 'off'"
-        )
-    if routing.calibration is not None:
-        metadata = _metadata_from(calibration, str(routing.calibration), metadata, shape)
-    thresholds, layers = settle(routing, metadata, shape)
-    protect = routing.protect
-    if protect is None:
-        protect = DEFAULT_PROTECT if metadata is None else metadata.protect
-    return RoutingParams(
-        routing.policy,
-        routing.importance,
-        routing.keep_min,
-        routing.seed,
-        routing.ratio,
-        routing.top_p,
-        routing.rate,
-        protect,
-        thresholds,
-        None if layers is None else np.isin(np.arange(shape.n_layer), np.asarray(layers, dtype=int)),
-    )
+_ALL = (
+    Policy("auto", "odp with the thresholds that the file carries; off when it carries none"),
+    Policy("off", "drops nothing"),
+    Policy(
+        "odp",
+        "drops rank r where w_r < threshold * w_0, but not for the most important tokens of a prompt",
+        (*_THRESHOLD_OPTIONS, "protect", "importance"),
+    ),
+    Policy("threshold", "the same without protected tokens", _THRESHOLD_OPTIONS),
+    Policy(
+        "keep_min",
+        "drops ranks from keep_min on where w_r < ratio * w_0 (ik_llama.cpp's -ser)",
+        ("keep_min", "ratio", "layers"),
+    ),
+    Policy(
+        "top_p",
+        "keeps the fewest ranks that hold the share top_p of the selected experts' weight",
+        ("top_p", "layers"),
+    ),
+    Policy("random", "control: drops every rank with probability rate", ("rate", "seed", "layers")),
+)
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in _ALL}
 
 
 def describe_policies() -> list[str]:
@@ -98,148 +66,3 @@ def describe_policies() -> list[str]:
         users = ", ".join(name for name, policy in POLICIES.items() if option.name in policy.options)
         lines.append(f"  {option.name:<12}{option.meaning} ({option.kind.text}; for {users})")
     return lines
-
-
-def _settle_layers(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingShape) -> Settings:
-    """For policies without thresholds."""
-    return None, _layers(routing, metadata, shape)
-
-
-def _settle_thresholds(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingShape) -> Settings:
-    layers = _layers(routing, metadata, shape)
-    if routing.threshold is not None:
-        return _explicit_thresholds(routing.threshold, metadata, shape), layers
-    if routing.quantile is not None:
-        profile = _profile(metadata, "quantile")
-        quantiles = np.full(len(profile.layers), routing.quantile)
-        return _fitted(thresholds_at(profile, quantiles), shape), layers
-    if routing.target_drop is not None:
-        profile = _profile(metadata, "target_drop")
-        allowed = None if routing.layers is None else layers
-        quantiles = quantiles_for_drop(profile, routing.target_drop, allowed)
-        layers = [layer for layer, q in zip(profile.layers, quantiles, strict=True) if q > 0]
-        return _fitted(thresholds_at(profile, quantiles), shape), layers
-    if metadata is None:
-        raise McError(
-            f"the file carries no thresholds for routing {routing.policy!r}; give threshold=NUMBER or "
-            "calibration=FILE, or write them into the file: mc-gguf routing set FILE --calibration CALIB"
-        )
-    return _fitted(metadata.thresholds, shape), layers
-
-
-def _metadata_from(
-    calibration: Calibration | None, name: str, file: RoutingMetadata | None, shape: RoutingShape
-) -> RoutingMetadata:
-    """What quantize would have written from this calibration, which must be of this model."""
-    if calibration is None:
-        raise McError(f"resolve() needs the calibration that {name} holds: Calibration.load(Path(...))")
-    metadata, model = routing_metadata_from(calibration), calibration.model
-    if metadata is None or model is None:
-        raise ArtifactError(
-            f"{name} measured nothing about routing (published statistics, or a model with one expert per "
-            "token); give threshold=NUMBER, or use another policy"
-        )
-    if file is not None and file.model not in ("", model.fingerprint):
-        raise ArtifactError(f"{name} is of another model than this file; calibrate this one")
-    if (model.n_layer, model.n_expert) != (shape.n_layer, shape.n_expert):
-        raise ArtifactError(
-            f"{name} is of a model with {model.n_layer} layers of {model.n_expert} experts, but this one has "
-            f"{shape.n_layer} layers of {shape.n_expert}; calibrate this one"
-        )
-    return metadata
-
-
-def _fitted(thresholds: Thresholds, shape: RoutingShape) -> Thresholds:
-    """[n_layer, n_rank] of the model that runs.
-
-    A file may have layers that only speculative decoding uses, and a model may run with fewer experts per
-    token than it has thresholds for.
-    """
-    n_layer, n_rank = thresholds.shape
-    if n_layer < shape.n_layer or n_rank < shape.n_rank:
-        raise McError(
-            f"there are thresholds for {n_layer} layers and {n_rank} experts per token, but the model runs "
-            f"with {shape.n_layer} and {shape.n_rank}; give threshold=NUMBER, or use routing 'off'"
-        )
-    return thresholds[: shape.n_layer, : shape.n_rank]
-
-
-def _layers(routing: Routing, metadata: RoutingMetadata | None, shape: RoutingShape) -> Sequence[int] | None:
-    """The layers that may drop; None: all."""
-    if routing.layers == "all":
-        return None
-    if routing.layers == "auto":
-        return tolerant_layers(_profile(metadata, "layers='auto'"))
-    if routing.layers is None:
-        return None if metadata is None else metadata.active
-    layers = [int(layer) for layer in routing.layers]
-    if layers[-1] >= shape.n_layer:
-        raise McError(f"there is no layer {layers[-1]}; this model has the layers 0 to {shape.n_layer - 1}")
-    return layers
-
-
-def _profile(metadata: RoutingMetadata | None, wanted_by: str) -> RoutingProfile:
-    if metadata is None or metadata.profile is None:
-        raise McError(
-            f"routing {wanted_by} needs what a calibration measured, and the file does not carry it; give "
-            "calibration=FILE, or write it into the file: mc-gguf routing set FILE --calibration CALIB"
-        )
-    return metadata.profile
-
-
-def _explicit_thresholds(
-    given: float | Sequence[float] | Sequence[Sequence[float]],
-    metadata: RoutingMetadata | None,
-    shape: RoutingShape,
-) -> Thresholds:
-    """One number, one per layer, or one per layer and rank, as [n_layer, n_rank]; rank 0 has 0."""
-    values = np.asarray(given, dtype=np.float32)
-    if values.ndim == 2 and values.shape[1] != shape.n_rank - 1:
-        raise McError(
-            f"routing threshold has rows of {values.shape[1]}; this model uses {shape.n_rank} experts per "
-            f"token, so a row has {shape.n_rank - 1}"
-        )
-    known = None if metadata is None or metadata.profile is None else metadata.profile.layers
-    layers: Sequence[int] = range(shape.n_layer)
-    if values.ndim and known is not None and len(values) == len(known):
-        layers = known
-    if values.ndim and len(values) != len(layers):
-        also = f" or {len(known)}, those with experts" if known and len(known) != shape.n_layer else ""
-        raise McError(
-            f"routing threshold is given for {len(values)} layers; this model has {shape.n_layer}{also}"
-        )
-    result = np.zeros((shape.n_layer, shape.n_rank), dtype=np.float32)
-    result[np.asarray(layers), 1:] = values[:, np.newaxis] if values.ndim == 1 else values
-    return result
-
-
-_ALL = (
-    Policy("auto", "odp with the thresholds that the file carries; off when it carries none"),
-    Policy("off", "drops nothing"),
-    Policy(
-        "odp",
-        "drops rank r where w_r < threshold * w_0, but not for the most important tokens of a prompt",
-        (*_THRESHOLD_OPTIONS, "protect", "importance"),
-        _settle_thresholds,
-    ),
-    Policy("threshold", "the same without protected tokens", _THRESHOLD_OPTIONS, _settle_thresholds),
-    Policy(
-        "keep_min",
-        "drops ranks from keep_min on where w_r < ratio * w_0 (ik_llama.cpp's -ser)",
-        ("keep_min", "ratio", "layers"),
-        _settle_layers,
-    ),
-    Policy(
-        "top_p",
-        "keeps the fewest ranks that hold the share top_p of the selected experts' weight",
-        ("top_p", "layers"),
-        _settle_layers,
-    ),
-    Policy(
-        "random",
-        "control: drops every rank with probability rate",
-        ("rate", "seed", "layers"),
-        _settle_layers,
-    ),
-)
-POLICIES: dict[str, Policy] = {policy.name: policy for policy in _ALL}

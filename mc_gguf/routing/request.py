@@ -2,7 +2,8 @@
 
     Routing("odp", quantile=0.3)    Routing.parse("odp:quantile=0.3")    "auto"    "off"
 
-policy.py says what each policy drops, options.py which values the options take.
+policy.py says what each policy drops, options.py which values the options take, and resolve.py makes of a
+Routing what the runtime is told.
 """
 
 from __future__ import annotations
