@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,7 @@ class Calibration(Statistics):
     tool: str = field(default=f"mc_gguf {__version__}")
 
     def __post_init__(self) -> None:
-        sizes = {"layer": len(self.layers), "type": len(self.types), "projection": len(PROJECTIONS)}
-        sizes |= {"attention_part": len(ATTENTION), "attention_type": len(self.attention_types)}
-        sizes |= {"bits": len(NOMINAL_BITS)}
-        if self.model is not None:
-            sizes |= {"expert": self.model.n_expert, "rank": self.model.n_expert_used - 1}
-            sizes |= {"n_embd": self.model.n_embd, "n_ff": self.model.n_ff}
+        sizes = axis_sizes(self.model, self.types, self.attention_types) | {"layer": len(self.layers)}
         check_statistics(self.table(), self.statistics, sizes)
 
     @property
@@ -203,3 +198,15 @@ class Calibration(Statistics):
             names = [line.name for line in cls.table() if not line.optional or line.name in stored]
             arrays = {name: reader.get_tensor(name) for name in names}
         return header, {name: array for name, array in arrays.items() if array.shape != _NOT_MEASURED}
+
+
+def axis_sizes(
+    model: ModelInfo | None, types: Sequence[str], attention_types: Sequence[str]
+) -> dict[str, int]:
+    """The sizes of all axes (AXES) that follow from a model and the measured types."""
+    sizes = {"projection": len(PROJECTIONS), "type": len(types), "bits": len(NOMINAL_BITS)}
+    sizes |= {"attention_part": len(ATTENTION), "attention_type": len(attention_types)}
+    if model is not None:
+        sizes |= {"layer": len(model.expert_layers), "expert": model.n_expert}
+        sizes |= {"n_embd": model.n_embd, "n_ff": model.n_ff, "rank": model.n_expert_used - 1}
+    return sizes

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import ATTENTION, PROJECTIONS, Calibration, Floats, ModelInfo, Statistic, Statistics
+from mc_gguf.artifacts import Calibration, Floats, ModelInfo, Statistic, Statistics
+from mc_gguf.artifacts.calibration import axis_sizes
 
 N_QUANTILES = 1001  # odd: the median is one of them
 
@@ -42,11 +43,8 @@ class LayerStatistics(Statistics):
         cls, info: ModelInfo, types: Sequence[str], attention_types: Sequence[str], attention_width: int
     ) -> LayerStatistics:
         """Arrays of zeros with the shapes that a layer of the model has."""
-        sizes = {"expert": info.n_expert, "projection": len(PROJECTIONS), "type": len(types)}
-        sizes |= {"n_embd": info.n_embd, "n_ff": info.n_ff}
-        sizes |= {"rank": info.n_expert_used - 1, "quantile": N_QUANTILES}
-        sizes |= {"attention_part": len(ATTENTION), "attention_type": len(attention_types)}
-        sizes |= {"attention_width": attention_width}
+        sizes = axis_sizes(info, types, attention_types)
+        sizes |= {"quantile": N_QUANTILES, "attention_width": attention_width}
         return cls({line.name: np.zeros([sizes[axis] for axis in line.axes[1:]]) for line in cls.lines()})
 
 

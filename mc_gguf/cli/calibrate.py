@@ -16,7 +16,7 @@ from mc_gguf.cli.result import show
 @click.argument("source", type=o.PATH)
 @o.output_option("The calibration file to write.")
 @o.calibration_options
-@o.tensors("--types", metavar="T,T,...", help="ggml types to measure.  [default: all candidates]")
+@o.calibration("--types", metavar="T,T,...", help="ggml types to measure.  [default: all candidates]")
 @o.threads_option
 @o.resume_option
 @o.quiet_option

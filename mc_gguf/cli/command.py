@@ -21,6 +21,7 @@ USER_ERRNOS = frozenset(
 )
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+OptionMaker = Callable[..., Decorator]  # click.option, or what section() makes of it
 
 
 class SectionOption(click.Option):
@@ -31,7 +32,7 @@ class SectionOption(click.Option):
         self.section = section
 
 
-def section(title: str) -> Callable[..., Decorator]:
+def section(title: str) -> OptionMaker:
     """click.option for the options under the heading `title`."""
 
     def option(*names: str, **attributes: Any) -> Decorator:

@@ -14,7 +14,7 @@ from mc_gguf.cli.result import file_facts, file_line, results
 
 @click.command(cls=Command)
 @click.argument("source", type=o.PATH)
-@o.output_option("The GGUF to write.")
+@o.output_option("The GGUF to write.", option=o.budget)
 @o.budget_options
 @o.budget(
     "--refine",

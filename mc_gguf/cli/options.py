@@ -10,20 +10,23 @@ from pathlib import Path
 
 import click
 
-from mc_gguf.cli.command import Decorator, section, together
+from mc_gguf.cli.command import Decorator, OptionMaker, section, together
 
 PATH = click.Path(path_type=Path)
 
+output = section("Output")
 budget = section("Output and budget")
 calibration = section("Calibration")
 tensors = section("Types of experts and other tensors")
 speed = section("Speed and quality")
-progress = section("Resume, progress and result")
+resume = section("Resume")
+printed = section("What is printed")
 research = section("For research")
 
 
-def output_option(what: str, required: bool = True) -> Decorator:
-    return budget("-o", "--output", type=PATH, required=required, help=what)
+def output_option(what: str, required: bool = True, option: OptionMaker = output) -> Decorator:
+    """-o, under the heading that `option` stands for."""
+    return option("-o", "--output", type=PATH, required=required, help=what)
 
 
 threads_option = speed("--threads", type=click.IntRange(min=1), help="Threads.  [default: all usable cores]")
@@ -57,11 +60,11 @@ calibration_text_option = calibration(
 plan_calibration_option = calibration(
     "--calibration", type=PATH, help="The plan's calibration file.  [default: found beside the plan]"
 )
-resume_option = progress(
+resume_option = resume(
     "--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed."
 )
-quiet_option = progress("--quiet", is_flag=True, help="Show neither progress nor statistics on stderr.")
-json_option = progress(
+quiet_option = printed("--quiet", is_flag=True, help="Show neither progress nor statistics on stderr.")
+json_option = printed(
     "--json", "as_json", is_flag=True, help="Print the result as one JSON document, and nothing else."
 )
 

@@ -14,7 +14,7 @@ from mc_gguf.cli.result import show
 
 @click.command(cls=Command)
 @click.argument("calibration", metavar="CALIB", type=o.PATH)
-@o.output_option("The plan to write (JSON).", required=False)
+@o.output_option("The plan to write (JSON).", required=False, option=o.budget)
 @o.budget_options
 @o.budget("--dry-run", is_flag=True, help="Print the summary and write nothing.")
 @o.tensor_options

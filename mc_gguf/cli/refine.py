@@ -16,7 +16,7 @@ from mc_gguf.cli.result import show
 @click.argument("source", type=o.PATH)
 @click.argument("plan", type=o.PATH)
 @o.output_option("The plan to write.")
-@o.budget(
+@o.output(
     "--time",
     default="10m",
     show_default=True,

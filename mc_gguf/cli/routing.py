@@ -31,7 +31,7 @@ def command() -> None:
 @click.argument("model", type=o.PATH)
 @o.json_option
 def show(model: Path, as_json: bool) -> None:
-    """Show the thresholds in MODEL, the layers that may drop experts, and the predicted effect."""
+    """Show the thresholds in MODEL and their predicted effect."""
     from mc_gguf.container import load_routing
 
     _show(model, load_routing(model), as_json)
@@ -69,10 +69,10 @@ def show(model: Path, as_json: bool) -> None:
 @o.quiet_option
 @o.json_option
 def set_(model: Path, output: Path | None, as_json: bool, **options: Any) -> None:
-    """Compute thresholds anew and write them into MODEL; every tensor stays as it is, byte for byte.
+    """Compute the thresholds of MODEL anew.
 
-    MODEL is replaced at the end, by a rename: an interrupted run leaves it as it was. In a split GGUF the
-    first shard carries the metadata.
+    They are written into MODEL; every tensor stays as it is, byte for byte. MODEL is replaced at the end, by
+    a rename: an interrupted run leaves it as it was. In a split GGUF the first shard carries the metadata.
     """
     from mc_gguf.container import update_routing
 

@@ -3,7 +3,7 @@
 texts = [Text.read(Path("wiki.test.raw"))]
 stored = references(Path("bf16.gguf"), texts, n_ctx=512)    # computed once, then read from the cache
 for file in files:
-    for result in evaluate(file, texts, stored, n_ctx=512):
+    for result in evaluate_model(file, texts, stored, n_ctx=512):
         print(result.model, result.mean_kld, result.mean_kld_se)
 """
 
@@ -25,7 +25,7 @@ from mc_gguf.evaluate.text import Text
 from mc_gguf.routing import Routing
 
 
-def evaluate(
+def evaluate_model(
     model: Path,
     texts: Sequence[Text],
     references: Sequence[Reference] | None = None,
@@ -110,7 +110,7 @@ def perplexity(
 
     At least `n_scored` tokens are scored (None: all). Raises McError when the text has fewer.
     """
-    [found] = evaluate(
+    [found] = evaluate_model(
         model, [Text("text", text.encode())], n_ctx=n_ctx, n_tokens=n_scored, n_threads=n_threads, quiet=True
     )
     if n_scored is not None and found.tokens < n_scored:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mc_gguf.common.errors import McError, about
 from mc_gguf.evaluate.cache import references
-from mc_gguf.evaluate.evaluation import evaluate
+from mc_gguf.evaluate.evaluation import evaluate_model
 from mc_gguf.evaluate.files import fingerprint
 from mc_gguf.evaluate.report import Report, write_report
 from mc_gguf.evaluate.result import Result, table
@@ -39,7 +39,11 @@ class Evaluation:
 
     def table(self) -> str:
         """Aligned text for the terminal."""
-        parts = [table(self.results)] * bool(self.results) + [task_table(self.tasks)] * bool(self.tasks)
+        parts = []
+        if self.results:
+            parts.append(table(self.results))
+        if self.tasks:
+            parts.append(task_table(self.tasks))
         return "\n\n".join(parts)
 
 
@@ -97,7 +101,7 @@ class EvaluationRequest:
         return [
             result
             for model in self.models
-            for result in evaluate(
+            for result in evaluate_model(
                 model,
                 texts,
                 stored,

@@ -12,7 +12,7 @@ import pytest
 from mc_gguf.common.errors import McError
 from mc_gguf.evaluate import files
 from mc_gguf.evaluate.cache import references
-from mc_gguf.evaluate.evaluation import evaluate, perplexity
+from mc_gguf.evaluate.evaluation import evaluate_model, perplexity
 from mc_gguf.evaluate.result import table
 from mc_gguf.evaluate.scorer import Scorer
 from mc_gguf.evaluate.text import Text
@@ -67,7 +67,9 @@ def test_quantized_attention_runs(tiny_model: Path, tmp_path: Path, text: Text) 
     options = ["--bpw", "4.5", "--types", "Q3_K,Q4_K", "--tokens", "1024", "--ctx", "128", "--rows", "8"]
     result = CliRunner().invoke(main, ["convert", str(tiny_model), "-o", str(mixed), *options])
     assert result.exit_code == 0, result.output
-    [found] = evaluate(mixed, [text], references(plain, [text], n_tokens=1000), n_tokens=1000, n_threads=2)
+    [found] = evaluate_model(
+        mixed, [text], references(plain, [text], n_tokens=1000), n_tokens=1000, n_threads=2
+    )
     assert found.base_perplexity is not None
     assert found.mean_kld is not None
     assert found.perplexity == pytest.approx(found.base_perplexity, rel=0.03)
@@ -85,7 +87,7 @@ def test_chunks_in_one_batch_do_not_see_each_other(tiny_gguf: Path, text: Text) 
 
 
 def test_threads_change_nothing(tiny_gguf: Path, text: Text) -> None:
-    one, two = (evaluate(tiny_gguf, [text], n_tokens=500, n_threads=n)[0] for n in (1, 2))
+    one, two = (evaluate_model(tiny_gguf, [text], n_tokens=500, n_threads=n)[0] for n in (1, 2))
     assert one.perplexity == pytest.approx(two.perplexity, rel=1e-6)
 
 
@@ -122,9 +124,11 @@ def test_a_context_larger_than_a_batch(tiny_gguf: Path, tmp_path: Path, text: Te
 
 def test_tokens_are_rounded_up_to_chunks_and_limited_by_the_text(tiny_gguf: Path, text: Text) -> None:
     short = Text("short", text.content[:6000])
-    some, most = (evaluate(tiny_gguf, [short], n_ctx=256, n_tokens=n, n_threads=1)[0] for n in (128, 10**9))
+    some, most = (
+        evaluate_model(tiny_gguf, [short], n_ctx=256, n_tokens=n, n_threads=1)[0] for n in (128, 10**9)
+    )
     assert some.tokens == 2 * 127
-    [everything] = evaluate(tiny_gguf, [short], n_ctx=256, n_threads=1)
+    [everything] = evaluate_model(tiny_gguf, [short], n_ctx=256, n_threads=1)
     assert (most.tokens, most.perplexity) == (everything.tokens, everything.perplexity)
     assert most.tokens % 127 == 0
     assert most.tokens > some.tokens
@@ -141,7 +145,7 @@ def test_a_longer_context_than_the_model_knows_is_warned_of(
     tiny_gguf: Path, text: Text, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Scorer, "n_ctx_train", 256)
-    evaluate(tiny_gguf, [text], n_ctx=512, n_tokens=1, n_threads=1)
+    evaluate_model(tiny_gguf, [text], n_ctx=512, n_tokens=1, n_threads=1)
     assert "warning: the context is 512, but tiny-bf16.gguf was trained on 256" in capsys.readouterr().err
 
 
@@ -155,7 +159,7 @@ def test_logits_that_are_no_numbers(tiny_gguf: Path, tmp_path: Path, text: Text)
     data[entry.offset : entry.offset + entry.n_bytes] = np.full(entry.n_bytes // 4, np.nan, "<f4").tobytes()
     broken.write_bytes(data)
     with pytest.raises(McError, match=r"nan\.gguf gives logits that are not numbers in chunk 1"):
-        evaluate(broken, [text], n_tokens=1, n_threads=1)
+        evaluate_model(broken, [text], n_tokens=1, n_threads=1)
     with pytest.raises(McError, match="not numbers"):
         references(broken, [text], n_tokens=1, n_threads=1)
     assert stored(tmp_path) == []
@@ -164,7 +168,7 @@ def test_logits_that_are_no_numbers(tiny_gguf: Path, tmp_path: Path, text: Text)
 def test_against_itself(tiny_gguf: Path, tmp_path: Path, text: Text) -> None:
     """What is left is the storage's error: far below a divergence of 1e-4."""
     open_references = references(tiny_gguf, [text], n_tokens=1000, n_threads=1)
-    [found] = evaluate(tiny_gguf, [text], open_references, n_tokens=1000, n_threads=1)
+    [found] = evaluate_model(tiny_gguf, [text], open_references, n_tokens=1000, n_threads=1)
     assert found.mean_kld == pytest.approx(0, abs=3e-7)
     assert found.max_kld == pytest.approx(0, abs=1e-5)
     assert found.top1_agreement == 1
@@ -202,9 +206,9 @@ def test_a_changed_model_text_or_request_gets_its_own_reference(
 def test_routing_is_counted_for_what_is_evaluated(tiny_gguf: Path, text: Text) -> None:
     """One expert fewer everywhere: half of the slots of a top-2 model; the reference keeps all."""
     open_references = references(tiny_gguf, [text], n_tokens=500, n_threads=1)
-    [off] = evaluate(tiny_gguf, [text], open_references, n_tokens=500, n_threads=1)
+    [off] = evaluate_model(tiny_gguf, [text], open_references, n_tokens=500, n_threads=1)
     short = Text("short", text.content[:3000])
-    results = evaluate(
+    results = evaluate_model(
         tiny_gguf,
         [text, short],
         [*open_references, *references(tiny_gguf, [short], n_threads=1)],
@@ -221,7 +225,7 @@ def test_routing_is_counted_for_what_is_evaluated(tiny_gguf: Path, text: Text) -
 
 def test_as_many_references_as_texts(tiny_gguf: Path, text: Text) -> None:
     with pytest.raises(McError, match="1 texts need as many references, but there are 0"):
-        evaluate(tiny_gguf, [text], [])
+        evaluate_model(tiny_gguf, [text], [])
 
 
 def test_interrupted_or_without_space_nothing_is_left(

@@ -19,7 +19,7 @@ import pytest
 
 from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.evaluate.cache import references
-from mc_gguf.evaluate.evaluation import evaluate
+from mc_gguf.evaluate.evaluation import evaluate_model
 from mc_gguf.evaluate.reference import MAGIC, Reference, file_size
 from mc_gguf.evaluate.scorer import Scorer
 from mc_gguf.evaluate.text import Text
@@ -57,7 +57,7 @@ def test_the_tools_numbers(tiny_gguf: Path, q2_k: Path, wikitext: Text, tmp_path
     with Scorer(tiny_gguf, n_threads=1) as scorer:
         chunks = scorer.cut(wikitext, 8 * 255)
         reference = scorer.store(chunks, tmp_path / "base")
-    [found] = evaluate(q2_k, [wikitext], [reference], n_threads=1)
+    [found] = evaluate_model(q2_k, [wikitext], [reference], n_threads=1)
     assert found.tokens == 2040
     assert found.perplexity == pytest.approx(37.514747, rel=2e-3)
     assert found.perplexity_se == pytest.approx(2.308502, rel=5e-3)
@@ -100,7 +100,7 @@ def test_the_tools_file_serves_as_reference(
 ) -> None:
     """All of the text is asked for, the file has its first chunk."""
     stored = references(written_by_the_tool, [wikitext], n_ctx=8)
-    [found] = evaluate(tiny_gguf, [wikitext], stored, n_ctx=8, n_threads=1)
+    [found] = evaluate_model(tiny_gguf, [wikitext], stored, n_ctx=8, n_threads=1)
     assert found.tokens == 3
     assert found.mean_kld == pytest.approx(0, abs=1e-3)
 
@@ -108,9 +108,9 @@ def test_the_tools_file_serves_as_reference(
 def test_a_reference_that_does_not_fit(tiny_gguf: Path, written_by_the_tool: Path, wikitext: Text) -> None:
     stored = references(written_by_the_tool, [wikitext])
     with pytest.raises(McError, match="made with a context of 8 tokens, not 16: give the context 8"):
-        evaluate(tiny_gguf, [wikitext], stored, n_ctx=16, n_threads=1)
+        evaluate_model(tiny_gguf, [wikitext], stored, n_ctx=16, n_threads=1)
     with pytest.raises(McError, match=r"the tokens in .* are not those of"):
-        evaluate(tiny_gguf, [Text("other", wikitext.content[500:])], stored, n_ctx=8, n_threads=1)
+        evaluate_model(tiny_gguf, [Text("other", wikitext.content[500:])], stored, n_ctx=8, n_threads=1)
     with pytest.raises(McError, match="belongs to one text, but 2 are given"):
         references(written_by_the_tool, [wikitext, wikitext])
 

@@ -159,7 +159,7 @@ def test_text_of_the_calibration_is_needed(
 ) -> None:
     other = tmp_path / "other.txt"
     other.write_text("x" * 5000)
-    with pytest.raises(ArtifactError, match="--calibration-text"):
+    with pytest.raises(ArtifactError, match="made from another text") as caught:
         refine_to_file(
             small()[1],
             calibration,
@@ -168,6 +168,7 @@ def test_text_of_the_calibration_is_needed(
             options(text, calibration_text=(other,)),
             quiet=True,
         )
+    assert caught.value.parameters == ("calibration_text",)
     assert not can_compensate(replace(calibration, corpus={}))
 
 

@@ -495,7 +495,7 @@ def test_choose_thresholds(tmp_path: Path) -> None:
         ({"layers": (1, 4)}, "layer 4 has no experts; layers with experts are 0 to 3"),
         ({"layers": ()}, "no layer is active"),
         ({"layers": "some"}, "layers must be auto, all or numbers, not 'some'"),
-        ({"quantile": 1.5}, r"the quantile must be a share from 0 to 1, .* not 1\.5"),
+        ({"quantile": 1.5}, r"the quantile must be a share from 0 to 1 .* not 1\.5"),
         ({"protect": -1.0}, "the protected share must be a share"),
         ({"target_drop": float("nan")}, "the target drop must be a share"),
         ({"target_drop": 0.3, "layers": (0, 2)}, r"30 % .* cannot be dropped; with 2 of 4 layers .* 25\.0 %"),

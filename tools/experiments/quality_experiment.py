@@ -288,12 +288,12 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One record per text, measured by the runtime on one thread."""
     from mc_gguf.evaluate.cache import references
-    from mc_gguf.evaluate.evaluation import evaluate
+    from mc_gguf.evaluate.evaluation import evaluate_model
     from mc_gguf.evaluate.text import Text
 
     read = [Text.read(p) for p in texts.values()]
     stored = references(sixteen, read, n_ctx, n_tokens, 1)
-    found = evaluate(path, read, stored, n_ctx=n_ctx, n_tokens=n_tokens, n_threads=1, quiet=True)
+    found = evaluate_model(path, read, stored, n_ctx=n_ctx, n_tokens=n_tokens, n_threads=1, quiet=True)
     return [r.to_json() | {"text": name} for name, r in zip(texts, found, strict=True)]
 
 
