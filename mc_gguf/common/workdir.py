@@ -97,8 +97,8 @@ class Workdir:
         return folder
 
     def check_space(self, n_bytes: int, folder: Path | None = None) -> None:
-        """Raises McError when the disk is too small for the directory, or `folder` in it, to grow to `n_bytes`
-        in all.
+        """Raises McError when the disk is too small for `folder` (by default the whole directory) to grow to
+        `n_bytes`.
         """
         files = (folder or self.directory).rglob("*")
         there = sum(path.stat().st_blocks * _DISK_BLOCK_BYTES for path in files)
