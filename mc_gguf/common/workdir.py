@@ -96,9 +96,12 @@ class Workdir:
         _claim(folder, identity)
         return folder
 
-    def check_space(self, n_bytes: int) -> None:
-        """Raises McError when the disk is too small for the directory to grow to `n_bytes` in all."""
-        there = sum(path.stat().st_blocks * _DISK_BLOCK_BYTES for path in self.directory.rglob("*"))
+    def check_space(self, n_bytes: int, folder: Path | None = None) -> None:
+        """Raises McError when the disk is too small for `folder` (by default the whole directory) to grow to
+        `n_bytes`.
+        """
+        files = (folder or self.directory).rglob("*")
+        there = sum(path.stat().st_blocks * _DISK_BLOCK_BYTES for path in files)
         check_space(self.output.parent, n_bytes - there, f"making {self.output.name}")
 
     def publish(self, file: Path) -> None:

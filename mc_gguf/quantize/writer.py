@@ -105,7 +105,7 @@ def quantize_in(
         "compensation": bank.key if bank else None,
     }
     folder = work.part("pieces", identity)
-    work.check_space(n_bytes)
+    work.check_space(n_bytes, folder)
     total = sum(_weights(piece) for piece in pieces) / 1e6
     with Pieces(folder, header, n_bytes, [(piece.offset, piece.n_bytes) for piece in pieces]) as file:
         done = sum(_weights(piece) for piece in pieces[: file.done]) / 1e6

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,15 +194,19 @@ def test_an_output_that_became_a_directory_loses_no_work(output: Path) -> None:
     assert "result" in names(workdir_path(output))
 
 
-def test_a_full_disk_is_told_before_the_work(output: Path) -> None:
+def test_a_full_disk_is_told_before_the_work(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run has written before counts, but only in the folder that is to grow."""
     with Workdir(output, MINE) as work:
-        free = shutil.disk_usage(output.parent).free
-        with pytest.raises(McError, match=r"has .* free, but making out takes .*; make room"):
-            work.check_space(1 << 60)
-        work.path("data").write_bytes(b"x" * (8 << 20))
+        part = work.part("pieces", {})
+        (part / "data").write_bytes(b"x" * (8 << 20))
+        work.path("bank").write_bytes(b"x" * (8 << 20))
         os.sync()
-        work.check_space(free // 2)
-        work.check_space(4 << 20)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+        work.check_space(8 << 20, part)
+        work.check_space(16 << 20)
+        for n_bytes, folder in ((10 << 20, part), (20 << 20, None)):
+            with pytest.raises(McError, match=r"has 1.00 MiB free, but making out takes .* MiB; make room"):
+                work.check_space(n_bytes, folder)
 
 
 # --- Two processes
