@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mc_gguf import runtime as runtimes
+from mc_gguf.errors import RuntimeBuildError
 from mc_gguf.runtime import Runtime
 
 pytestmark = pytest.mark.native
@@ -32,15 +34,26 @@ def test_routing_ops(runtime: Runtime) -> None:
     program = runtimes.compile_program(runtime, SOURCES / "test-routing-ops.cpp", "test-routing-ops")
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
-    assert done.stdout.splitlines()[-1] == "passed 82 failed 0"
+    assert done.stdout.splitlines()[-1] == "passed 88 failed 0"
+
+
+def test_a_struct_of_another_size_is_refused(runtime: Runtime) -> None:
+    class Params(ctypes.Structure):
+        _fields_ = (("policy", ctypes.c_int32),)
+
+    with pytest.raises(RuntimeBuildError, match=r"mc_routing_params has \d+ bytes .* declares 4; run:"):
+        runtimes.check_struct("mc_routing_params", Params)
+    with pytest.raises(RuntimeBuildError, match=r"no_such_struct has 0 bytes"):
+        runtimes.check_struct("no_such_struct", Params)
 
 
 def test_backend_ops_cases_pass(runtime: Runtime) -> None:
     program = runtimes.build_tests(runtime)
-    command: list[str | Path] = [program, "test", "-b", "CPU", "-o", "MUL_MAT_ID_GROUPED,MC_QK_RECEIVED"]
+    ops = "MUL_MAT_ID_GROUPED,MC_QK_RECEIVED,MC_COUNT"
+    command: list[str | Path] = [program, "test", "-b", "CPU", "-o", ops]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
-    assert "100/100 tests passed" in done.stdout
+    assert "118/118 tests passed" in done.stdout
 
 
 def test_upstreams_own_cases_still_pass(runtime: Runtime) -> None:

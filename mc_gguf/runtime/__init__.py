@@ -13,6 +13,7 @@ from mc_gguf.runtime.builder import build, build_tests, compile_program
 from mc_gguf.runtime.locate import (
     BACKENDS,
     Runtime,
+    check_struct,
     describe,
     find,
     info,
@@ -28,6 +29,7 @@ __all__ = [
     "Runtime",
     "build",
     "build_tests",
+    "check_struct",
     "compile_program",
     "describe",
     "find",

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from mc_gguf.errors import McError
 
-POLICIES = ("off", "odp", "threshold", "keep_min", "top_p", "random")  # enum mc_routing_policy
-IMPORTANCES = ("attention", "l1", "mean", "variance", "kurtosis", "last")  # enum mc_routing_importance
+POLICIES = ("off", "odp", "threshold", "keep_min", "top_p", "random")  # enum ggml_mc_policy
+IMPORTANCES = ("attention", "l1", "mean", "variance", "kurtosis", "last")  # enum ggml_mc_measure
 
 
 class _Params(ctypes.Structure):
@@ -47,7 +47,7 @@ class RoutingShape:
 
 @dataclass(frozen=True, eq=False)
 class RoutingParams:
-    """What mc_set_routing takes. `thresholds` float32 [n_layer, n_rank] (rank 0 is not looked at), `active`
+    """What mc_routing_set takes. `thresholds` float32 [n_layer, n_rank] (rank 0 is not looked at), `active`
     bool [n_layer]; None: no thresholds, all layers.
     """
 
@@ -93,7 +93,7 @@ def set_routing(context: Any, params: RoutingParams) -> None:
         active = np.ascontiguousarray(params.active, dtype=np.int8)
         _check_shape("active", active.shape, (shape.n_layer,))
         raw.active = active.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-    if _library().mc_set_routing(context, ctypes.byref(raw)) != 0:
+    if _library().mc_routing_set(context, ctypes.byref(raw)) != 0:
         raise McError("the runtime refuses this routing; its log says why (Llama(..., verbose=True))")
 
 
@@ -122,14 +122,15 @@ def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> 
 
 @cache
 def _library() -> ctypes.CDLL:
-    from mc_gguf.runtime.locate import library_path
+    from mc_gguf.runtime.locate import check_struct, library_path
 
     library = ctypes.CDLL(str(library_path("llama")))
+    check_struct("mc_routing_params", _Params, library)
     for name in ("n_layer", "n_rank", "n_expert"):
         function = getattr(library, f"mc_routing_{name}")
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int32
-    library.mc_set_routing.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Params)]
-    library.mc_set_routing.restype = ctypes.c_int32
+    library.mc_routing_set.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Params)]
+    library.mc_routing_set.restype = ctypes.c_int32
     library.mc_routing_get_counters.argtypes = [ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_int64)] * 2]
     library.mc_routing_get_counters.restype = None
     library.mc_routing_reset_counters.argtypes = [ctypes.c_void_p]
