@@ -45,6 +45,7 @@ class _TypeTraits(ctypes.Structure):
 @cache
 def _ggml() -> ctypes.CDLL:
     library = runtime.load_ggml_base()
+    runtime.check_struct("ggml_type_traits", _TypeTraits)
     library.ggml_quantize_init.argtypes = [ctypes.c_int]
     library.ggml_quantize_init.restype = None
     library.ggml_quantize_chunk.argtypes = [

@@ -1,6 +1,6 @@
 """What the runtime is told about dynamic expert routing, and the sizes of its arrays.
 
-This mirrors patches/src/include/mc.h: the names stand in the order of its enums.
+This mirrors patches/src/include/mc.h and ggml-mc-routing.h: the names stand in the order of the enums.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-RUNTIME_POLICIES = ("off", "odp", "threshold", "keep_min", "top_p", "random")  # enum mc_routing_policy
-IMPORTANCES = ("attention", "l1", "mean", "variance", "kurtosis", "last")  # enum mc_routing_importance
+RUNTIME_POLICIES = ("off", "odp", "threshold", "keep_min", "top_p", "random")  # enum ggml_mc_policy
+IMPORTANCES = ("attention", "l1", "mean", "variance", "kurtosis", "last")  # enum ggml_mc_measure
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RoutingShape:
 
 @dataclass(frozen=True, eq=False)
 class RoutingParams:
-    """What mc_set_routing takes.
+    """What mc_routing_set takes.
 
     `thresholds` is float32 [n_layer, n_rank], of which rank 0 is ignored; None: no thresholds. `active` is
     bool [n_layer]; None: all layers.

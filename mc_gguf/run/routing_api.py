@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mc_gguf.common.errors import McError
 from mc_gguf.routing.params import IMPORTANCES, RUNTIME_POLICIES, RoutingParams, RoutingShape
-from mc_gguf.runtime.locate import library_path
+from mc_gguf.runtime.locate import check_struct, library_path
 
 
 class _Params(ctypes.Structure):
@@ -67,7 +67,7 @@ def set_routing(context: Any, params: RoutingParams) -> None:
         active = np.ascontiguousarray(params.active, dtype=np.int8)
         _check_shape("active", active.shape, (shape.n_layer,))
         raw.active = active.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-    if _library().mc_set_routing(context, ctypes.byref(raw)) != 0:
+    if _library().mc_routing_set(context, ctypes.byref(raw)) != 0:
         raise McError(
             "the runtime refuses this routing; its log says why: load the model with Llama(..., verbose=True)"
         )
@@ -101,11 +101,12 @@ def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> 
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(library_path("llama")))
+    check_struct("mc_routing_params", _Params, library)
     for name in ("n_layer", "n_rank", "n_expert"):
         function = getattr(library, f"mc_routing_{name}")
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int32
-    library.mc_set_routing.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Params)]
-    library.mc_set_routing.restype = ctypes.c_int32
+    library.mc_routing_set.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Params)]
+    library.mc_routing_set.restype = ctypes.c_int32
     library.mc_routing_get_counters.argtypes = [ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_int64)] * 2]
     library.mc_routing_get_counters.restype = None
     library.mc_routing_reset_counters.argtypes = [ctypes.c_void_p]

@@ -21,6 +21,7 @@ from __future__ import annotations
 from mc_gguf.runtime.locate import (
     BACKENDS,
     Runtime,
+    check_struct,
     find,
     library_path,
     load,
@@ -32,6 +33,7 @@ from mc_gguf.runtime.locate import (
 __all__ = [
     "BACKENDS",
     "Runtime",
+    "check_struct",
     "find",
     "library_path",
     "load",

@@ -140,6 +140,18 @@ def load_ggml_base() -> ctypes.CDLL:
     return ctypes.CDLL(str(library_path("ggml-base")))
 
 
+def check_struct(name: str, declared: type[ctypes.Structure], library: ctypes.CDLL | None = None) -> None:
+    """RuntimeBuildError unless `declared` is as large as the struct `name` is in libllama (mc_sizeof)."""
+    library = library or ctypes.CDLL(str(library_path("llama")))
+    library.mc_sizeof.argtypes, library.mc_sizeof.restype = [ctypes.c_char_p], ctypes.c_size_t
+    found, expected = library.mc_sizeof(name.encode()), ctypes.sizeof(declared)
+    if found != expected:
+        raise RuntimeBuildError(
+            f"struct {name} has {found} bytes in {library._name}, but this mc-gguf declares {expected}; "
+            f"{upstream.BUILD_HINT} --force"
+        )
+
+
 def load(runtime: Runtime) -> ctypes.CDLL:
     """libllama of a patched runtime, loaded.
 

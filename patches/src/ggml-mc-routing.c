@@ -1,4 +1,4 @@
-// The ops of dynamic expert routing: construction. See ggml-mc-routing.h.
+// Construction of the ops of dynamic expert routing (ggml-mc-routing.h).
 
 #include "ggml-mc-routing.h"
 #include "ggml-impl.h"
@@ -7,7 +7,7 @@
 
 static void check_tokens(const struct ggml_tensor * tokens, const struct ggml_tensor * rows, int64_t n_rows) {
     GGML_ASSERT(tokens->type == GGML_TYPE_I32 && ggml_is_matrix(tokens) && ggml_is_contiguous(tokens));
-    GGML_ASSERT(tokens->ne[0] == GGML_MC_TOKEN_N_FIELDS);
+    GGML_ASSERT(tokens->ne[0] == GGML_MC_TOKEN_FIELD_COUNT);
     if (rows) {
         GGML_ASSERT(rows->type == GGML_TYPE_I32 && ggml_is_vector(rows) && rows->ne[0] == n_rows);
     } else {
@@ -88,19 +88,19 @@ struct ggml_tensor * ggml_mc_qk_received(
     return result;
 }
 
-struct ggml_mc_qk_params ggml_mc_get_qk_params(const struct ggml_tensor * received) {
+struct ggml_mc_qk_params ggml_mc_qk_received_get_params(const struct ggml_tensor * received) {
     struct ggml_mc_qk_params params;
     memcpy(&params, received->op_params, sizeof(params));
     return params;
 }
 
 struct ggml_tensor * ggml_mc_importance(
-        struct ggml_context   * ctx,
-        struct ggml_tensor    * x,
-        struct ggml_tensor    * received,
-        struct ggml_tensor    * tokens,
-        struct ggml_tensor    * rows,
-        enum ggml_mc_measure measure) {
+        struct ggml_context * ctx,
+        struct ggml_tensor  * x,
+        struct ggml_tensor  * received,
+        struct ggml_tensor  * tokens,
+        struct ggml_tensor  * rows,
+        enum ggml_mc_measure  measure) {
     GGML_ASSERT(x->type == GGML_TYPE_F32 && ggml_is_matrix(x) && x->nb[0] == sizeof(float));
     GGML_ASSERT(received == NULL || (received->type == GGML_TYPE_F32 && ggml_is_contiguous(received)));
     GGML_ASSERT(received == NULL || received->ne[0] == tokens->ne[1]);
@@ -119,6 +119,15 @@ struct ggml_tensor * ggml_mc_importance(
     return result;
 }
 
+// layout of the result: ids, then counts
+static int64_t n_route_ids(const struct ggml_tensor * ids) {
+    return ids->ne[0]*ids->ne[1];
+}
+
+static int64_t n_route_counts(const struct ggml_mc_route_params * params) {
+    return 3*(int64_t) params->n_rank + 2*(int64_t) params->n_expert;
+}
+
 struct ggml_tensor * ggml_mc_route(
         struct ggml_context * ctx,
         struct ggml_tensor  * weights,
@@ -127,7 +136,6 @@ struct ggml_tensor * ggml_mc_route(
         struct ggml_tensor  * tokens,
         struct ggml_tensor  * rows,
         struct ggml_tensor  * thresholds,
-        struct ggml_tensor  * counters,
         const struct ggml_mc_route_params * params) {
     const int64_t n_used = ids->ne[0];
     const int64_t n_rows = ids->ne[1];
@@ -137,12 +145,10 @@ struct ggml_tensor * ggml_mc_route(
     GGML_ASSERT(ids->type == GGML_TYPE_I32 && ggml_is_matrix(ids));
     GGML_ASSERT(importance == NULL || (importance->type == GGML_TYPE_F32 && importance->ne[0] == n_rows));
     GGML_ASSERT(thresholds->type == GGML_TYPE_F32 && ggml_is_contiguous(thresholds) && thresholds->ne[0] >= n_used);
-    GGML_ASSERT(counters->type == GGML_TYPE_I64 && ggml_is_contiguous(counters));
-    GGML_ASSERT(counters->ne[0] >= 3*n_used + 2*params->n_expert);
-    GGML_ASSERT((counters->ne[0] - 2*params->n_expert) % 3 == 0);
+    GGML_ASSERT(params->n_rank >= n_used && params->n_expert > 0);
     check_tokens(tokens, rows, n_rows);
 
-    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_used, n_rows);
+    struct ggml_tensor * result = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_route_ids(ids) + n_route_counts(params));
 
     static_assert(sizeof(struct ggml_mc_route_params) <= GGML_MAX_OP_PARAMS, "does not fit op_params");
     ggml_set_op_params(result, params, sizeof(*params));
@@ -154,34 +160,61 @@ struct ggml_tensor * ggml_mc_route(
     result->src[3] = ids;
     result->src[4] = importance;
     result->src[5] = thresholds;
-    result->src[6] = counters;
 
     return result;
 }
 
-struct ggml_mc_route_params ggml_mc_get_route_params(const struct ggml_tensor * route) {
+struct ggml_mc_route_params ggml_mc_route_get_params(const struct ggml_tensor * route) {
+    GGML_ASSERT(route->op == GGML_OP_MC_ROUTE);
+
     struct ggml_mc_route_params params;
     memcpy(&params, route->op_params, sizeof(params));
     return params;
 }
 
+struct ggml_tensor * ggml_mc_route_ids(struct ggml_context * ctx, struct ggml_tensor * route) {
+    GGML_ASSERT(route->op == GGML_OP_MC_ROUTE);
+
+    const struct ggml_tensor * ids = route->src[3];
+    return ggml_view_2d(ctx, route, ids->ne[0], ids->ne[1], ids->ne[0]*sizeof(int32_t), 0);
+}
+
+struct ggml_tensor * ggml_mc_count(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * counters,
+        struct ggml_tensor  * route) {
+    const struct ggml_mc_route_params params = ggml_mc_route_get_params(route);
+
+    GGML_ASSERT(counters->type == GGML_TYPE_I64 && ggml_is_contiguous(counters));
+    GGML_ASSERT(ggml_is_vector(counters) && counters->ne[0] == n_route_counts(&params));
+
+    struct ggml_tensor * result = ggml_view_tensor(ctx, counters);
+
+    result->op     = GGML_OP_MC_COUNT;
+    result->src[0] = route;
+    result->src[1] = counters;
+
+    return result;
+}
+
 struct ggml_tensor * ggml_mc_mask_weights(
         struct ggml_context * ctx,
         struct ggml_tensor  * weights,
-        struct ggml_tensor  * routed,
+        struct ggml_tensor  * ids,
         bool                  normalize) {
-    GGML_ASSERT(routed->op == GGML_OP_MC_ROUTE);
+    GGML_ASSERT(ids->type == GGML_TYPE_I32 && ggml_is_matrix(ids) && ggml_is_contiguous(ids));
+    GGML_ASSERT(ids->view_src != NULL && ids->view_offs == 0); // of the result of ggml_mc_route
     GGML_ASSERT(weights->type == GGML_TYPE_F32 && ggml_is_contiguous(weights));
-    GGML_ASSERT(weights->ne[0] == 1 && weights->ne[1] == routed->ne[0] && weights->ne[2] == routed->ne[1]);
+    GGML_ASSERT(weights->ne[0] == 1 && weights->ne[1] == ids->ne[0] && weights->ne[2] == ids->ne[1]);
 
     struct ggml_tensor * result = ggml_dup_tensor(ctx, weights);
 
-    ggml_set_op_params_i32(result, 0, ggml_mc_get_route_params(routed).n_expert);
+    ggml_set_op_params_i32(result, 0, ggml_mc_route_get_params(ids->view_src).n_expert);
     ggml_set_op_params_i32(result, 1, normalize);
 
     result->op     = GGML_OP_MC_MASK_WEIGHTS;
     result->src[0] = weights;
-    result->src[1] = routed;
+    result->src[1] = ids;
 
     return result;
 }

@@ -1,9 +1,9 @@
-// The op MUL_MAT_ID_GROUPED: construction and access to its sources. See ggml-mc.h.
+// Construction of MUL_MAT_ID_GROUPED, and access to its groups (ggml-mc.h).
 
 #include "ggml-mc.h"
 #include "ggml-impl.h"
 
-// op_params 0..3 hold the precisions of MUL_MAT_ID (ggml_prec_set_acc, ggml_prec_set_src)
+// op_params 0 to 3 hold the precisions, as in MUL_MAT_ID (ggml_prec_set_acc, ggml_prec_set_src)
 enum { PARAM_N_GROUPS = 4 };
 
 static int src_of_group(int g) {

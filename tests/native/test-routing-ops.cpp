@@ -3,6 +3,7 @@
 //   received  MC_QK_RECEIVED against MC_ATTN_RECEIVED of the softmax of the same scores, for every type of keys, with ALiBi,
 //             soft cap, sinks, several streams and several threads; the same bits for every number of threads
 //   read      experts of dropped slots count as read where the multiplication cannot skip (skips = 0)
+//   count     MC_ROUTE gives the counts of one call and changes none of its sources; MC_COUNT adds them up
 //   nan       NaN among weights and importances: it ranks last and protects nothing
 //
 // usage: test-routing-ops      exit 0: all passed
@@ -111,7 +112,7 @@ void test_received(const attention & a) {
     ggml_tensor * mask = ggml_new_tensor_4d(s.ctx, a.mask_type, a.n_kv, a.n_query, 1, a.n_stream);
     ggml_tensor * sink = ggml_new_tensor_1d(s.ctx, GGML_TYPE_F32, a.n_head);
     ggml_tensor * cell = ggml_new_tensor_1d(s.ctx, GGML_TYPE_I64, n_tokens);
-    ggml_tensor * tok  = ggml_new_tensor_2d(s.ctx, GGML_TYPE_I32, GGML_MC_TOKEN_N_FIELDS, n_tokens);
+    ggml_tensor * tok  = ggml_new_tensor_2d(s.ctx, GGML_TYPE_I32, GGML_MC_TOKEN_FIELD_COUNT, n_tokens);
 
     const float scale = 1.0f/std::sqrt((float) a.n_embd_head);
     const ggml_mc_qk_params params = { scale, a.max_bias, a.logit_softcap, (int32_t) cells_per_stream };
@@ -191,15 +192,18 @@ struct routing {
     ggml_tensor * thresholds;
     ggml_tensor * counters;
     ggml_tensor * routed;
+    ggml_tensor * counted;
 
     routing(session & s, int64_t n_used, int64_t n_rows, const ggml_mc_route_params & p) {
         weights    = ggml_new_tensor_3d(s.ctx, GGML_TYPE_F32, 1, n_used, n_rows);
         ids        = ggml_new_tensor_2d(s.ctx, GGML_TYPE_I32, n_used, n_rows);
         importance = ggml_new_tensor_1d(s.ctx, GGML_TYPE_F32, n_rows);
-        tokens     = ggml_new_tensor_2d(s.ctx, GGML_TYPE_I32, GGML_MC_TOKEN_N_FIELDS, n_rows);
+        tokens     = ggml_new_tensor_2d(s.ctx, GGML_TYPE_I32, GGML_MC_TOKEN_FIELD_COUNT, n_rows);
         thresholds = ggml_new_tensor_1d(s.ctx, GGML_TYPE_F32, n_used);
         counters   = ggml_new_tensor_1d(s.ctx, GGML_TYPE_I64, 3*n_used + 2*p.n_expert);
-        routed     = ggml_mc_route(s.ctx, weights, ids, importance, tokens, nullptr, thresholds, counters, &p);
+        ggml_tensor * route = ggml_mc_route(s.ctx, weights, ids, importance, tokens, nullptr, thresholds, &p);
+        routed     = ggml_mc_route_ids(s.ctx, route);
+        counted    = ggml_mc_count(s.ctx, counters, route);
         s.allocate();
         ggml_backend_tensor_memset(counters, 0, 0, ggml_nbytes(counters));
         std::vector<int32_t> described;
@@ -211,13 +215,13 @@ struct routing {
 void test_read() {
     for (int32_t skips : { 1, 0 }) {
         session s;
-        const ggml_mc_route_params p = { GGML_MC_POLICY_THRESHOLD, 4, 0, 1, 0.0f, 0, skips, 0.0 };
+        const ggml_mc_route_params p = { GGML_MC_POLICY_THRESHOLD, 4, 2, 0, 1, 0.0f, 0, skips, 0.0 };
         routing r(s, 2, 2, p);
         set(r.weights,    std::vector<float>{ 0.9f, 0.1f, 0.3f, 0.7f }); // the second slot, then the first is below
         set(r.ids,        std::vector<int32_t>{ 2, 0, 1, 2 });
         set(r.importance, std::vector<float>{ 1.0f, 1.0f });
         set(r.thresholds, std::vector<float>{ 0.0f, 0.5f });
-        s.compute({ r.routed }, 1);
+        s.compute({ r.routed, r.counted }, 1);
         const std::string what = "skips " + std::to_string(skips);
         check(get<int32_t>(r.routed) == std::vector<int32_t>{ 2, 4, 4, 2 }, what + ": routed ids");
         const std::vector<int64_t> c = get<int64_t>(r.counters); // kept, dropped, protected; wanted, read by expert
@@ -225,13 +229,21 @@ void test_read() {
         check(std::vector<int64_t>(c.begin() + 6, c.begin() + 10) == std::vector<int64_t>{ 1, 1, 1, 0 }, what + ": wanted");
         check(std::vector<int64_t>(c.begin() + 10, c.end()) == (skips ? std::vector<int64_t>{ 0, 0, 1, 0 } :
             std::vector<int64_t>{ 1, 1, 1, 0 }), what + ": read");
+
+        s.compute({ r.routed }, 1);
+        check(get<int64_t>(r.counters) == c, what + ": MC_ROUTE alone counts nothing");
+        s.compute({ r.counted }, 2);
+        std::vector<int64_t> twice = c;
+        for (int64_t & x : twice) x *= 2;
+        check(get<int64_t>(r.counters) == twice, what + ": MC_COUNT adds up");
+        check(get<int32_t>(r.ids) == std::vector<int32_t>{ 2, 0, 1, 2 }, what + ": the ids stay as they are");
     }
 }
 
 void test_nan() {
     {
         session s;
-        const ggml_mc_route_params p = { GGML_MC_POLICY_KEEP_MIN, 4, 0, 1, 2.0f, 0, 1, 0.0 };
+        const ggml_mc_route_params p = { GGML_MC_POLICY_KEEP_MIN, 4, 2, 0, 1, 2.0f, 0, 1, 0.0 };
         routing r(s, 2, 1, p);
         set(r.weights,    std::vector<float>{ NAN, 0.2f });
         set(r.ids,        std::vector<int32_t>{ 3, 1 });
@@ -241,7 +253,7 @@ void test_nan() {
         check(get<int32_t>(r.routed)[1] == 1, "a weight that is not a number does not take the first rank");
     }
     session s;
-    const ggml_mc_route_params p = { GGML_MC_POLICY_THRESHOLD, 4, 0, 1, 0.0f, 0, 1, 0.25 };
+    const ggml_mc_route_params p = { GGML_MC_POLICY_ODP, 4, 2, 0, 1, 0.0f, 0, 1, 0.25 };
     routing r(s, 2, 4, p); // one of four rows is protected
     set(r.weights,    std::vector<float>{ 0.9f, 0.1f, 0.9f, 0.1f, 0.9f, 0.1f, 0.9f, 0.1f });
     set(r.ids,        std::vector<int32_t>{ 0, 1, 0, 1, 0, 1, 0, 1 });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mc_gguf.runtime import Runtime
+from mc_gguf.common.errors import RuntimeBuildError
+from mc_gguf.runtime import Runtime, check_struct
 from mc_gguf.runtime.builder import build_tests, compile_program
 from tests.support import ROOT
 
@@ -35,9 +37,26 @@ def test_routing_ops(runtime: Runtime) -> None:
     assert re.fullmatch(r"passed [1-9]\d+ failed 0", done.stdout.splitlines()[-1])
 
 
+def test_a_struct_of_another_size_is_refused(runtime: Runtime) -> None:
+    class Params(ctypes.Structure):
+        _fields_ = (("policy", ctypes.c_int32),)
+
+    with pytest.raises(RuntimeBuildError, match=r"mc_routing_params has \d+ bytes .* declares 4; run:"):
+        check_struct("mc_routing_params", Params)
+    with pytest.raises(RuntimeBuildError, match=r"no_such_struct has 0 bytes"):
+        check_struct("no_such_struct", Params)
+
+
 def test_backend_ops_cases_pass(runtime: Runtime) -> None:
     program = build_tests(runtime)
-    command: list[str | Path] = [program, "test", "-b", "CPU", "-o", "MUL_MAT_ID_GROUPED,MC_QK_RECEIVED"]
+    command: list[str | Path] = [
+        program,
+        "test",
+        "-b",
+        "CPU",
+        "-o",
+        "MUL_MAT_ID_GROUPED,MC_QK_RECEIVED,MC_COUNT",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert_all_passed(done.stdout)

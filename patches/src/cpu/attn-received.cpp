@@ -1,5 +1,5 @@
-// CPU implementation of MC_ATTN_RECEIVED and MC_QK_RECEIVED (ggml-mc-routing.h): column sums of the attention matrix, over
-// heads and queries. The order of the sums, and so the result, does not depend on the number of threads.
+// CPU implementation of MC_ATTN_RECEIVED and MC_QK_RECEIVED (ggml-mc-routing.h): column sums of the attention matrix over heads
+// and queries. The order of summation, and so the result, does not depend on the number of threads.
 
 #include "ggml-mc-cpu.h"
 
@@ -25,7 +25,7 @@ int64_t cell_of(const ggml_tensor * cells, int64_t token, int64_t cells_per_stre
 
 // the mean over heads and over the queries that can see the token
 float mean_of(float sum, const ggml_tensor * tokens, int64_t token, int64_t n_head) {
-    return sum/(float) (n_head*std::max(1, ggml_mc_token_field_of(tokens, token, GGML_MC_TOKEN_QUERIES)));
+    return sum/(float) (n_head*std::max(1, ggml_mc_token_field_of(tokens, token, GGML_MC_TOKEN_FIELD_QUERIES)));
 }
 
 } // namespace
@@ -45,7 +45,7 @@ void ggml_compute_forward_mc_attn_received(const ggml_compute_params * params, g
     const auto [begin, end] = ggml_mc_share_of(params, n_tokens);
     std::fill(out + begin, out + end, 0.0f);
 
-    // runs of tokens of one stream in neighbouring cells
+    // runs of tokens of one stream in consecutive cells
     for (int64_t t = begin; t < end; ) {
         const int64_t stream = t/n_queries;
         const int64_t cell   = cell_of(cells, t, cells_per_stream);
@@ -69,11 +69,11 @@ void ggml_compute_forward_mc_attn_received(const ggml_compute_params * params, g
 
 namespace {
 
-// queries and keys whose scores are computed at once: their operands stay in the first-level cache
+// queries and keys whose scores are computed at once: small enough to stay in the first-level cache
 constexpr int64_t Q_TILE  = 64;
 constexpr int64_t KV_TILE = 64;
 
-// floats of a thread's work space
+// a thread's part of the work buffer, in floats
 struct qk_space {
     int64_t q;      // [Q_TILE, n_embd_head] queries
     int64_t k;      // [n_embd_head, KV_TILE] keys
@@ -112,7 +112,7 @@ struct qk_head {
     float * const sums;
 
     qk_head(const ggml_tensor * dst, int64_t head, int64_t stream, const qk_space & space, float * work) :
-        q(dst->src[0]), k(dst->src[3]), mask(dst->src[4]), p(ggml_mc_get_qk_params(dst)), head(head), stream(stream),
+        q(dst->src[0]), k(dst->src[3]), mask(dst->src[4]), p(ggml_mc_qk_received_get_params(dst)), head(head), stream(stream),
         slope(alibi_slope()), sink(dst->src[5] ? ((const float *) dst->src[5]->data)[head] : -INFINITY),
         q_tile(work), k_tile(q_tile + space.q), row(k_tile + space.k), scores(row + space.row), sums(scores + space.scores) {}
 
@@ -157,7 +157,7 @@ struct qk_head {
         std::fill(q_tile + n*n_embd_head, q_tile + Q_TILE*n_embd_head, 0.0f);
     }
 
-    // transposed, zeros behind the last key
+    // transposed, padded with zeros after the last key
     void load_keys(int64_t tile) {
         const int64_t n_embd_head = k->ne[0];
         const int64_t n           = std::min(KV_TILE, k->ne[1] - tile*KV_TILE);
@@ -201,7 +201,7 @@ struct qk_head {
         }
     }
 
-    // adds the softmax of the scores of query i of the tile to the sums of the columns; tiles: those that were computed
+    // adds the softmax of the scores of query i to the column sums; `tiles` are the tiles of keys that were computed
     void add_softmax(int64_t i, const int64_t * tiles, int64_t n_tile) {
         float max = sink;
         for (int64_t t = 0; t < n_tile; ++t) {
@@ -246,10 +246,10 @@ struct qk_head {
 
 } // namespace
 
-// behind the threads' spaces: the sums of every head at the tokens' cells, [n_head, n_tokens]
-size_t ggml_mc_qk_received_work_size(int n_threads, const ggml_tensor * dst) {
+// After the parts of the threads: the sums of every head at the tokens' cells, [n_head, n_tokens].
+size_t ggml_mc_qk_received_work_size(int n_tasks, const ggml_tensor * dst) {
     const int64_t n_head = dst->src[0]->ne[2];
-    return (n_threads*qk_space(dst).total() + n_head*dst->ne[0])*sizeof(float);
+    return (n_tasks*qk_space(dst).total() + n_head*dst->ne[0])*sizeof(float);
 }
 
 void ggml_compute_forward_mc_qk_received(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -260,7 +260,7 @@ void ggml_compute_forward_mc_qk_received(const ggml_compute_params * params, ggm
     const int64_t n_tokens         = dst->ne[0];
     const int64_t n_queries        = q->ne[1]; // in a stream
     const int64_t n_head           = q->ne[2];
-    const int64_t cells_per_stream = ggml_mc_get_qk_params(dst).cells_per_stream;
+    const int64_t cells_per_stream = ggml_mc_qk_received_get_params(dst).cells_per_stream;
 
     const qk_space space(dst);
     float * work = (float *) params->wdata + params->ith*space.total();

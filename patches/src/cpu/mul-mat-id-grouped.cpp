@@ -1,11 +1,11 @@
 // CPU implementation of MUL_MAT_ID_GROUPED.
 //
 // Same arithmetic as ggml_compute_forward_mul_mat_id: per output element the same vec_dot (or tiled kernel) on the same
-// operands, so results are equal bit for bit. What differs:
+// operands, so the results are equal bit for bit. The differences:
 //   - activations are quantized once per vec_dot type of the op, not once per group, and not at all for skipped slots;
 //   - the routed slots are sorted by expert into one list (n_slots entries, not n_expert * n_slots);
-//   - the row chunks of all experts share one counter, so threads balance over the op and not within each expert.
-// Rows are fetched ahead, as in MUL_MAT_ID of the patched tree.
+//   - the row chunks of all experts share one counter, so threads are balanced over the whole op and not within each expert.
+// Rows are prefetched as in MUL_MAT_ID.
 
 #include "ggml-mc-cpu.h"
 
@@ -68,7 +68,7 @@ struct vec_dot_types {
     }
 };
 
-// hands out aligned pieces of the work buffer; with base == nullptr it only counts
+// hands out aligned pieces of the work buffer; without a base it only adds up their sizes
 struct arena {
     char * base;
     size_t used = 0;
@@ -225,8 +225,8 @@ NO_INLINE void one_chunk(ggml_tensor * dst, const ggml_tensor * group, const cha
                 const char * b_row   = act.data + (slots[i].slot % ne11)*act.nb1 + slots[i].token*act.nb2;
                 float *      dst_row = (float *) ((char *) dst->data + slots[i].slot*dst->nb[1] + slots[i].token*dst->nb[2]);
                 for (int64_t j = iir0; j < iir0 + n0; ++j) {
-                    if (i == ir1 && j + GGML_MC_ROWS_AHEAD < ir0_end) {
-                        ggml_mc_prefetch(matrix + (j + GGML_MC_ROWS_AHEAD)*nb01, nb01);
+                    if (i == ir1 && j + GGML_CPU_PREFETCH_ROWS < ir0_end) {
+                        ggml_cpu_prefetch(matrix + (j + GGML_CPU_PREFETCH_ROWS)*nb01, nb01);
                     }
                     vec_dot(cols, dst_row + j, 0, matrix + j*nb01, 0, b_row, 0, 1);
                 }

@@ -1,6 +1,6 @@
 #pragma once
 
-// MUL_MAT_ID for experts that sit in several typed groups (mc_gguf).
+// MUL_MAT_ID for experts that are spread over several groups of different types (mc_gguf).
 
 #include "ggml.h"
 
@@ -16,9 +16,9 @@ extern "C" {
 
     groups[g] -> [cols, rows, n_g]                   any type, the experts of one type; sum of n_g >= n_expert
     map       -> [2, n_expert] (i32)                 (group, position in it) of each expert; NULL: one group, in order
-    b         -> [cols, n_expert_used, n_tokens]     n_expert_used can be broadcasted as in ggml_mul_mat_id
+    b         -> [cols, n_expert_used, n_tokens]     n_expert_used can be broadcast as in ggml_mul_mat_id
     ids       -> [n_expert_used, n_tokens] (i32)     an id outside [0, n_expert) marks a skipped slot
-    c         -> [rows, n_expert_used, n_tokens]     rows of skipped slots are zero, their weights are not read
+    c         -> [rows, n_expert_used, n_tokens]     zeros for skipped slots, whose weights are not read
 
     With one group and no skipped slot: the result of ggml_mul_mat_id, bit for bit.
 */

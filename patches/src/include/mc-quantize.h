@@ -1,4 +1,4 @@
-// Error-compensating rounding into ggml's block formats; what it does is in quantize/. C API for ctypes.
+// Rounding with error compensation into ggml's block formats, implemented in quantize/. A C API for ctypes.
 #pragma once
 
 #include <stdint.h>
@@ -25,11 +25,11 @@ MC_QUANTIZE_API mc_metric * mc_metric_create(int type, int n, const float * s);
 MC_QUANTIZE_API void        mc_metric_free(mc_metric * metric);
 
 // Quantize rows of n columns, minimising (w - q) s (w - q)' of every row by itself.
-//   w      [rows, n], stride ldw      what to come close to
+//   w      [rows, n], stride ldw      the weights to approximate
 //   blocks [rows, block bytes of n], stride in bytes; in: a quantization to start from; out: the result
 //   q      [rows, n], stride ldq      out: the weights that the blocks stand for
 //   greedy 1: new codes, column by column with feedback, from the scales of `blocks`; 0: improve the codes of `blocks`
-//   passes coordinate descent passes over codes and scales; a pass that gains nothing is the last
+//   passes coordinate descent passes over codes and scales; the first pass that gains nothing is the last
 MC_QUANTIZE_API void mc_quantize_rows(
         const mc_metric * metric, int64_t rows, const float * w, int64_t ldw, uint8_t * blocks, int64_t stride, float * q,
         int64_t ldq, int greedy, int passes);

@@ -2,7 +2,10 @@
 
 // C API of mc_gguf's patches, next to llama.h.
 
+#include "ggml-mc-routing.h"
 #include "llama.h"
+
+#include <stddef.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -11,57 +14,42 @@ extern "C" {
 // Digest of the patch set that this library was built with (the value of -DMC_PATCHSET at configure time).
 LLAMA_API const char * mc_patchset(void);
 
-//
-// dynamic expert routing: which of the experts that the router selected a token really uses
-//
+// sizeof of a struct that a binding declares a second time, by the name of the struct: mc_routing_params, ggml_type_traits. 0 for
+// other names.
+LLAMA_API size_t mc_sizeof(const char * name);
 
-enum mc_routing_policy {
-    MC_ROUTING_OFF       = 0, // the graph of upstream, nothing is counted
-    MC_ROUTING_ODP       = 1, // drop rank r when w_r < thresholds[layer][r]*w_0, except for protected tokens
-    MC_ROUTING_THRESHOLD = 2, // the same without protection
-    MC_ROUTING_KEEP_MIN  = 3, // keep the first keep_min ranks, and those with w_r >= ratio*w_0
-    MC_ROUTING_TOP_P     = 4, // keep the fewest ranks that hold a share top_p of the selected experts' weight
-    MC_ROUTING_RANDOM    = 5, // drop every rank but the first with probability rate, by position and seed
-};
-
-// how important a token is; with MC_ROUTING_ODP the most important ones of a sequence in a ubatch are protected
-enum mc_routing_importance {
-    MC_IMPORTANCE_ATTENTION = 0, // L1 norm of the MoE block's input times the mean attention that its key receives
-    MC_IMPORTANCE_L1        = 1,
-    MC_IMPORTANCE_MEAN      = 2,
-    MC_IMPORTANCE_VARIANCE  = 3,
-    MC_IMPORTANCE_KURTOSIS  = 4,
-    MC_IMPORTANCE_LAST      = 5, // L1 norm divided by the number of queries at or after the token
-};
+//
+// dynamic expert routing: which of the experts that the router selected for a token are really used
+//
 
 struct mc_routing_params {
-    int32_t  policy;       // enum mc_routing_policy
-    int32_t  importance;   // enum mc_routing_importance
-    int32_t  keep_min;
-    uint32_t seed;
-    float    ratio;
-    float    top_p;
-    float    rate;
-    double   protect;      // share of tokens, 0..1
-    const float  * thresholds; // [n_layer][n_rank], rank 0 is not looked at; needed by ODP and THRESHOLD
+    int32_t  policy;           // enum ggml_mc_policy. With OFF the graph is upstream's and nothing is counted
+    int32_t  importance;       // enum ggml_mc_measure: with ODP, the most important tokens of a sequence in a ubatch are protected
+    int32_t  keep_min;         // KEEP_MIN: ranks that are always kept, at least 1
+    uint32_t seed;             // RANDOM
+    float    ratio;            // KEEP_MIN: the other ranks are kept from this multiple of w_0 on
+    float    top_p;            // TOP_P: share of the selected experts' weight that is kept, 0 to 1
+    float    rate;             // RANDOM: probability of dropping, 0 to 1
+    double   protect;          // ODP: share of the tokens that is protected, 0 to 1
+    const float  * thresholds; // [n_layer][n_rank], rank 0 is ignored; needed by ODP and THRESHOLD
     const int8_t * active;     // [n_layer], layers in which experts may be dropped; NULL: all
 };
 
 LLAMA_API struct mc_routing_params mc_routing_default_params(void);
 
-// Sets the policy from the next decode on. Returns 0, or -1 (and logs why) when the model has no experts or a value is out
-// of range; then nothing changes. Arrays are copied.
-LLAMA_API int32_t mc_set_routing(struct llama_context * ctx, const struct mc_routing_params * params);
+// Sets the policy from the next decode on. The arrays are copied. Returns 0, or -1 after logging why: the model has no experts, or a
+// value is out of range; then nothing changes.
+LLAMA_API int32_t mc_routing_set(struct llama_context * ctx, const struct mc_routing_params * params);
 
-// Sizes of the arrays above and below: layers, most experts that a token uses, experts in a layer. 0 without experts.
+// Sizes of the arrays above and below: layers, the most experts that a token uses, experts in a layer. 0 without experts.
 LLAMA_API int32_t mc_routing_n_layer (const struct llama_context * ctx);
 LLAMA_API int32_t mc_routing_n_rank  (const struct llama_context * ctx);
 LLAMA_API int32_t mc_routing_n_expert(const struct llama_context * ctx);
 
-// What happened since the context was made or the counters were reset, while a policy other than OFF was set. `slots` is
-// [n_layer][3][n_rank]: slots kept, dropped, and protected (kept although below the threshold: they are among the kept).
-// `experts` is [n_layer][2][n_expert]: in how many ubatches an expert would have been read with nothing dropped, and was.
-// Layers that are not active count too. Either may be NULL.
+// What has happened under a policy other than OFF since the context was created or the counters were reset. Layers that are not active
+// are counted too. Either array may be NULL.
+//   slots   [n_layer][3][n_rank]    slots kept, dropped, and protected (a part of the kept: those below the threshold)
+//   experts [n_layer][2][n_expert]  ubatches in which the expert would have been read with nothing dropped, and in which it was
 LLAMA_API void mc_routing_get_counters(struct llama_context * ctx, int64_t * slots, int64_t * experts);
 LLAMA_API void mc_routing_reset_counters(struct llama_context * ctx);
 

@@ -1,4 +1,4 @@
-// The C API (mc.h).
+// The C API (mc.h), except for mc_patchset.
 
 #include "mc.h"
 
@@ -8,20 +8,23 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstring>
 #include <exception>
 
-#ifndef MC_PATCHSET
-#define MC_PATCHSET ""
-#endif
-
-const char * mc_patchset(void) {
-    return MC_PATCHSET;
+size_t mc_sizeof(const char * name) {
+    if (strcmp(name, "mc_routing_params") == 0) {
+        return sizeof(mc_routing_params);
+    }
+    if (strcmp(name, "ggml_type_traits") == 0) {
+        return sizeof(ggml_type_traits);
+    }
+    return 0;
 }
 
 mc_routing_params mc_routing_default_params(void) {
     return {
-        /*.policy     =*/ MC_ROUTING_OFF,
-        /*.importance =*/ MC_IMPORTANCE_ATTENTION,
+        /*.policy     =*/ GGML_MC_POLICY_OFF,
+        /*.importance =*/ GGML_MC_MEASURE_ATTENTION,
         /*.keep_min   =*/ 1,
         /*.seed       =*/ 0,
         /*.ratio      =*/ 0.0f,
@@ -33,9 +36,9 @@ mc_routing_params mc_routing_default_params(void) {
     };
 }
 
-int32_t mc_set_routing(llama_context * ctx, const mc_routing_params * params) {
+int32_t mc_routing_set(llama_context * ctx, const mc_routing_params * params) {
     try {
-        ctx->mc_set_routing(*params);
+        ctx->mc_routing_set(*params);
         return 0;
     } catch (const std::exception & err) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
@@ -61,7 +64,7 @@ int32_t mc_routing_n_expert(const llama_context * ctx) {
 
 void mc_routing_get_counters(llama_context * ctx, int64_t * slots, int64_t * experts) {
     ctx->synchronize();
-    if (const mc_routing * routing = ctx->mc_get_routing()) {
+    if (const mc_routing * routing = ctx->mc_routing_get()) {
         routing->get_counters(slots, experts);
         return;
     }
@@ -75,7 +78,7 @@ void mc_routing_get_counters(llama_context * ctx, int64_t * slots, int64_t * exp
 
 void mc_routing_reset_counters(llama_context * ctx) {
     ctx->synchronize();
-    if (mc_routing * routing = ctx->mc_get_routing()) {
+    if (mc_routing * routing = ctx->mc_routing_get()) {
         routing->reset_counters();
     }
 }

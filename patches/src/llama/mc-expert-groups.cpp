@@ -130,7 +130,7 @@ ggml_tensor * mc_create_expert_groups(
             fail(name, format("has more than %d groups", GGML_MC_MAX_GROUPS));
         }
         if (meta->type == GGML_TYPE_I32) {
-            fail(part_name(tn, suffix), "is I32, which is no type of weights");
+            fail(part_name(tn, suffix), "is I32, which is not a type of weights");
         }
         sizes.push_back(meta->ne[2]);
         parts.push_back(create(suffix.c_str(), { n_cols, n_rows, meta->ne[2] }));
@@ -171,8 +171,12 @@ ggml_tensor * mc_mul_mat_id_grouped_probe(ggml_context * ctx, ggml_tensor * part
     return ggml_mul_mat_id_grouped(ctx, &group, 1, map, b, ids);
 }
 
+bool mc_is_grouped_stack(const ggml_tensor * w) {
+    return w->op == GGML_OP_NONE && w->src[0] != nullptr;
+}
+
 ggml_tensor * mc_mul_mat_id(ggml_context * ctx, ggml_tensor * w, ggml_tensor * b, ggml_tensor * ids) {
-    if (w->op != GGML_OP_NONE || !w->src[0]) {
+    if (!mc_is_grouped_stack(w)) {
         return ggml_mul_mat_id(ctx, w, b, ids);
     }
     int n_groups = 0;

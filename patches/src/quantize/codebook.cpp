@@ -1,5 +1,5 @@
-// The codebook entry nearest to eight columns, in their full 8 x 8 metric, for 16 rows. Signs are chosen with a row in a
-// lane; the scan over a codebook has an entry in a lane and takes the rows in turn.
+// The codebook entry nearest to eight columns, in their full 8 x 8 metric, for 16 rows. The choice of signs has
+// a row in each lane; the scan over a codebook has an entry in each lane and takes the rows in turn.
 
 #include "mc-quantize-impl.h"
 
@@ -9,13 +9,13 @@ namespace {
 
 constexpr int ROUNDS = 4;  // of magnitudes and signs in turn
 
-// Where the least of a running minimum came from, one minimum in a lane; `at`: the number of its vector.
-struct Entry {
+// The least of LANES running minima and the entry that it came from; `at` has the numbers of their vectors.
+struct best_entry {
     float cost;
     int   index;
 };
 
-Entry least(vf cost, vi at) {
+best_entry least(vf cost, vi at) {
     const vi lane = LANE;
     vf       m    = cost;
     for (int step = LANES / 2; step; step /= 2) {
@@ -25,8 +25,8 @@ Entry least(vf cost, vi at) {
     return { m[0], at[l] * LANES + l };
 }
 
-// The entry with the least price - 2 entry v'; v[i] at v + i * LANES.
-template <int D> int cheapest(const Grid<D> & grid, const vf * price, const float * v) {
+// The entry that minimises price - 2 entry v'; v[i] is at v + i * LANES.
+template <int D> int cheapest(const code_grid<D> & grid, const vf * price, const float * v) {
     vf best = splat(INFINITY), twice[D];
     vi at = {}, now = {};
     for (int i = 0; i < D; i++) {
@@ -48,13 +48,16 @@ template <int D> int cheapest(const Grid<D> & grid, const vf * price, const floa
     return least(best, at).index;
 }
 
-struct Search {
-    const Format &      f;
-    const GroupMetric & group;
-    vf                  v[GROUP];  // m x'
-    Picks &             p;
+struct group_search {
+    const block_format & f;
+    const group_metric & group;
+    vf                   v[GROUP];  // m x'
+    group_picks &        p;
 
-    Search(const Format & format, const GroupMetric & g, const vf * x, Picks & out) : f(format), group(g), p(out) {
+    group_search(const block_format & format, const group_metric & g, const vf * x, group_picks & out) :
+        f(format),
+        group(g),
+        p(out) {
         for (int i = 0; i < GROUP; i++) {
             v[i] = vf{};
             for (int j = 0; j < GROUP; j++) {
@@ -65,7 +68,7 @@ struct Search {
 
     vf signed_by(vf x, int i) const { return (p.sign & 1 << i) != 0 ? -x : x; }
 
-    // The signs of x; where their number has to be even and is not, the one changes that costs least.
+    // Takes the signs of x. Where the number of minus signs must be even and is not, the sign changes that costs least.
     void start(const vf * x) {
         vi odd = {}, cheap = {};
         vf least_price = splat(INFINITY);
@@ -84,10 +87,10 @@ struct Search {
         }
     }
 
-    // Magnitudes for the signs. The rows where they changed.
+    // Chooses magnitudes for the signs. Returns the rows in which they changed.
     vi entries8(vi todo) {
-        const Grid<8> & grid = grid8(f.type);
-        alignas(64) float sv[GROUP * LANES];
+        const code_grid<8> & grid = grid8(f.type);
+        alignas(64) float    sv[GROUP * LANES];
         for (int i = 0; i < GROUP; i++) {
             *(vf *) (sv + i * LANES) = signed_by(v[i], i);
         }
@@ -103,10 +106,10 @@ struct Search {
         return vi{};  // the same signs give the same entry
     }
 
-    // One half after the other, the other one as it is.
+    // One half after the other, each with the other half fixed.
     vi entries4(vi todo) {
-        const Grid<4> & grid    = grid4(f.type);
-        vi              changed = {};
+        const code_grid<4> & grid    = grid4(f.type);
+        vi                   changed = {};
         for (int h = 0; h < 2; h++) {
             alignas(64) float sv[4 * LANES];
             const int         other = 4 * (1 - h);
@@ -132,7 +135,7 @@ struct Search {
         return changed;
     }
 
-    // Flips signs (pairs of them where their parity counts) as long as that lowers the form. The rows where it did.
+    // Flips signs (pairs of them where their parity counts) as long as that lowers the form. Returns the rows where it did.
     vi flip_signs(vi todo) {
         vi changed = {};
         for (int round = 0; round < ROUNDS; round++) {
@@ -171,7 +174,7 @@ struct Search {
     void run(vi todo) {
         p.code[0] = p.code[1] = vi{};
         for (int round = 0; round < ROUNDS && any(todo); round++) {
-            const vi moved = f.kind == Kind::grid8 ? entries8(todo) : entries4(todo) | (vi{} - (round == 0));
+            const vi moved = f.kind == format_kind::grid8 ? entries8(todo) : entries4(todo) | (vi{} - (round == 0));
             todo &= moved | flip_signs(todo);
         }
     }
@@ -180,7 +183,12 @@ struct Search {
 // The least price - 2 entry v' plus the cost of the shift, for several rows (the codebook is larger than the first cache):
 // row k is lane lane[k] of v, found[k] for a positive shift and a negative one.
 constexpr int TILE = 4;
-void cheapest_ternary(const Grid<8> & grid, const GroupMetric & group, const vf * v, const int * lane, Entry (*found)[2]) {
+
+void cheapest_ternary(const code_grid<8> & grid,
+                      const group_metric & group,
+                      const vf *           v,
+                      const int *          lane,
+                      best_entry (*found)[2]) {
     vf    best[TILE][2];
     vi    at[TILE][2] = {}, now = {};
     float twice[TILE][GROUP];
@@ -219,10 +227,15 @@ void cheapest_ternary(const Grid<8> & grid, const GroupMetric & group, const vf 
 }
 
 // The nearest ternary entry plus shift.
-void nearest_ternary(const Format & f, const GroupMetric & group, const vf * v, vi shift, vi todo, Picks & p) {
-    const Grid<8> & grid = grid8(f.type);
-    float           all  = 0;
-    vf              sum  = {};
+void nearest_ternary(const block_format & f,
+                     const group_metric & group,
+                     const vf *           v,
+                     vi                   shift,
+                     vi                   todo,
+                     group_picks &        p) {
+    const code_grid<8> & grid = grid8(f.type);
+    float                all  = 0;
+    vf                   sum  = {};
     for (int i = 0; i < GROUP; i++) {
         sum += v[i];
         for (int j = 0; j < GROUP; j++) {
@@ -239,10 +252,10 @@ void nearest_ternary(const Format & f, const GroupMetric & group, const vf * v, 
         lane[r] = lane[count - 1];
     }
     for (int first = 0; first < count; first += TILE) {
-        Entry found[TILE][2];
+        best_entry found[TILE][2];
         cheapest_ternary(grid, group, v, lane + first, found);
         for (int r = 0; r < TILE; r++) {
-            const int   l = lane[first + r];
+            const int   l         = lane[first + r];
             const float shifts[2] = { IQ1_SHIFT, -IQ1_SHIFT };
             float       cost[2];
             for (int minus = 0; minus < 2; minus++) {
@@ -259,9 +272,14 @@ void nearest_ternary(const Format & f, const GroupMetric & group, const vf * v, 
 
 }  // namespace
 
-void nearest_entries(const Format & f, const GroupMetric & group, const vf * x, vi shift, vi todo, Picks & p) {
-    Search search(f, group, x, p);
-    if (f.kind == Kind::ternary) {
+void nearest_entries(const block_format & f,
+                     const group_metric & group,
+                     const vf *           x,
+                     vi                   shift,
+                     vi                   todo,
+                     group_picks &        p) {
+    group_search search(f, group, x, p);
+    if (f.kind == format_kind::ternary) {
         p.code[0] = p.code[1] = p.sign = vi{};
         return nearest_ternary(f, group, search.v, shift, todo, p);
     }

@@ -8,31 +8,32 @@ namespace mc {
 
 namespace {
 
-struct Rows {
-    const mc_metric & metric;
-    const Format &    f;
-    int               n, n_sub;
-    vf                w[MAX_COLS];
-    vf                q[MAX_COLS];
-    vf                slope[MAX_COLS];   // s (w - q)
-    vf                target[MAX_COLS];  // s w
-    vf                loss, before;
-    vi                active;
-    vf                d[MAX_COLS / 32], dmin;
-    vf                sc[MAX_SUBS], mn[MAX_SUBS];
-    vb                code[MAX_COLS];    // scalar
-    vi                entry[MAX_COLS / 4], sign[MAX_COLS / GROUP];  // else
+struct row_batch {
+    const mc_metric &    metric;
+    const block_format & f;
+    int                  n, n_sub;
+    vf                   w[MAX_COLS];
+    vf                   q[MAX_COLS];
+    vf                   slope[MAX_COLS];   // s (w - q)
+    vf                   target[MAX_COLS];  // s w
+    vf                   loss, before;
+    vi                   active;
+    vf                   d[MAX_COLS / 32], dmin;
+    vf                   sc[MAX_SUBS], mn[MAX_SUBS];
+    vb                   code[MAX_COLS];                               // scalar
+    vi                   entry[MAX_COLS / 4], sign[MAX_COLS / GROUP];  // else
 
-    explicit Rows(const mc_metric & m) : metric(m), f(*m.format), n(m.n), n_sub(m.n / m.format->sub) {}
+    explicit row_batch(const mc_metric & m) : metric(m), f(*m.format), n(m.n), n_sub(m.n / m.format->sub) {}
 
     vf d_of(int sub) const { return d[f.block == 32 ? sub : 0]; }
-    Scales scales(int sub) const { return make_scales(f, d_of(sub), dmin, sc[sub], mn[sub]); }
+
+    sub_scales scales(int sub) const { return make_scales(f, d_of(sub), dmin, sc[sub], mn[sub]); }
 
     void load(int count, const float * weights, int64_t ldw, const uint8_t * blocks, int64_t stride) {
         const int entries = n_sub * f.codes_per_sub();
         for (int l = 0; l < LANES; l++) {
             const int i   = std::min(l, count - 1);
-            Row       row = {};
+            block_row row = {};
             for (int b = 0; b < n / f.block; b++) {
                 read_block(f.type, blocks + i * stride + b * ggml_type_size(f.type), b, row);
                 d[b][l] = row.d[b];
@@ -45,7 +46,7 @@ struct Rows {
                 w[c][l]    = weights[i * ldw + c];
                 code[c][l] = (uint8_t) row.code[c];
             }
-            for (int c = 0; c < entries && f.kind != Kind::scalar; c++) {
+            for (int c = 0; c < entries && f.kind != format_kind::scalar; c++) {
                 entry[c][l] = row.code[c];
             }
             for (int g = 0; g < n / GROUP; g++) {
@@ -58,8 +59,8 @@ struct Rows {
         const int entries = n_sub * f.codes_per_sub();
         values();
         for (int l = 0; l < count; l++) {
-            Row row  = {};
-            row.dmin = dmin[l];
+            block_row row = {};
+            row.dmin      = dmin[l];
             for (int s = 0; s < n_sub; s++) {
                 row.sc[s] = (int) sc[s][l], row.mn[s] = (int) mn[s][l];
             }
@@ -67,7 +68,7 @@ struct Rows {
                 out[l * ldq + c] = q[c][l];
             }
             for (int c = 0; c < entries; c++) {
-                row.code[c] = f.kind == Kind::scalar ? code[c][l] : (uint16_t) entry[c][l];
+                row.code[c] = f.kind == format_kind::scalar ? code[c][l] : (uint16_t) entry[c][l];
             }
             for (int g = 0; g < n / GROUP; g++) {
                 row.sign[g] = (uint8_t) sign[g][l];
@@ -82,9 +83,9 @@ struct Rows {
     // q, the weights that the codes stand for.
     void values() {
         for (int sub = 0; sub < n_sub; sub++) {
-            const Scales s = scales(sub);
+            const sub_scales s = scales(sub);
             for (int c = sub * f.sub; c < (sub + 1) * f.sub; c++) {
-                q[c] = f.kind == Kind::scalar ?
+                q[c] = f.kind == format_kind::scalar ?
                            s.a * value_of(f, __builtin_convertvector(__builtin_convertvector(code[c], vi), vf)) - s.b :
                            s.a * entry_values(sub, c);
             }
@@ -93,11 +94,12 @@ struct Rows {
 
     vf entry_values(int sub, int c) const {
         const int g = c / GROUP, i = c % GROUP;
-        if (f.kind == Kind::ternary) {
+        if (f.kind == format_kind::ternary) {
             const vi minus = f.type == GGML_TYPE_IQ1_S ? mn[sub] != 0.0f : sign[g] != 0;
             return grid8(f.type).gather(entry[g], i) + (minus ? splat(-IQ1_SHIFT) : splat(IQ1_SHIFT));
         }
-        const vf size = f.kind == Kind::grid8 ? grid8(f.type).gather(entry[g], i) : grid4(f.type).gather(entry[c / 4], i % 4);
+        const vf size = f.kind == format_kind::grid8 ? grid8(f.type).gather(entry[g], i) :
+                                                       grid4(f.type).gather(entry[c / 4], i % 4);
         return (sign[g] & 1 << i) != 0 ? -size : size;
     }
 
@@ -105,18 +107,18 @@ struct Rows {
         add_product(m, n, first, at, f.sub, sign, x, to);
     }
 
-    // The fit where `mask`.
-    void keep(int sub, const Fit & fit, vi mask) {
+    // Takes over the fit in the rows of `mask`.
+    void keep(int sub, const sub_fit & fit, vi mask) {
         const int at = sub * f.sub, per = f.codes_per_sub();
-        sc[sub]      = mask ? fit.scale.sc : sc[sub];
-        mn[sub]      = mask ? fit.scale.mn : mn[sub];
+        sc[sub] = mask ? fit.scale.sc : sc[sub];
+        mn[sub] = mask ? fit.scale.mn : mn[sub];
         if (f.block == 32) {
             d[sub] = mask ? fit.scale.d : d[sub];
         }
         for (int c = 0; c < f.sub; c++) {
             q[at + c] = mask ? fit.q[c] : q[at + c];
         }
-        if (f.kind == Kind::scalar) {
+        if (f.kind == format_kind::scalar) {
             const vb narrow = __builtin_convertvector(mask, vb);
             for (int c = 0; c < f.sub; c++) {
                 code[at + c] = (fit.code[c] & narrow) | (code[at + c] & ~narrow);
@@ -133,11 +135,11 @@ struct Rows {
 
     void start_greedy() { memcpy(slope, w, sizeof(w)); }
 
-    // New codes for a sub-block; its error goes to the columns after it. `slope` is what is left to do.
+    // New codes for a sub-block, whose error goes to the columns after it. `slope` holds the targets of the columns that are left.
     void greedy(int sub) {
         const int     at = sub * f.sub, end = at + f.sub;
         const float * feedback = metric.whole.feedback.data();
-        Fit           fit      = {};
+        sub_fit       fit      = {};
         fit_sub(f, metric.whole, at, slope + at, scales(sub), d_of(sub), dmin, f.first, vi{} - 1, fit);
         keep(sub, fit, vi{} - 1);
         vf error[MAX_SUB];
@@ -174,9 +176,9 @@ struct Rows {
         if (f.block == 32) {
             return;
         }
-        vf pp = {}, pr = {}, rr = {}, pe = {}, re = {};
+        vf       pp = {}, pr = {}, rr = {}, pe = {}, re = {};
         const vf inverse = inverse_or_zero(d[0]);
-        vf sr[MAX_COLS], sp[MAX_COLS];
+        vf       sr[MAX_COLS], sp[MAX_COLS];
         for (int c = 0; c < n; c++) {
             vf sum = {}, r = {};
             if (f.has_min()) {
@@ -212,7 +214,7 @@ struct Rows {
         values();
     }
 
-    // A sub-block with its scale chosen again, all others as they are.
+    // Chooses the scale of a sub-block again, with all others fixed.
     void improve_sub(int sub) {
         const int     at      = sub * f.sub;
         const float * inverse = &metric.sub_inverse[(size_t) sub * f.sub * f.sub];
@@ -226,7 +228,7 @@ struct Rows {
             t[i]   = old[i] + step;
             own += step * slope[at + i];
         }
-        Fit fit = {};
+        sub_fit fit = {};
         fit_sub(f, metric.sub[sub], 0, t, scales(sub), d_of(sub), dmin, f.later, active, fit);
         const vi better = active & (fit.loss < own * (1 - 1e-5f));
         if (any(better)) {
@@ -241,11 +243,11 @@ struct Rows {
         vf near[MAX_SUB], old[MAX_SUB];  // near: the slope of its columns
         memcpy(near, slope + sub * f.sub, f.sub * sizeof(vf));
         memcpy(old, q + sub * f.sub, f.sub * sizeof(vf));
-        f.kind == Kind::scalar ? improve_columns(sub, near) : improve_groups(sub, near);
+        f.kind == format_kind::scalar ? improve_columns(sub, near) : improve_groups(sub, near);
         moved(sub, old);
     }
 
-    // The slope of all columns after a sub-block's were `old`.
+    // Updates the slope of all columns after those of a sub-block changed from `old`.
     void moved(int sub, const vf * old) {
         vf change[MAX_SUB];
         vi any_change = {};
@@ -259,10 +261,10 @@ struct Rows {
     }
 
     void improve_columns(int sub, vf * near) {
-        const int    at = sub * f.sub;
-        const Scales s  = scales(sub);
-        const vi     usable = active & (s.a != 0.0f);
-        const vf     inverse = inverse_or_zero(s.a);
+        const int        at      = sub * f.sub;
+        const sub_scales s       = scales(sub);
+        const vi         usable  = active & (s.a != 0.0f);
+        const vf         inverse = inverse_or_zero(s.a);
         for (int i = 0; i < f.sub; i++) {
             const int   c        = at + i;
             const float diagonal = metric.s[(size_t) c * n + c];
@@ -275,8 +277,8 @@ struct Rows {
             }
             const vb narrow = __builtin_convertvector(mask, vb);
             const vf delta  = mask ? q[c] - fresh : vf{};
-            code[c]         = (__builtin_convertvector(__builtin_convertvector(best, vi), vb) & narrow) | (code[c] & ~narrow);
-            q[c]            = mask ? fresh : q[c];
+            code[c] = (__builtin_convertvector(__builtin_convertvector(best, vi), vb) & narrow) | (code[c] & ~narrow);
+            q[c]    = mask ? fresh : q[c];
             loss -= mask ? gain : vf{};
             for (int k = i + 1; k < f.sub; k++) {
                 near[k] += delta * metric.s[(size_t) (at + k) * n + c];
@@ -285,11 +287,11 @@ struct Rows {
     }
 
     void improve_groups(int sub, vf * near) {
-        const int    per   = f.kind == Kind::grid4 ? 2 : 1;
-        const Scales s     = scales(sub);
-        const vi     shift = f.type == GGML_TYPE_IQ1_S ? (s.mn != 0.0f ? vi{} - 1 : vi{} + 1) : vi{};
-        const vi     usable  = active & (s.a != 0.0f);
-        const vf     inverse = inverse_or_zero(s.a);
+        const int        per     = f.kind == format_kind::grid4 ? 2 : 1;
+        const sub_scales s       = scales(sub);
+        const vi         shift   = f.type == GGML_TYPE_IQ1_S ? (s.mn != 0.0f ? vi{} - 1 : vi{} + 1) : vi{};
+        const vi         usable  = active & (s.a != 0.0f);
+        const vf         inverse = inverse_or_zero(s.a);
         for (int g = 0; g < f.sub / GROUP; g++) {
             const int     at = sub * f.sub + g * GROUP, number = at / GROUP;
             const float * own_inverse = &metric.group_inverse[(size_t) number * GROUP * GROUP];
@@ -304,7 +306,7 @@ struct Rows {
                 x[i] = t[i] * inverse;
                 gain += step * near[g * GROUP + i];
             }
-            Picks p;
+            group_picks p;
             nearest_entries(f, metric.group[number], x, shift, usable, p);
             const vf own = gain;
             vf       error[GROUP];
@@ -340,40 +342,47 @@ struct Rows {
 
 }  // namespace
 
-void quantize_rows(
-        const mc_metric & metric, int rows, const float * w, int64_t ldw, uint8_t * blocks, int64_t stride, float * q,
-        int64_t ldq, bool greedy, int passes) {
-    std::vector<Rows> all((rows + LANES - 1) / LANES, Rows(metric));
-    const auto        each = [&](auto && act) {
+void quantize_rows(const mc_metric & metric,
+                   int               rows,
+                   const float *     w,
+                   int64_t           ldw,
+                   uint8_t *         blocks,
+                   int64_t           stride,
+                   float *           q,
+                   int64_t           ldq,
+                   bool              greedy,
+                   int               passes) {
+    std::vector<row_batch> all((rows + LANES - 1) / LANES, row_batch(metric));
+    const auto             each = [&](auto && act) {
         for (size_t i = 0; i < all.size(); i++) {
             act(all[i], (int) i * LANES);
         }
     };
-    each([&](Rows & r, int first) {
+    each([&](row_batch & r, int first) {
         r.load(std::min(LANES, rows - first), w + first * ldw, ldw, blocks + first * stride, stride);
         r.start_greedy();
     });
     const int n_sub = metric.n / metric.format->sub;
     for (int sub = 0; greedy && sub < n_sub; sub++) {
-        each([&](Rows & r, int) { r.greedy(sub); });
+        each([&](row_batch & r, int) { r.greedy(sub); });
     }
     if (passes) {
-        each([&](Rows & r, int) { r.start_descent(); });
+        each([&](row_batch & r, int) { r.start_descent(); });
     }
     for (int pass = 0; pass < passes; pass++) {
-        each([&](Rows & r, int) { r.refit(); });
-        for (auto step : { &Rows::improve_sub, &Rows::improve_codes }) {
+        each([&](row_batch & r, int) { r.refit(); });
+        for (auto step : { &row_batch::improve_sub, &row_batch::improve_codes }) {
             for (int sub = 0; sub < n_sub; sub++) {
-                each([&](Rows & r, int) {
+                each([&](row_batch & r, int) {
                     if (any(r.active)) {
                         (r.*step)(sub);
                     }
                 });
             }
         }
-        each([&](Rows & r, int) { r.end_pass(); });
+        each([&](row_batch & r, int) { r.end_pass(); });
     }
-    each([&](Rows & r, int first) {
+    each([&](row_batch & r, int first) {
         r.store(std::min(LANES, rows - first), blocks + first * stride, stride, q + first * ldq, ldq);
     });
 }

@@ -1,14 +1,14 @@
 // Private to libmc-quantize. What its files are:
 //
 //   formats.cpp   the block formats: scales, codes, codebooks
-//   codec.cpp     blocks to rows and back
+//   codec.cpp     reading and writing blocks
 //   metric.cpp    the quadratic form of the columns' error, prepared: factors, inverses, prices of codebook entries
 //   codebook.cpp  the codebook entry nearest to eight columns, in the full 8 x 8 metric
 //   scales.cpp    a sub-block of 16 rows: scales tried, codes with feedback
 //   descent.cpp   16 rows: greedy pass, coordinate descent
 //   api.cpp       the C API
 //
-// Vectors have one row in a lane (descent, scales) or one codebook entry in a lane (codebook, metric).
+// The lanes of a vector hold rows (descent, scales) or codebook entries (codebook, metric).
 #pragma once
 
 #include "ggml.h"
@@ -19,15 +19,15 @@
 #include <vector>
 
 #ifdef __AVX512F__
-#include <immintrin.h>
+#    include <immintrin.h>
 #endif
 
 namespace mc {
 
 constexpr int MAX_COLS = 256;
 constexpr int MAX_SUBS = 16;
-constexpr int MAX_SUB  = 32;   // columns of a sub-block
-constexpr int GROUP    = 8;    // columns of a codebook entry (IQ3: of a pair of entries)
+constexpr int MAX_SUB  = 32;  // columns of a sub-block
+constexpr int GROUP    = 8;   // columns of a codebook entry (IQ3: of a pair of entries)
 constexpr int LANES    = 16;
 
 typedef float   vf __attribute__((vector_size(4 * LANES)));
@@ -95,7 +95,7 @@ inline vf nearest_integer(vf x) {
     return (x + 12582912.0f) - 12582912.0f;
 }
 
-// What is left of x in a half float, by its bits: the compiler may contract a product and a difference.
+// x rounded to half precision, by its bits because the compiler may contract a product and a difference.
 inline vf to_half(vf x) {
     const vi bits = (vi) x, even = bits >> 13 & 1, rounded = (bits + 0xfff + even) & ~0x1fff;
     const vf size = x < 0.0f ? -x : x, subnormal = (x + 0.75f) - 0.75f;
@@ -104,63 +104,69 @@ inline vf to_half(vf x) {
 
 // ---------------------------------------------------------------------------------------------------------- formats
 
-enum class Kind { scalar, grid8, grid4, ternary };
+enum class format_kind { scalar, grid8, grid4, ternary };
 
-struct Reach {
-    int sc, mn;  // how far a scale's (min's) code is searched around what it is
+struct search_reach {
+    int sc, mn;  // how far around its current value the code of a scale (or min) is searched
 };
 
-struct Format {
-    ggml_type type;
-    Kind      kind;
-    int       block;           // columns of a ggml block
-    int       sub;             // columns that share a scale
-    int       sc_lo, sc_hi;    // range of a sub-block's scale code; lo = hi where the block's d is the scale
-    int       mn_hi;           // largest code of a sub-block's min, 0: none
-    int       codes;           // scalar: how many codes; else: entries of the codebook
-    int       zero;            // scalar: the code that means 0; -1: the table iq4nl
-    bool      parity;          // an even number of minus signs in every group
-    Reach     first, later;    // in the greedy pass; in the descent
+struct block_format {
+    ggml_type    type;
+    format_kind  kind;
+    int          block;         // columns of a ggml block
+    int          sub;           // columns that share a scale
+    int          sc_lo, sc_hi;  // range of a sub-block's scale code; lo = hi where the block's d is the scale
+    int          mn_hi;         // largest code of a sub-block's min, 0: none
+    int          codes;         // scalar: how many codes; else: entries of the codebook
+    int          zero;          // scalar: the code that means 0; -1: codes are indices into kvalues_iq4nl
+    bool         parity;        // an even number of minus signs in every group
+    search_reach first, later;  // in the greedy pass; in the descent
 
-    bool has_min() const { return kind == Kind::scalar && mn_hi > 0; }
-    int  codes_per_sub() const { return kind == Kind::scalar ? sub : kind == Kind::grid4 ? sub / 4 : sub / 8; }
+    bool has_min() const { return kind == format_kind::scalar && mn_hi > 0; }
+
+    int codes_per_sub() const {
+        return kind == format_kind::scalar ? sub : kind == format_kind::grid4 ? sub / 4 : sub / 8;
+    }
 };
 
-const Format * find_format(int type);  // nullptr: not supported
+const block_format * find_format(int type);  // nullptr: not supported
 
 // The scale code sc stands for (offset + slope sc) in units of the block's d.
-struct ScaleRule {
+struct scale_mapping {
     float offset, slope;
 };
-ScaleRule scale_rule(const Format & f);
 
-extern const float IQ4NL[16];
+scale_mapping scale_mapping_of(const block_format & f);
+
 extern const float IQ1_SHIFT;
 
 // A row's block(s), unpacked.
-struct Row {
-    float    d[MAX_COLS / 32];   // one for each ggml block; d[0] for super-blocks
+struct block_row {
+    float    d[MAX_COLS / 32];        // one for each ggml block; d[0] for super-blocks
     float    dmin;
-    int      sc[MAX_SUBS];       // IQ1_S: mn is the shift's sign
+    int      sc[MAX_SUBS];            // IQ1_S: mn is the shift's sign
     int      mn[MAX_SUBS];
-    uint16_t code[MAX_COLS];     // scalar: one a column; grid8, ternary: one a group; grid4: two a group
-    uint8_t  sign[MAX_COLS / GROUP];   // grid: bit i: column i is negative; IQ1_M: 1: the shift is negative
+    uint16_t code[MAX_COLS];          // scalar: one a column; grid8, ternary: one a group; grid4: two a group
+    uint8_t  sign[MAX_COLS / GROUP];  // grid: bit i: column i is negative; IQ1_M: 1: the shift is negative
 };
 
-void read_block(ggml_type type, const uint8_t * block, int i, Row & row);  // block i of the row
-void write_block(ggml_type type, uint8_t * block, int i, Row & row);
+void read_block(ggml_type type, const uint8_t * block, int i, block_row & row);  // block i of the row
+void write_block(ggml_type type, uint8_t * block, int i, const block_row & row);
 
 // A codebook in vectors over entries: [entries / LANES][D].
-template <int D> struct Grid {
+template <int D> struct code_grid {
     int                n_vec = 0;
     std::vector<vf>    table;
     std::vector<float> entry;  // [entries, D]
 
     template <typename T>
-    Grid(const T * packed, int entries) : n_vec(entries / LANES), table((size_t) n_vec * D), entry((size_t) entries * D) {
+    code_grid(const T * packed, int entries) :
+        n_vec(entries / LANES),
+        table((size_t) n_vec * D),
+        entry((size_t) entries * D) {
         for (int k = 0; k < entries; k++) {
             for (int i = 0; i < D; i++) {
-                entry[k * D + i]                              = (float) value(packed + k, i);
+                entry[k * D + i]                               = (float) value(packed + k, i);
                 table[(size_t) (k / LANES) * D + i][k % LANES] = entry[k * D + i];
             }
         }
@@ -181,31 +187,32 @@ template <int D> struct Grid {
 
   private:
     static int value(const uint64_t * entry, int i) { return ((const int8_t *) entry)[i]; }
+
     static int value(const uint32_t * entry, int i) { return ((const uint8_t *) entry)[i]; }
 };
 
-const Grid<8> & grid8(ggml_type type);
-const Grid<4> & grid4(ggml_type type);
+const code_grid<8> & grid8(ggml_type type);
+const code_grid<4> & grid4(ggml_type type);
 
 // ----------------------------------------------------------------------------------------------------------- metric
 
 // A group of columns as a codebook sees it: its metric [GROUP, GROUP], and what every entry costs there.
-// Entries have magnitudes only: there is a price for every pattern of signs, up to changing them all.
-struct GroupMetric {
+// Entries have magnitudes only, so there is a price for every pattern of signs; a pattern and its opposite share one.
+struct group_metric {
     float           m[GROUP][GROUP];
-    std::vector<vf> price;              // grid8 [patterns][n_vec], grid4 [2][8][n_vec], ternary [2][n_vec]
+    std::vector<vf> price;                    // grid8 [patterns][n_vec], grid4 [2][8][n_vec], ternary [2][n_vec]
 
-    void set_prices(const Format & f);  // from m
+    void set_prices(const block_format & f);  // from m
 };
 
-// A range of columns as the codes see it.
-struct Local {
-    int                      n = 0;
-    std::vector<float>       feedback;  // [n, n]: [k, j] how much of column j's error column k > j makes up for
-    std::vector<float>       weight;    // [n]: what the square of a column's error costs then
-    std::vector<GroupMetric> group;     // codebooks: [n / GROUP], later columns free
+// A range of columns, prepared for the choice of its codes.
+struct local_metric {
+    int                       n = 0;
+    std::vector<float>        feedback;  // [n, n]: [k, j] how much of column j's error column k > j makes up for
+    std::vector<float>        weight;    // [n]: what the square of a column's error costs then
+    std::vector<group_metric> group;     // codebooks: [n / GROUP], later columns free
 
-    void set(const Format & f, const double * u, int n_cols);  // u' u the inverse metric, u upper triangular
+    void set(const block_format & f, const double * u, int n_cols);  // u' u the inverse metric, u upper triangular
 };
 
 // to[k] += sign * sum over j of m[k, at + j] x[j], for columns k in [first, n), a multiple of 8 of them; m [n, n]. count: 16
@@ -215,61 +222,80 @@ void add_product(const float * m, int n, int first, int at, int count, float sig
 // ------------------------------------------------------------------------------------------------------------ search
 
 // Eight columns of LANES rows in entries of a codebook, q in units of the scale.
-struct Picks {
+struct group_picks {
     vf q[GROUP];
     vi code[2];
     vi sign;
 };
 
-// The best found for x, in units of the scale, for the rows of `todo`. shift: +1, -1: the only one allowed of a ternary
-// entry, else 0.
-void nearest_entries(const Format & f, const GroupMetric & group, const vf * x, vi shift, vi todo, Picks & picks);
+// The best found for x, in units of the scale, for the rows of `todo`. shift: +1 or -1 where a ternary entry
+// must have that shift, else 0.
+void nearest_entries(const block_format & f,
+                     const group_metric & group,
+                     const vf *           x,
+                     vi                   shift,
+                     vi                   todo,
+                     group_picks &        picks);
 
 // Scales of a sub-block for each of LANES rows: value = a * code value - b; grids: a * (entry + shift).
-struct Scales {
+struct sub_scales {
     vf sc, mn, a, b, d;
 };
 
 // A sub-block of LANES rows quantized.
-struct Fit {
-    vf     loss;
-    Scales scale;
-    vf     q[MAX_SUB];
-    vb     code[MAX_SUB];       // scalar
-    vi     entry[MAX_SUB / 4];  // else
-    vi     sign[MAX_SUB / GROUP];
+struct sub_fit {
+    vf         loss;
+    sub_scales scale;
+    vf         q[MAX_SUB];
+    vb         code[MAX_SUB];       // scalar
+    vi         entry[MAX_SUB / 4];  // else
+    vi         sign[MAX_SUB / GROUP];
 };
 
 // The best found for a sub-block's target t, `now` being the scales that it has; `at`: its first column in `local`.
-void fit_sub(
-        const Format & f, const Local & local, int at, const vf * t, const Scales & now, vf d, vf dmin, Reach reach, vi active,
-        Fit & best);
+void fit_sub(const block_format & f,
+             const local_metric & local,
+             int                  at,
+             const vf *           t,
+             const sub_scales &   now,
+             vf                   d,
+             vf                   dmin,
+             search_reach         reach,
+             vi                   active,
+             sub_fit &            best);
 
-vf nearest_code(const Format & f, vf x);  // x in units of the scale
-vf value_of(const Format & f, vf code);
-Scales make_scales(const Format & f, vf d, vf dmin, vf sc, vf mn);
+vf         nearest_code(const block_format & f, vf x);  // x in units of the scale
+vf         value_of(const block_format & f, vf code);
+sub_scales make_scales(const block_format & f, vf d, vf dmin, vf sc, vf mn);
 
 }  // namespace mc
 
 struct mc_metric {
-    const mc::Format *           format;
-    int                          n;
-    std::vector<float>           s;              // [n, n]
-    std::vector<float>           sub_sums;       // [n, n / sub]: sums of s over the columns of a sub-block
-    mc::Local                    whole;          // for the greedy pass
-    std::vector<mc::Local>       sub;            // each sub-block with all others fixed
-    std::vector<float>           sub_inverse;    // [n / sub][sub, sub] inverse of the sub-block's s
-    std::vector<mc::GroupMetric> group;          // each group with all others fixed
-    std::vector<float>           group_inverse;  // [n / GROUP][GROUP, GROUP]
+    const mc::block_format *      format;
+    int                           n;
+    std::vector<float>            s;              // [n, n]
+    std::vector<float>            sub_sums;       // [n, n / sub]: sums of s over the columns of a sub-block
+    mc::local_metric              whole;          // for the greedy pass
+    std::vector<mc::local_metric> sub;            // each sub-block with all others fixed
+    std::vector<float>            sub_inverse;    // [n / sub][sub, sub] inverse of the sub-block's s
+    std::vector<mc::group_metric> group;          // each group with all others fixed
+    std::vector<float>            group_inverse;  // [n / GROUP][GROUP, GROUP]
 
-    bool prepare();  // all of it from format, n and s; false: s is not positive definite
+    bool prepare();                               // all of it from format, n and s; false: s is not positive definite
 };
 
 namespace mc {
 
 // Rows w [rows, n]; blocks in: where to start, out: the result. See mc_quantize_rows.
-void quantize_rows(
-        const mc_metric & metric, int rows, const float * w, int64_t ldw, uint8_t * blocks, int64_t stride, float * q,
-        int64_t ldq, bool greedy, int passes);
+void quantize_rows(const mc_metric & metric,
+                   int               rows,
+                   const float *     w,
+                   int64_t           ldw,
+                   uint8_t *         blocks,
+                   int64_t           stride,
+                   float *           q,
+                   int64_t           ldq,
+                   bool              greedy,
+                   int               passes);
 
 }  // namespace mc

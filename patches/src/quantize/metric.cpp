@@ -1,10 +1,8 @@
 // The quadratic form of the columns' error, prepared for a format.
 
-#include "mc-quantize.h"
 #include "mc-quantize-impl.h"
 
 #include <algorithm>
-#include <memory>
 
 namespace mc {
 
@@ -73,8 +71,8 @@ template <int COUNT> void add_columns(const float * m, int n, int first, int at,
     }
 }
 
-// What the entries cost whose magnitudes get the signs `sign`: e m e'.
-template <int D> void price_entries(const Grid<D> & grid, const float * m, int ld, uint32_t sign, vf * out) {
+// The cost e m e' of every entry with the signs `sign`.
+template <int D> void price_entries(const code_grid<D> & grid, const float * m, int ld, uint32_t sign, vf * out) {
     float signed_m[D][D];
     for (int i = 0; i < D; i++) {
         for (int j = 0; j < D; j++) {
@@ -119,7 +117,7 @@ bool inverse_of(const double * s, int n, int at, int count, float * inverse, std
 }
 
 // u [ld, ld] from the group's first row and column on: the factor of the inverse metric.
-void set_group(const Format & f, const double * u, int ld, GroupMetric & group) {
+void set_group(const block_format & f, const double * u, int ld, group_metric & group) {
     double r[GROUP][GROUP] = {};  // inverse of the group's own part
     for (int j = 0; j < GROUP; j++) {
         for (int i = j; i >= 0; i--) {
@@ -148,10 +146,10 @@ void add_product(const float * m, int n, int first, int at, int count, float sig
     (count == 16 ? add_columns<16> : add_columns<32>) (m, n, first, at, sign, x, to);
 }
 
-void GroupMetric::set_prices(const Format & f) {
+void group_metric::set_prices(const block_format & f) {
     const float * own = (const float *) m;
-    if (f.kind == Kind::ternary) {  // e m e', and what a shift of all columns adds to it
-        const Grid<8> & grid = grid8(f.type);
+    if (f.kind == format_kind::ternary) {  // e m e', and what a shift of all columns adds to it
+        const code_grid<8> & grid = grid8(f.type);
         price.resize((size_t) 2 * grid.n_vec);
         price_entries(grid, own, GROUP, 0, price.data());
         for (int k = 0; k < grid.n_vec; k++) {
@@ -165,17 +163,18 @@ void GroupMetric::set_prices(const Format & f) {
             }
             price[grid.n_vec + k] = tilt;
         }
-    } else if (f.kind == Kind::grid4) {
-        const Grid<4> & grid = grid4(f.type);
+    } else if (f.kind == format_kind::grid4) {
+        const code_grid<4> & grid = grid4(f.type);
         price.resize((size_t) 16 * grid.n_vec);
         for (int h = 0; h < 2; h++) {
             for (uint32_t sign = 0; sign < 8; sign++) {
-                price_entries(grid, own + 4 * h * (GROUP + 1), GROUP, sign, &price[(size_t) (8 * h + sign) * grid.n_vec]);
+                price_entries(grid, own + 4 * h * (GROUP + 1), GROUP, sign,
+                              &price[(size_t) (8 * h + sign) * grid.n_vec]);
             }
         }
     } else {
-        const Grid<8> & grid     = grid8(f.type);
-        const uint32_t  patterns = f.parity ? 64 : 128;
+        const code_grid<8> & grid     = grid8(f.type);
+        const uint32_t       patterns = f.parity ? 64 : 128;
         price.resize((size_t) patterns * grid.n_vec);
         for (uint32_t p = 0; p < patterns; p++) {
             const uint32_t seventh = f.parity ? (uint32_t) (__builtin_popcount(p) & 1) << 6 : 0;
@@ -184,7 +183,7 @@ void GroupMetric::set_prices(const Format & f) {
     }
 }
 
-void Local::set(const Format & f, const double * u, int n_cols) {
+void local_metric::set(const block_format & f, const double * u, int n_cols) {
     n = n_cols;
     feedback.assign((size_t) n * n, 0.0f);
     weight.resize(n);
@@ -195,7 +194,7 @@ void Local::set(const Format & f, const double * u, int n_cols) {
             feedback[(size_t) k * n + j] = (float) (u[(size_t) j * n + k] / diagonal);
         }
     }
-    if (f.kind == Kind::scalar) {
+    if (f.kind == format_kind::scalar) {
         return;
     }
     group.resize(n / GROUP);
@@ -208,28 +207,8 @@ void Local::set(const Format & f, const double * u, int n_cols) {
 
 using namespace mc;
 
-int mc_quantize_supports(int type) {
-    return find_format(type) != nullptr;
-}
-
-mc_metric * mc_metric_create(int type, int n, const float * s) {
-    const Format * f = find_format(type);
-    if (!f || n < f->block || n > MAX_COLS || n % f->block) {
-        return nullptr;
-    }
-    auto metric    = std::make_unique<mc_metric>();
-    metric->format = f;
-    metric->n      = n;
-    metric->s.assign(s, s + (size_t) n * n);
-    return metric->prepare() ? metric.release() : nullptr;
-}
-
-void mc_metric_free(mc_metric * metric) {
-    delete metric;
-}
-
 bool mc_metric::prepare() {
-    const Format &            f = *format;
+    const block_format &      f = *format;
     const std::vector<double> full(s.begin(), s.end());
     std::vector<double>       u;
     if (!inverse_factor(full.data(), n, u)) {
@@ -251,7 +230,7 @@ bool mc_metric::prepare() {
             }
         }
     }
-    if (f.kind == Kind::scalar) {
+    if (f.kind == format_kind::scalar) {
         return true;
     }
     group.resize(n / GROUP);

@@ -1,6 +1,9 @@
-// A sub-block of 16 rows: the scales to try, and for each the codes, column after column or group after group with
-// feedback. One row in a lane; the search for a codebook entry has its own lanes and takes the rows in turn.
+// A sub-block of 16 rows: the scales to try and, for each of them, the codes, column by column or group by group with feedback.
+// Each lane holds a row; the search for a codebook entry uses its lanes for entries and takes the rows in turn.
 
+#define GGML_COMMON_DECL_CPP
+#define GGML_COMMON_IMPL_CPP
+#include "ggml-common.h"
 #include "mc-quantize-impl.h"
 
 #include <algorithm>
@@ -9,18 +12,25 @@ namespace mc {
 
 namespace {
 
-const vf IQ4NL_VALUES = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
-
-// nearest_code and value_of for codes in a row (N = 0) and for the table iq4nl.
-template <bool TABLE> struct Codes {
+// nearest_code and value_of for evenly spaced codes and for kvalues_iq4nl (TABLE).
+template <bool TABLE> struct scalar_codes {
     float top, zero;
-    vf    threshold;  // TABLE: [k] between the values k - 1 and k
+    vf    values;     // TABLE
+    vf    threshold;  // TABLE: [k] is between the values k - 1 and k
 
-    explicit Codes(const Format & f) : top((float) f.codes - 1), zero((float) f.zero), threshold(splat(-INFINITY)) {
-        for (int k = 1; k < LANES; k++) {
-            threshold[k] = 0.5f * (IQ4NL[k - 1] + IQ4NL[k]);
+    explicit scalar_codes(const block_format & f) :
+        top((float) f.codes - 1),
+        zero((float) f.zero),
+        values(),
+        threshold(splat(-INFINITY)) {
+        for (int k = 0; k < LANES; k++) {
+            values[k] = kvalues_iq4nl[k];
+            if (k > 0) {
+                threshold[k] = 0.5f * (kvalues_iq4nl[k - 1] + kvalues_iq4nl[k]);
+            }
         }
     }
+
     vf nearest(vf x) const {
         if (!TABLE) {
             return nearest_integer(greater(lesser(x + zero, splat(top)), splat(0)));
@@ -32,18 +42,17 @@ template <bool TABLE> struct Codes {
         }
         return __builtin_convertvector(code, vf);
     }
-    vf value(vf code) const {
-        return TABLE ? shuffle(IQ4NL_VALUES, __builtin_convertvector(code, vi)) : code - zero;
-    }
+
+    vf value(vf code) const { return TABLE ? shuffle(values, __builtin_convertvector(code, vi)) : code - zero; }
 };
 
-// N columns with feedback, for one scale each. The loss; codes and values if asked for. INFINITY once every row has lost
-// more than `limit`.
-template <int N, bool TABLE> struct Columns {
-    const Codes<TABLE> codes;
-    const float *      feedback;
-    const float *      weight;
-    int                ld;
+// Chooses the codes of N columns with feedback, for one scale in each row. Returns the loss, or INFINITY as soon as every row
+// exceeds `limit`. KEEP: also stores codes and values.
+template <int N, bool TABLE> struct column_fit {
+    const scalar_codes<TABLE> codes;
+    const float *             feedback;
+    const float *             weight;
+    int                       ld;
 
     template <bool KEEP> vf fit(const vf * t, vf a, vf b, vf limit, vf * q, vb * code) const {
         const vf inverse = inverse_or_zero(a);
@@ -73,20 +82,21 @@ template <int N, bool TABLE> struct Columns {
     }
 };
 
-// Calls visit(scale, rows for which it is one to try) for every scale to try; the first is the one that is there.
-template <typename Visit> void each_scale(const Format & f, const Scales & now, vf d, vf dmin, Reach reach, Visit visit) {
+// Calls visit(scale, rows that may use it) for every scale to try; the first is the current one.
+template <typename Visit>
+void each_scale(const block_format & f, const sub_scales & now, vf d, vf dmin, search_reach reach, Visit visit) {
     visit(now, vi{} - 1);
     if (f.block == 32) {
         for (int step = -7; step <= 7; step++) {
             if (step) {
                 const vf fresh = to_half(now.d * (1 + 0.02f * step));
-                visit(Scales{ now.sc, now.mn, fresh, now.b, fresh }, vi{} - 1);
+                visit(sub_scales{ now.sc, now.mn, fresh, now.b, fresh }, vi{} - 1);
             }
         }
         return;
     }
     for (int i = -reach.sc; i <= reach.sc; i++) {
-        const vf sc = now.sc + (float) i;
+        const vf sc       = now.sc + (float) i;
         const vi possible = (sc >= (float) f.sc_lo) & (sc <= (float) f.sc_hi);
         for (int j = -reach.mn; j <= reach.mn; j++) {
             const vf mn   = now.mn + (float) j;
@@ -98,14 +108,22 @@ template <typename Visit> void each_scale(const Format & f, const Scales & now, 
     }
 }
 
-template <int N, bool TABLE> void fit_columns(
-        const Format & f, const Local & local, int at, const vf * t, const Scales & now, vf d, vf dmin, Reach reach, vi active,
-        Fit & best) {
-    const float *           feedback = &local.feedback[(size_t) at * (local.n + 1)];
-    const Columns<N, TABLE> columns  = { Codes<TABLE>(f), feedback, &local.weight[at], local.n };
-    best.scale = now;
-    best.loss  = active ? splat(INFINITY) : splat(-INFINITY);
-    each_scale(f, now, d, dmin, reach, [&](const Scales & s, vi) {
+template <int N, bool TABLE>
+void fit_columns(const block_format & f,
+                 const local_metric & local,
+                 int                  at,
+                 const vf *           t,
+                 const sub_scales &   now,
+                 vf                   d,
+                 vf                   dmin,
+                 search_reach         reach,
+                 vi                   active,
+                 sub_fit &            best) {
+    const float *              feedback = &local.feedback[(size_t) at * (local.n + 1)];
+    const column_fit<N, TABLE> columns  = { scalar_codes<TABLE>(f), feedback, &local.weight[at], local.n };
+    best.scale                          = now;
+    best.loss                           = active ? splat(INFINITY) : splat(-INFINITY);
+    each_scale(f, now, d, dmin, reach, [&](const sub_scales & s, vi) {
         const vf loss = columns.template fit<false>(t, s.a, s.b, best.loss, nullptr, nullptr);
         const vi less = loss < best.loss;
         best.loss     = less ? loss : best.loss;
@@ -120,23 +138,29 @@ template <int N, bool TABLE> void fit_columns(
 }
 
 // Groups one after the other with feedback.
-void fit_groups(const Format & f, const Local & local, int at, const vf * t, const Scales & s, vi todo, Fit & best) {
+void fit_groups(const block_format & f,
+                const local_metric & local,
+                int                  at,
+                const vf *           t,
+                const sub_scales &   s,
+                vi                   todo,
+                sub_fit &            best) {
     if (!any(todo)) {
         return;
     }
-    Fit      fit;
-    const vf inverse = inverse_or_zero(s.a);
-    const vi shift   = f.type == GGML_TYPE_IQ1_S ? (s.mn != 0.0f ? vi{} - 1 : vi{} + 1) : vi{};
-    const int per    = f.kind == Kind::grid4 ? 2 : 1;
-    vf       left[MAX_SUB];
+    sub_fit   fit;
+    const vf  inverse = inverse_or_zero(s.a);
+    const vi  shift   = f.type == GGML_TYPE_IQ1_S ? (s.mn != 0.0f ? vi{} - 1 : vi{} + 1) : vi{};
+    const int per     = f.kind == format_kind::grid4 ? 2 : 1;
+    vf        left[MAX_SUB];
     fit.loss = vf{};
     for (int j = 0; j < f.sub; j++) {
         left[j] = t[j];
     }
     for (int g = 0; g < f.sub / GROUP; g++) {
-        const GroupMetric & group = local.group[at / GROUP + g];
-        vf                  x[GROUP], error[GROUP];
-        Picks               p;
+        const group_metric & group = local.group[at / GROUP + g];
+        vf                   x[GROUP], error[GROUP];
+        group_picks          p;
         for (int i = 0; i < GROUP; i++) {
             x[i] = left[g * GROUP + i] * inverse;
         }
@@ -146,9 +170,9 @@ void fit_groups(const Format & f, const Local & local, int at, const vf * t, con
             fit.entry[per * g + i] = p.code[i];
         }
         for (int i = 0; i < GROUP; i++) {
-            const int j = g * GROUP + i;
-            fit.q[j]    = s.a * p.q[i];
-            error[i]    = left[j] - fit.q[j];
+            const int j          = g * GROUP + i;
+            fit.q[j]             = s.a * p.q[i];
+            error[i]             = left[j] - fit.q[j];
             const float * column = &local.feedback[(size_t) at * (local.n + 1) + j];
             for (int k = j + 1; k < f.sub; k++) {
                 left[k] -= error[i] * column[(size_t) k * local.n];
@@ -174,36 +198,51 @@ void fit_groups(const Format & f, const Local & local, int at, const vf * t, con
     }
 }
 
-void fit_entries(
-        const Format & f, const Local & local, int at, const vf * t, const Scales & now, vf d, vf dmin, Reach reach, vi active,
-        Fit & best) {
+void fit_entries(const block_format & f,
+                 const local_metric & local,
+                 int                  at,
+                 const vf *           t,
+                 const sub_scales &   now,
+                 vf                   d,
+                 vf                   dmin,
+                 search_reach         reach,
+                 vi                   active,
+                 sub_fit &            best) {
     best.scale = now;
     best.loss  = splat(INFINITY);
-    each_scale(f, now, d, dmin, reach, [&](const Scales & s, vi mask) { fit_groups(f, local, at, t, s, active & mask, best); });
+    each_scale(f, now, d, dmin, reach,
+               [&](const sub_scales & s, vi mask) { fit_groups(f, local, at, t, s, active & mask, best); });
 }
 
 }  // namespace
 
-vf nearest_code(const Format & f, vf x) {
-    return f.zero < 0 ? Codes<true>(f).nearest(x) : Codes<false>(f).nearest(x);
+vf nearest_code(const block_format & f, vf x) {
+    return f.zero < 0 ? scalar_codes<true>(f).nearest(x) : scalar_codes<false>(f).nearest(x);
 }
 
-vf value_of(const Format & f, vf code) {
-    return f.zero < 0 ? Codes<true>(f).value(code) : Codes<false>(f).value(code);
+vf value_of(const block_format & f, vf code) {
+    return f.zero < 0 ? scalar_codes<true>(f).value(code) : scalar_codes<false>(f).value(code);
 }
 
-Scales make_scales(const Format & f, vf d, vf dmin, vf sc, vf mn) {
-    const ScaleRule rule = scale_rule(f);
+sub_scales make_scales(const block_format & f, vf d, vf dmin, vf sc, vf mn) {
+    const scale_mapping rule = scale_mapping_of(f);
     return { sc, mn, d * (rule.offset + rule.slope * sc), f.has_min() ? dmin * mn : splat(0), d };
 }
 
-void fit_sub(
-        const Format & f, const Local & local, int at, const vf * t, const Scales & now, vf d, vf dmin, Reach reach, vi active,
-        Fit & best) {
-    const auto fit = f.kind != Kind::scalar ? fit_entries :
-                     f.sub == 16            ? fit_columns<16, false> :
-                     f.zero < 0             ? fit_columns<32, true> :
-                                              fit_columns<32, false>;
+void fit_sub(const block_format & f,
+             const local_metric & local,
+             int                  at,
+             const vf *           t,
+             const sub_scales &   now,
+             vf                   d,
+             vf                   dmin,
+             search_reach         reach,
+             vi                   active,
+             sub_fit &            best) {
+    const auto fit = f.kind != format_kind::scalar ? fit_entries :
+                     f.sub == 16                   ? fit_columns<16, false> :
+                     f.zero < 0                    ? fit_columns<32, true> :
+                                                     fit_columns<32, false>;
     fit(f, local, at, t, now, d, dmin, reach, active, best);
 }
 

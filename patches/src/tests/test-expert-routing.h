@@ -1,97 +1,9 @@
-// Cases for MUL_MAT_ID_GROUPED and for the ops of expert routing, included by test-backend-ops.cpp after its helpers.
+// Cases for the ops of expert routing; test-backend-ops.cpp includes this file after its helpers.
 
 #include "ggml-mc-routing.h"
 
-// GGML_OP_MUL_MAT_ID_GROUPED: n_mats experts dealt round robin to one group per type; every skip-th slot is skipped
-struct test_mul_mat_id_grouped : public test_case {
-    const std::vector<ggml_type> types;
-    const int n_mats;
-    const int n_used;
-    const bool b; // broadcast b matrix
-    const int64_t m;
-    const int64_t n;
-    const int64_t k;
-    const int skip; // 0: none
-
-    std::string vars() override {
-        std::string names;
-        for (ggml_type type : types) {
-            names += std::string(names.empty() ? "" : "+") + ggml_type_name(type);
-        }
-        return "types=" + names + "," + VARS_TO_STR7(n_mats, n_used, b, m, n, k, skip);
-    }
-
-    double max_nmse_err() override {
-        return 5e-4;
-    }
-
-    uint64_t op_flops(ggml_tensor * t) override {
-        GGML_UNUSED(t);
-        return 2 * m * k * n * n_used;
-    }
-
-    test_mul_mat_id_grouped(std::vector<ggml_type> types, int n_mats, int n_used, bool b, int64_t m, int64_t n, int64_t k, int skip = 0)
-        : types(std::move(types)), n_mats(n_mats), n_used(n_used), b(b), m(m), n(n), k(k), skip(skip) {
-        GGML_ASSERT(n_used <= n_mats && (int) this->types.size() <= n_mats);
-    }
-
-    ggml_tensor * build_graph(ggml_context * ctx) override {
-        const int n_groups = (int) types.size();
-        std::vector<ggml_tensor *> groups;
-        for (int g = 0; g < n_groups; ++g) {
-            groups.push_back(ggml_new_tensor_3d(ctx, types[g], k, m, (n_mats - g + n_groups - 1) / n_groups));
-            ggml_format_name(groups[g], "group_%d", g);
-        }
-        ggml_tensor * map = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, n_mats);
-        ggml_set_name(map, "map");
-        ggml_tensor * ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_mats, n);
-        ggml_set_name(ids, "ids");
-        if (n_used != n_mats) {
-            ids = ggml_view_2d(ctx, ids, n_used, n, ids->nb[1], 0);
-            ggml_set_name(ids, "view_of_ids");
-        }
-        ggml_tensor * b = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, this->b ? 1 : n_used, n);
-        ggml_set_name(b, "b");
-
-        ggml_tensor * out = ggml_mul_mat_id_grouped(ctx, groups.data(), n_groups, map, b, ids);
-        ggml_set_name(out, "out");
-        return out;
-    }
-
-    void initialize_tensors(ggml_context * ctx) override {
-        const int n_groups = (int) types.size();
-        std::default_random_engine rng(1234);
-        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != NULL; t = ggml_get_next_tensor(ctx, t)) {
-            if (strcmp(t->name, "map") == 0) {
-                std::vector<int32_t> data;
-                for (int i = 0; i < n_mats; ++i) {
-                    data.push_back(i % n_groups);
-                    data.push_back(i / n_groups);
-                }
-                ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
-            } else if (strcmp(t->name, "ids") == 0) {
-                std::vector<int32_t> data;
-                for (int64_t r = 0; r < n; ++r) {
-                    std::vector<int32_t> row(n_mats);
-                    for (int i = 0; i < n_mats; ++i) {
-                        row[i] = i;
-                    }
-                    std::shuffle(row.begin(), row.end(), rng);
-                    data.insert(data.end(), row.begin(), row.end());
-                }
-                for (size_t i = 0; skip && i < data.size(); i += skip) {
-                    data[i] = i % 2 ? -1 : n_mats; // both ways of marking a skipped slot
-                }
-                ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
-            } else if (!ggml_is_view_op(t->op) && t->op == GGML_OP_NONE) {
-                init_tensor_uniform(t);
-            }
-        }
-    }
-};
-
-// GGML_OP_MC_ATTN_RECEIVED -> GGML_OP_MC_IMPORTANCE -> GGML_OP_MC_ROUTE -> GGML_OP_MC_MASK_WEIGHTS, as build_moe_ffn chains
-// them; n_seqs sequences of n/n_seqs tokens, of which the block sees n_rows
+// GGML_OP_MC_ATTN_RECEIVED -> GGML_OP_MC_IMPORTANCE -> GGML_OP_MC_ROUTE -> GGML_OP_MC_MASK_WEIGHTS or GGML_OP_MC_COUNT, as
+// build_moe_ffn chains them; n_seqs sequences of n/n_seqs tokens, of which the block sees n_rows
 struct test_mc_route : public test_case {
     const ggml_mc_policy  policy;
     const ggml_mc_measure measure;
@@ -101,10 +13,11 @@ struct test_mc_route : public test_case {
     const int64_t n_rows;
     const int64_t n_seqs;
     const bool    normalize;
+    const bool    count; // the output is the counters, otherwise the weights
 
     std::string vars() override {
         return "policy=" + std::to_string(policy) + ",measure=" + std::to_string(measure) + "," +
-            VARS_TO_STR6(n_expert, n_used, n, n_rows, n_seqs, normalize);
+            VARS_TO_STR7(n_expert, n_used, n, n_rows, n_seqs, normalize, count);
     }
 
     double max_nmse_err() override {
@@ -112,8 +25,9 @@ struct test_mc_route : public test_case {
     }
 
     test_mc_route(ggml_mc_policy policy, ggml_mc_measure measure, int64_t n_expert, int64_t n_used, int64_t n, int64_t n_rows,
-            int64_t n_seqs = 1, bool normalize = false) :
-        policy(policy), measure(measure), n_expert(n_expert), n_used(n_used), n(n), n_rows(n_rows), n_seqs(n_seqs), normalize(normalize) {
+            int64_t n_seqs = 1, bool normalize = false, bool count = false) :
+        policy(policy), measure(measure), n_expert(n_expert), n_used(n_used), n(n), n_rows(n_rows), n_seqs(n_seqs), normalize(normalize),
+        count(count) {
         GGML_ASSERT(n_used <= n_expert && n_rows <= n && n % n_seqs == 0);
     }
 
@@ -131,7 +45,7 @@ struct test_mc_route : public test_case {
         ids = ggml_view_2d(ctx, ids, n_used, n_rows, ids->nb[1], 0);
         ggml_tensor * cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n);
         ggml_set_name(cells, "cells");
-        ggml_tensor * tokens = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, GGML_MC_TOKEN_N_FIELDS, n);
+        ggml_tensor * tokens = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, GGML_MC_TOKEN_FIELD_COUNT, n);
         ggml_set_name(tokens, "tokens");
         ggml_tensor * rows = nullptr;
         if (n_rows != n) {
@@ -147,11 +61,12 @@ struct test_mc_route : public test_case {
             ggml_mc_attn_received(ctx, ggml_soft_max(ctx, scores), cells, tokens, 1024) : nullptr;
         ggml_tensor * importance = ggml_mc_importance(ctx, x, received, tokens, rows, measure);
 
-        ggml_mc_route_params params = { policy, (int32_t) n_expert, 3, 2, 0.6f, 42, 1, 0.1 };
+        ggml_mc_route_params params = { policy, (int32_t) n_expert, (int32_t) n_used, 3, 2, 0.6f, 42, 1, 0.1 };
         ggml_tensor * weights = ggml_reshape_3d(ctx, ggml_soft_max(ctx, logits), 1, n_used, n_rows);
-        ggml_tensor * routed  = ggml_mc_route(ctx, weights, ids, importance, tokens, rows, thresholds, counters, &params);
-        ggml_set_name(routed, "routed");
-        ggml_tensor * out = ggml_mc_mask_weights(ctx, weights, routed, normalize);
+        ggml_tensor * route   = ggml_mc_route(ctx, weights, ids, importance, tokens, rows, thresholds, &params);
+        ggml_set_name(route, "route");
+        ggml_tensor * out = count ? ggml_mc_count(ctx, counters, route) :
+            ggml_mc_mask_weights(ctx, weights, ggml_mc_route_ids(ctx, route), normalize);
         ggml_set_name(out, "out");
         return out;
     }
@@ -239,7 +154,7 @@ struct test_mc_qk_received : public test_case {
         ggml_set_name(mask, "mask");
         ggml_tensor * cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n);
         ggml_set_name(cells, "cells");
-        ggml_tensor * tokens = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, GGML_MC_TOKEN_N_FIELDS, n);
+        ggml_tensor * tokens = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, GGML_MC_TOKEN_FIELD_COUNT, n);
         ggml_set_name(tokens, "tokens");
 
         const ggml_mc_qk_params params = { 1.0f/sqrtf((float) n_embd_head), max_bias, logit_softcap, (int32_t) n_kv };
@@ -275,32 +190,17 @@ struct test_mc_qk_received : public test_case {
     }
 };
 
-static void mc_add_test_cases(std::vector<std::unique_ptr<test_case>> & test_cases) {
-    const std::vector<ggml_type> types = {
-        GGML_TYPE_IQ1_S, GGML_TYPE_IQ1_M, GGML_TYPE_IQ2_XXS, GGML_TYPE_IQ2_XS, GGML_TYPE_IQ2_S, GGML_TYPE_Q2_K, GGML_TYPE_IQ3_XXS,
-        GGML_TYPE_IQ3_S, GGML_TYPE_Q3_K, GGML_TYPE_IQ4_XS, GGML_TYPE_Q4_K, GGML_TYPE_Q8_0, GGML_TYPE_F16,
-    };
-    for (int n : { 1, 7, 64 }) {
-        for (ggml_type type : types) {
-            test_cases.emplace_back(new test_mul_mat_id_grouped({ type }, 8, 2, true, 128, n, 512));
-        }
-        for (int skip : { 0, 2, 3 }) {
-            for (bool b : { false, true }) {
-                test_cases.emplace_back(new test_mul_mat_id_grouped({ GGML_TYPE_IQ1_M, GGML_TYPE_Q2_K, GGML_TYPE_IQ3_XXS }, 8, 2, b, 128, n, 512, skip));
-                test_cases.emplace_back(new test_mul_mat_id_grouped({ GGML_TYPE_Q2_K, GGML_TYPE_Q8_0, GGML_TYPE_F32 }, 5, 3, b, 100, n, 256, skip));
-                test_cases.emplace_back(new test_mul_mat_id_grouped(types, 29, 8, b, 64, n, 256, skip));
-            }
-        }
-    }
-    for (int policy = GGML_MC_POLICY_COUNT_ONLY; policy <= GGML_MC_POLICY_RANDOM; ++policy) {
+static void mc_add_expert_routing_cases(std::vector<std::unique_ptr<test_case>> & test_cases) {
+    for (int policy = 0; policy < GGML_MC_POLICY_COUNT; ++policy) {
         for (int64_t n : { 1, 7, 64 }) {
             test_cases.emplace_back(new test_mc_route((ggml_mc_policy) policy, GGML_MC_MEASURE_L1, 8, 2, n, n));
             test_cases.emplace_back(new test_mc_route((ggml_mc_policy) policy, GGML_MC_MEASURE_L1, 29, 8, n, n, 1, true));
+            test_cases.emplace_back(new test_mc_route((ggml_mc_policy) policy, GGML_MC_MEASURE_L1, 29, 8, n, n, 1, false, true));
         }
     }
-    for (int measure = GGML_MC_MEASURE_ATTENTION; measure <= GGML_MC_MEASURE_LAST; ++measure) {
+    for (int measure = 0; measure < GGML_MC_MEASURE_COUNT; ++measure) {
         for (int64_t n_rows : { 64, 3 }) {
-            test_cases.emplace_back(new test_mc_route(GGML_MC_POLICY_THRESHOLD, (ggml_mc_measure) measure, 8, 2, 64, n_rows, 4));
+            test_cases.emplace_back(new test_mc_route(GGML_MC_POLICY_ODP, (ggml_mc_measure) measure, 8, 2, 64, n_rows, 4));
         }
     }
     for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
