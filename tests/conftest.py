@@ -21,7 +21,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARAL
 
 from mc_gguf import runtime as runtimes
 from mc_gguf.common.errors import RuntimeBuildError
-from mc_gguf.runtime import Runtime, packages
+from mc_gguf.runtime import Runtime, packages, upstream
 from tests.support import ROOT, TINY
 
 NATIVE_FIXTURES = frozenset(("runtime", "unpatched_runtime", "tiny_gguf", "tiny_f32", "own_cache"))
@@ -119,10 +119,13 @@ def _converted(model: Path, path: Path, kind: str) -> Path:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache in tmp_path/cache, where the test sees what is stored; the runtime stays where it is."""
-    monkeypatch.setenv("MC_GGUF_RUNTIME", str(runtimes.require().path))
-    monkeypatch.setenv("MC_GGUF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    """A cache in tmp_path/cache, which has the user's runtimes and source but nothing else yet."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name in ("downloads", "runtimes"):
+        (cache / name).symlink_to(upstream.cache_dir() / name, target_is_directory=True)
+    monkeypatch.setenv("MC_GGUF_CACHE", str(cache))
+    return cache
 
 
 @pytest.fixture

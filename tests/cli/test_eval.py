@@ -114,7 +114,7 @@ def test_refused_before_anything_is_computed(tiny_gguf: Path, texts: list[Path],
     fails("name of a file in a folder", tiny_gguf, "--text", texts[0], "-o", tmp_path / "no" / "r.html")
     missing = ("--reference", tmp_path / "none")
     fails("none: no such file; give a 16-bit", tiny_gguf, "--text", texts[0], *missing)
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "references").exists()
 
 
 def test_tasks_without_lm_eval(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

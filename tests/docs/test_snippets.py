@@ -7,6 +7,7 @@ seconds. A block that cannot run carries `<!-- not run: reason -->` above it.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -20,7 +21,14 @@ from tests.support.documents import Block, blocks, documents
 from tests.support.mixed_files import first_layers
 
 BLOCKS = {path: [*blocks(path, "python")] for path in documents()}
-N_LAYER = 2
+N_LAYER = 1
+# One process for all blocks of a document, because the quantizers build tables for ten seconds. Each block
+# has names of its own.
+RUNNER = """
+import json, sys
+for place, text in json.loads(sys.argv[1]):
+    exec(compile(text, place, "exec"), {"__name__": "__main__"})
+"""
 
 
 @pytest.mark.parametrize("block", [b for found in BLOCKS.values() for b in found], ids=lambda b: str(b.line))
@@ -49,7 +57,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, calibration: Path) -> Path:
+def workplace(tmp_path: Path, calibration: Path, own_cache: Path) -> Path:
     shutil.copy(calibration, lay_out(tmp_path) / "demo")
     return tmp_path
 
@@ -65,6 +73,5 @@ def run(command: list[str], folder: Path) -> None:
     "path", [p for p, found in BLOCKS.items() if found], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_the_blocks_of_a_document_run(path: Path, workplace: Path) -> None:
-    for block in BLOCKS[path]:
-        if block.reason_not_run is None:
-            run([sys.executable, "-c", f"# {path}:{block.line}\n{block.text}"], workplace)
+    wanted = [(f"{path}:{b.line}", b.text) for b in BLOCKS[path] if b.reason_not_run is None]
+    run([sys.executable, "-c", RUNNER, json.dumps(wanted)], workplace)

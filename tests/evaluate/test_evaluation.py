@@ -235,8 +235,8 @@ def test_interrupted_or_without_space_nothing_is_left(
         raise KeyboardInterrupt
 
     with Scorer(tiny_gguf, 512, n_threads=1) as scorer, pytest.raises(KeyboardInterrupt):
-        scorer.store(scorer.cut(text, 600), tmp_path / "cache" / "r.logits", interrupt)
-    assert list((tmp_path / "cache").iterdir()) == []
+        scorer.store(scorer.cut(text, 600), tmp_path / "stored" / "r.logits", interrupt)
+    assert list((tmp_path / "stored").iterdir()) == []
 
     usage = type("Usage", (), {"free": 260 << 20})()
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)

@@ -17,6 +17,7 @@ from mc_gguf import runtime as runtimes
 from tests.support import ROOT, WIKITEXT
 
 SEEN = ROOT / "tests" / "tools" / "test_smoke.py", ROOT / "tests" / "tools" / "test_train_moe.py"
+NATIVE = pytest.mark.usefixtures("own_cache")  # what is stored goes away; the fixture marks the test native
 
 
 def run(name: str, *arguments: object) -> str:
@@ -39,16 +40,6 @@ def test_every_script_has_a_smoke_run_and_help(name: str) -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in SEEN)
     assert f'run("{name}"' in tests or f"{name.rpartition('.')[2]}.main" in tests
     assert f"python -m tools.{name} " in " ".join(run(name, "--help").split()) + " "
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache in which the runtimes and the source are where they were, and what is stored goes away."""
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    for name in ("downloads", "runtimes"):
-        (cache / name).symlink_to(runtimes.upstream.cache_dir() / name, target_is_directory=True)
-    monkeypatch.setenv("MC_GGUF_CACHE", str(cache))
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +84,12 @@ QUICK = ("--", "--tokens", 1024, "--types", "Q2_K,Q3_K")
 MEASURED = ("--types", "Q2_K,IQ3_XXS,Q3_K", "--calibration-tokens", 1024)
 
 
-@pytest.mark.native
+@NATIVE
 def test_bench_calibrate(model: Path) -> None:
     assert "memory is as it should be" in run("bench_calibrate", model, "--tokens", 512, "--rows", 16)
 
 
-@pytest.mark.native
+@NATIVE
 def test_bench_compensate(model: Path, text: Path) -> None:
     sizes = ("--tokens", 256, "--ctx", 128, "--calibration-tokens", 1024)
     assert "compensated" in run(
@@ -107,7 +98,7 @@ def test_bench_compensate(model: Path, text: Path) -> None:
     assert "TFLOP" in run("bench_compensate", "speed", "--rows", 32, "--cols", 256, "--tokens", 128)
 
 
-@pytest.mark.native
+@NATIVE
 def test_bench_eval(tiny_gguf: Path, tmp_path: Path) -> None:
     """llama-perplexity takes minutes to build, so a stand-in prints the lines that the script waits for."""
     tool = tmp_path / "llama-perplexity"
@@ -118,21 +109,21 @@ def test_bench_eval(tiny_gguf: Path, tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in out.splitlines()] == ["perplexity", "KL divergence"]
 
 
-@pytest.mark.native
+@NATIVE
 def test_bench_op(runtime: runtimes.Runtime, unpatched_runtime: runtimes.Runtime) -> None:
     sizes = ("--tokens", "2", "--threads", "1", "--rounds", 1, "--seconds", 0.01, "--shape", "256,256")
     found = json.loads(run("bench_op", *sizes, "--types", "Q2_K+Q4_0", "--json"))
     assert found["median"] > 0
 
 
-@pytest.mark.native
+@NATIVE
 def test_bench_quantize(model: Path) -> None:
     assert json.loads(run("bench_quantize", "memory", model, "--types", "Q4_0,Q8_0"))["file_bytes"] > 0
     lines = run("bench_quantize", "speed", model, "--type", "Q4_0", "--imatrix", "--repeat", 1).splitlines()
     assert json.loads(lines[-1])["same_bytes"] is True
 
 
-@pytest.mark.native
+@NATIVE
 def test_bench_routing(model: Path, unpatched_runtime: runtimes.Runtime, tmp_path: Path) -> None:
     run("bench_routing", "make", model, tmp_path)
     sizes = ("--rounds", 1, "--prefill", 64)
@@ -141,7 +132,7 @@ def test_bench_routing(model: Path, unpatched_runtime: runtimes.Runtime, tmp_pat
     assert "baseline / patched" in run("bench_routing", "off", tmp_path / "Q2_K.gguf", *baseline, *sizes)
 
 
-@pytest.mark.native
+@NATIVE
 def test_demo(model: Path, tmp_path: Path) -> None:
     sizes = ("--bpw", 3, "--tokens", 256, "--model", model, "--folder", tmp_path / "demo")
     out = run("demo", *sizes, *QUICK)
@@ -149,7 +140,7 @@ def test_demo(model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "mixed.gguf").is_file()
 
 
-@pytest.mark.native
+@NATIVE
 def test_patches(tmp_path: Path) -> None:
     """What refresh writes from an untouched checkout is the patch set; bump onto the pin changes nothing."""
     assert "patches verified" in run("patches", "verify")
@@ -166,14 +157,14 @@ def test_patches(tmp_path: Path) -> None:
     assert "1:" in run("patches", "bump", tree, runtimes.upstream.pin().commit)
 
 
-@pytest.mark.native
+@NATIVE
 def test_odp_experiment(model: Path, tmp_path: Path) -> None:
     sizes = ("--tokens", 64, "--ctx", 64, "--model", model, "--bpw", 3)
     assert "| keep_min |" in run("experiments.odp_experiment", tmp_path, *sizes, *QUICK)
     assert (tmp_path / "curves.svg").is_file()
 
 
-@pytest.mark.native
+@NATIVE
 def test_quality_experiment(model: Path, tmp_path: Path) -> None:
     sizes = ("--tokens", 64, "--ctx", 64, "--seeds", 1, "--no-compensate", "--sizes", "IQ3_XXS,recipe Q2_K")
     strategies = ("--strategies", "uniform,llama-quantize,pmq")
@@ -182,7 +173,7 @@ def test_quality_experiment(model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "curves.svg").is_file()
 
 
-@pytest.mark.native
+@NATIVE
 def test_bench_refine(model: Path, tmp_path: Path) -> None:
     for method in ("expansion", "evopress"):
         sizes = ("--tokens", 4096, "--scored", 64, "--seconds", 1, "--matrix-seconds", 0, "--model", model)
