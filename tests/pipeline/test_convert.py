@@ -271,9 +271,9 @@ def test_refined_and_killed_gives_a_refined_file(converted: Path, tiny_model: Pa
     options = ["--bpw", "2.2", *QUICK, "--refine", "1s", "--no-compensate"]
     command = [sys.executable, "-m", "mc_gguf", "convert", str(tiny_model), "-o", str(output), *options]
     command += ["--calibration", str(calibration)]
-    search = tmp_path / ".model.refined.plan.json.partial" / "search" / "state.json"
+    search = tmp_path / ".model.refined.plan.json.partial" / "search"
     moments: list[Callable[[Path], bool]] = [
-        lambda folder: search.is_file(),
+        lambda folder: search.is_dir(),
         lambda folder: pieces_done(folder, 0),
     ]
     for reached in moments:
