@@ -114,7 +114,8 @@ research_options = together(
         "--objective",
         metavar="NAME",
         help="What pmq, layer and the controls minimise: kld (divergence of the model's output), block "
-        "(error of the MoE block's output), published, or what a baseline minimises.  [default: kld]",
+        "(error of the MoE block's output), relative (the same, relative to the hidden states), published, "
+        "or what a baseline minimises: bsp, frequency, routing-weight, f-norm or hessian.  [default: kld]",
     ),
     seed_option,
 )

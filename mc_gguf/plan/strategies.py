@@ -2,7 +2,8 @@
 
 A strategy gets a Task and returns a Choice: the type of every expert's projection. Strategies differ only
 in what gets a type of its own (items) and in the error that they minimise; all of them obey the same limit.
-To add one, write its function and its entry; plan(), its checks and its help text read the table.
+To add one, write its function and its entry; plan() and its checks read the table. The help of --strategy
+names it, too.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 from mc_gguf.artifacts import PROJECTIONS, Calibration
 from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.ggml.types import TYPES
-from mc_gguf.plan import OBJECTIVES, STRATEGIES, Budget, plan
+from mc_gguf.plan import OBJECTIVES, STRATEGIES, Budget, plan, stand_in
 from mc_gguf.plan.objectives import type_rates
 from mc_gguf.plan.published import EXPONENTS
 from tests.support.synthetic_calibration import calibration, model_info
@@ -27,6 +27,12 @@ def test_every_objective_has_one_value_for_every_type(name: str) -> None:
     assert np.isfinite(error[..., :2]).all()
     assert np.isnan(error[..., 2]).all()  # not measured
     assert (error[..., 0] < error[..., 1]).all()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_stand_in_has_what_every_objective_needs(name: str) -> None:
+    """So that a request can be checked before the model is calibrated."""
+    assert plan(stand_in(model_info(), None), Budget(bpw=2.5), objective=name).objective == name
 
 
 def test_kld_is_the_price_of_a_layer_times_its_error_a_token() -> None:
