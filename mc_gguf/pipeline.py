@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mc_gguf import container
-from mc_gguf.artifacts import Calibration, FixedTypes, ModelInfo, Plan
+from mc_gguf.artifacts import NO_CALIBRATION, Calibration, FixedTypes, ModelInfo, Plan
 from mc_gguf.calibrate.arguments import CalibrationRequest
 from mc_gguf.common.arguments import Names, PathLike, Paths, to_path, to_paths, to_seconds
-from mc_gguf.common.errors import ArtifactError, McError, NoBudgetError, SizeProposal, about
+from mc_gguf.common.errors import ArtifactError, McError, NoBudgetError, about
 from mc_gguf.common.extras import require
 from mc_gguf.common.machine import memory_bytes
 from mc_gguf.common.workdir import forget_work
@@ -27,7 +27,8 @@ from mc_gguf.plan import stand_in
 from mc_gguf.plan.problem import Experts, FileBytes
 from mc_gguf.plan.proposals import propose_sizes
 from mc_gguf.plan.request import PlanRequest
-from mc_gguf.routing.metadata import routing_metadata_from
+from mc_gguf.routing.metadata import RoutingMetadata, default_metadata, routing_metadata_from
+from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.source import Checkpoint, open_checkpoint, refuse_to_overwrite
 from mc_gguf.source.text import Corpus
 
@@ -206,15 +207,15 @@ def make_plan(
 
 def file_bytes_for(calibration: Calibration) -> FileBytes | None:
     """The function that gives the exact size of a file; None for published statistics: they know no model."""
-    model = calibration.model
-    if model is None:
+    if calibration.model is None:
         return None
-    routing = routing_metadata_from(calibration)
+    return partial(_file_bytes, calibration.model, routing_metadata_from(calibration))
 
-    def file_bytes(experts: Experts, fixed: FixedTypes) -> int:
-        return container.file_bytes(model, experts, fixed, routing)
 
-    return file_bytes
+def _file_bytes(
+    model: ModelInfo, routing: RoutingMetadata | None, experts: Experts, fixed: FixedTypes
+) -> int:
+    return container.file_bytes(model, experts, fixed, routing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,26 +339,27 @@ class Conversion:
 
     def _check(self) -> RefinementOptions | None:
         """The search that is asked for. Raises McError for what no calibration could make possible."""
-        from mc_gguf.calibrate.options import measured_types
-
-        request, model = self.request, self.checkpoint.info
+        request = self.request
         if not request.has_budget:
-            raise NoBudgetError(self._propose(model), memory_bytes())
+            memory = memory_bytes()
+            raise NoBudgetError(propose_sizes(*self._trial(None), memory), memory)
         search = request.refinement()
         if not request.budget.is_sixteen_bit:
-            with about("types"):
-                types = measured_types(model, request.expert_types)
-            trial = stand_in(model, types)
-            request.plan(trial, file_bytes_for(trial))
+            request.plan(*self._trial(request.expert_types))
         return search
 
-    def _propose(self, model: ModelInfo) -> tuple[SizeProposal, ...]:
+    def _trial(self, types: tuple[str, ...] | None) -> tuple[Calibration, FileBytes]:
+        """A stand-in for every calibration, and the size of files with the routing metadata it will give."""
         from mc_gguf.calibrate.options import measured_types
+        from mc_gguf.calibrate.statistics import N_QUANTILES
 
-        trial = stand_in(model, measured_types(model, None))
-        file_bytes = file_bytes_for(trial)
-        assert file_bytes is not None  # the model is known
-        return propose_sizes(trial, file_bytes, memory_bytes())
+        model, routing = self.checkpoint.info, None
+        if model.n_expert_used > 1:
+            profile = RoutingProfile.even(model, N_QUANTILES)
+            routing = default_metadata(profile, NO_CALIBRATION, model.fingerprint)
+        with about("types"):
+            trial = stand_in(model, measured_types(model, types))
+        return trial, partial(_file_bytes, model, routing)
 
     def _found_calibration(self) -> Calibration | None:
         """The one that lies beside the output, unless it is damaged."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mc_gguf.artifacts import Calibration, Floats
+from mc_gguf.artifacts import Calibration, Floats, ModelInfo
 from mc_gguf.common.errors import ArtifactError
 
 
@@ -64,6 +64,16 @@ class RoutingProfile:
     def n_rank(self) -> int:
         """K, experts per token."""
         return int(self.ratio_quantiles.shape[1]) + 1
+
+    @classmethod
+    def even(cls, model: ModelInfo, n_quantile: int) -> RoutingProfile:
+        """The profile of a model that nothing was measured of: all layers and ranks alike. In a file it takes
+        the bytes that a measured one takes.
+        """
+        n_layer, grid = len(model.expert_layers), np.linspace(0, 1, n_quantile)
+        ratios = np.tile(grid, (n_layer, model.n_expert_used - 1, 1))
+        curve = np.tile(2 * grid, (n_layer, 1))
+        return cls(model.expert_layers, model.n_layer, ratios, np.ones(n_layer), curve)
 
     @classmethod
     def of(cls, calibration: Calibration) -> RoutingProfile:

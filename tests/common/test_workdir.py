@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -295,6 +296,7 @@ with Workdir(output, {"n": 40}) as work:
     part = work.part("numbers", {"step": 1})
     done = sorted(int(path.name) for path in part.glob("[0-9]*"))
     for number in range(done[-1] + 1 if done else 0, 40):
+        sys.stdin.readline()  # the test says when
         with atomic_write(part / str(number)) as file:
             file.write(b"x" * number)
         keep_only(part, [str(number)])
@@ -311,11 +313,22 @@ def test_killed_at_random_moments_it_comes_through(output: Path) -> None:
     kills = 0
     while not steps or steps[-1] != "done":
         command = [sys.executable, "-c", COUNTING, str(output)]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        pipes: dict[str, Any] = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "text": True,
+            "bufsize": 1,
+        }
+        with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+            assert process.stdin is not None
             assert process.stdout is not None
+            process.stdin.write("\n")
             for line in process.stdout:
                 steps.append(line.strip())
-                if kills < 6 and len(steps) < 20 and rng.random() < 0.3:
+                if steps[-1] == "done":
+                    break
+                process.stdin.write("\n")
+                if kills < 6 and rng.random() < 0.3:
                     time.sleep(rng.random() * 0.01)
                     process.send_signal(signal.SIGKILL)
                     kills += 1
