@@ -120,7 +120,7 @@ class EvaluationRequest:
         return [
             result
             for model in self.models
-            for result in run_tasks(model, self.tasks, self.routing, self.n_threads)
+            for result in run_tasks(model, self.tasks, self.routing, self.n_threads, self.quiet)
         ]
 
     def _report(self, texts: Sequence[Text], found: Evaluation) -> Report:
