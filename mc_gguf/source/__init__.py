@@ -1,7 +1,9 @@
 """The source model, streamed: a Hugging Face directory or a 16/32-bit GGUF behind one interface.
 
-checkpoint = open_checkpoint(Path("Mixtral-8x7B-v0.1"))
-checkpoint.expert(layer=0, projection="gate", expert=3)     # (n_ff, n_embd) float32, read now, not kept
+    checkpoint = open_checkpoint(Path("Mixtral-8x7B-v0.1"))
+    checkpoint.expert(layer=0, projection="gate", expert=3)     # (n_ff, n_embd) float32
+
+Weights are read when they are asked for, and not kept.
 """
 
 from __future__ import annotations

@@ -234,5 +234,5 @@ def test_command_line(tiny_model: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["quantize", str(tiny_model), str(plan), "-o", str(tmp_path / "c")])
     assert result.exit_code == 1
     assert (
-        "Error: --calibration-text, --compensate/--no-compensate: the calibration was made" in result.output
+        "Error: --calibration-text, --compensate/--no-compensate: the calibration was" in result.output
     )
