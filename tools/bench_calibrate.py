@@ -84,8 +84,10 @@ def failures(results: list[Measured]) -> list[str]:
     "--rows", default=256, show_default=True, help="Rows per matrix to measure: time, hardly memory."
 )
 @click.option("--threads", default=os.cpu_count(), show_default=True)
-def main(models: tuple[Path, ...], tokens: int, rows: int, threads: int) -> None:
+@click.option("--types", help="Types to measure, separated by commas.  [default: all]")
+def main(models: tuple[Path, ...], tokens: int, rows: int, threads: int, types: str | None) -> None:
     options = ["--tokens", str(tokens), "--rows", str(rows), "--threads", str(threads)]
+    options += ["--types", types] if types else []
     results = []
     for model in models:
         results.append(measure(model, options))

@@ -91,7 +91,8 @@ def theirs(source: Path, type_name: str, imatrix: bool, output: Path, threads: i
     if imatrix:
         info = open_checkpoint(source).info
         calibration = make_calibration(info, output.with_suffix(".calib"))
-        params.imatrix = upstream_imatrix(llama_cpp, info, calibration)
+        kept = upstream_imatrix(llama_cpp, info, calibration)
+        params.imatrix = kept
     start = time.monotonic()
     if llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(params)):
         raise click.ClickException("llama_model_quantize failed")
@@ -99,9 +100,12 @@ def theirs(source: Path, type_name: str, imatrix: bool, output: Path, threads: i
 
 
 def upstream_imatrix(llama_cpp: Any, info: ModelInfo, calibration: Calibration) -> Any:
-    """The calibration as a null-terminated array of llama_model_imatrix_data, one per expert stack."""
+    """The calibration as a null-terminated array of llama_model_imatrix_data, one per expert stack.
+
+    It holds addresses only, so the numbers are attached to it and live as long as it does.
+    """
     kind = llama_cpp.llama_model_imatrix_data
-    entries = []
+    entries, kept = [], []
     for layer in info.expert_layers:
         for projection in PROJECTIONS:
             rows = [calibration.imatrix(layer, projection, e) for e in range(info.n_expert)]
@@ -109,7 +113,10 @@ def upstream_imatrix(llama_cpp: Any, info: ModelInfo, calibration: Calibration) 
             name = expert_tensor_name(layer, projection).encode()
             pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
             entries.append(kind(name, pointer, data.size))
-    return (kind * (len(entries) + 1))(*entries)
+            kept.append((name, data))
+    array = (kind * (len(entries) + 1))(*entries)
+    array.kept = kept
+    return array
 
 
 @dataclass(frozen=True)
