@@ -80,8 +80,8 @@ def set_(model: Path, output: Path | None, as_json: bool, **options: Any) -> Non
 
 
 def _show(path: Path, metadata: RoutingMetadata, as_json: bool) -> None:
-    from mc_gguf.routing.report import describe, summary, table
+    from mc_gguf.routing.report import describe_routing, layer_table, summary
 
-    description = describe(metadata)
-    lines = [f"{path}: {summary(description)}", "", *table(description)]
+    description = describe_routing(metadata)
+    lines = [f"{path}: {summary(description)}", "", *layer_table(description)]
     result.show({"path": str(path), **description}, "\n".join(lines), as_json)
