@@ -1,4 +1,4 @@
-"""`mc-gguf routing`: what a GGUF carries of dynamic expert routing, shown and set."""
+"""`mc-gguf routing`: what a GGUF carries of dynamic expert routing, shown and set; the policies there are."""
 
 from __future__ import annotations
 
@@ -77,6 +77,14 @@ def set_(model: Path, output: Path | None, as_json: bool, **options: Any) -> Non
     from mc_gguf.container import update_routing
 
     _show(output or model, update_routing(model, output, **options), as_json)
+
+
+@command.command(cls=Command)
+def policies() -> None:
+    """List the policies and options that --routing takes."""
+    from mc_gguf.routing import describe_policies
+
+    click.echo("\n".join(describe_policies()))
 
 
 def _show(path: Path, metadata: RoutingMetadata, as_json: bool) -> None:

@@ -59,10 +59,10 @@ def describe_policies() -> list[str]:
     """The policies and their options as text, one line each: help for whoever writes a routing."""
     lines = [
         "Policies:",
-        *(f"  {policy.name:<12}{policy.meaning}" for policy in POLICIES.values()),
+        *(f"  {policy.name:<13}{policy.meaning}" for policy in POLICIES.values()),
         "Options:",
     ]
     for option in OPTIONS.values():
         users = ", ".join(name for name, policy in POLICIES.items() if option.name in policy.options)
-        lines.append(f"  {option.name:<12}{option.meaning} ({option.kind.text}; for {users})")
+        lines.append(f"  {option.name:<13}{option.meaning} ({option.kind.text}; for {users})")
     return lines

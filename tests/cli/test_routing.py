@@ -18,6 +18,8 @@ from mc_gguf.cli import main
 from mc_gguf.container import read_routing
 from mc_gguf.quantize.writer import quantize
 from mc_gguf.routing.metadata import choose_thresholds, routing_metadata_from
+from mc_gguf.routing.options import OPTIONS
+from mc_gguf.routing.policy import POLICIES
 from mc_gguf.source import open_checkpoint
 from tests.support.command_line import fails_with, invoke
 from tests.support.gguf_models import (
@@ -183,3 +185,9 @@ def test_the_runtime_loads_what_was_written(tiny_gguf: Path, tmp_path: Path) -> 
         assert np.abs(logits(path, "auto") - before).max() > 0.1
         assert run("set", path, "--quantile", 0).exit_code == 0
         np.testing.assert_array_equal(logits(path, "auto"), before)  # nothing is below a threshold of 0
+
+
+def test_policies_lists_every_policy_and_option() -> None:
+    text = run("policies").stdout
+    for name in (*POLICIES, *OPTIONS):
+        assert re.search(rf"^  {name} ", text, re.M), name

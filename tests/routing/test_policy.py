@@ -131,7 +131,7 @@ def test_the_help_names_every_policy_and_option() -> None:
     for name in (*POLICIES, *OPTIONS):
         assert f"\n  {name} " in text
     assert (
-        "top_p       share of the selected experts' weight that is kept (0 to 1, or a percentage; for top_p)"
+        "top_p        share of the selected experts' weight that is kept (0 to 1, or a percentage; for top_p)"
         in text
     )
 

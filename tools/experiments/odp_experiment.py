@@ -10,7 +10,7 @@ dropped. Every token is scored, so what is counted is what is scored. A window o
 within which importance is ranked.
 
 It writes results.json, table.md (interpolated between the measured points at 5, 10, 15, 20 and 30 %) and
-curves.svg (with matplotlib: pip install 'mc_gguf[plot]'). A measured point is not measured again: delete
+curves.svg (with matplotlib: pip install 'mc-gguf[plot]'). A measured point is not measured again: delete
 results.json to start over.
 """
 

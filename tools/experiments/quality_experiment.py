@@ -16,7 +16,7 @@ holds WikiText-2 valid), and C++ (src/llama-vocab.cpp) and Markdown (tools/serve
 llama.cpp. `run` prints how many of their 8-word sequences occur in the calibration text.
 
 results.json holds one record per file and text; what it holds is not measured again. `report` writes table.md
-and curves.svg (with matplotlib: pip install 'mc_gguf[plot]').
+and curves.svg (with matplotlib: pip install 'mc-gguf[plot]').
 """
 
 from __future__ import annotations
