@@ -24,9 +24,10 @@ class CalibrationOptions:
         types: names of the ggml types whose errors are measured; None: those that `measured_types` chooses.
         max_rows: rows of a matrix that its errors are measured on; the result is scaled to all rows.
         max_tokens: tokens of an expert that its errors are measured on; the result is scaled to all of its
-        tokens. sensitivity_tokens: tokens that show how sensitive each layer is to dropped and to rounded
-        experts. seed: random seed for the choice of rows and tokens. threads: 0 means all cores. The result
-        does not depend on it.
+            tokens.
+        sensitivity_tokens: tokens that show how sensitive each layer is to dropped and to rounded experts.
+        seed: random seed for the choice of rows and tokens.
+        threads: 0 means all cores. The result does not depend on it.
     """
 
     types: tuple[str, ...] | None = None

@@ -80,7 +80,9 @@ budget_options = together(
 
 tensor_options = together(
     tensors(
-        "--types", metavar="T,T,...", help="ggml types to choose from for experts.  [default: all candidates]"
+        "--types",
+        metavar="T,T,...",
+        help="ggml types to choose from for experts.  [default: all that are measured]",
     ),
     tensors(
         "--strategy",

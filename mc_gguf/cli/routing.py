@@ -88,8 +88,8 @@ def policies() -> None:
 
 
 def _show(path: Path, metadata: RoutingMetadata, as_json: bool) -> None:
-    from mc_gguf.routing.report import describe, summary, table
+    from mc_gguf.routing.report import describe_routing, layer_table, summary
 
-    description = describe(metadata)
-    lines = [f"{path}: {summary(description)}", "", *table(description)]
+    description = describe_routing(metadata)
+    lines = [f"{path}: {summary(description)}", "", *layer_table(description)]
     result.show({"path": str(path), **description}, "\n".join(lines), as_json)

@@ -220,6 +220,7 @@ def _busy(output: Path, lock: TextIO) -> str:
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
+            os.fsync(handle)
     finally:
         os.close(handle)

@@ -58,6 +58,7 @@ class Outcome:
     Attributes:
         compensated: number of matrices that are compensated.
         plain: number of matrices for which ggml's quantizer was better.
+        is_complete: whether the pass made all that was missing; False after `keep_going` ended it.
         ratios: squared error on held-out tokens with compensation, divided by that without, for each matrix.
     """
 
@@ -108,7 +109,7 @@ def calibration_text(
         raise ArtifactError(
             f"the calibration was made from another text ({names}); error compensation needs the same one: "
             "give that one, or do without error compensation",
-            parameter="calibration_text",
+            parameter=("calibration_text", "compensate"),
         )
     if corpus.rows.shape != (recorded["rows"], recorded["ctx"]):
         raise ArtifactError("this text gives other token rows than the calibration has; calibrate again")

@@ -118,7 +118,8 @@ class Collector:
 
     def inputs(self, down: bool) -> Inputs:
         """What was collected for down, or for gate and up."""
-        total, aside = self._sums[down], self._aside[down]
+        position = 1 if down else 0  # of x and h in add()
+        total, aside = self._sums[position], self._aside[position]
         assert total is not None
         mirror(total)
         held_out = torch.cat([torch.zeros(0, len(total)), *aside])[:HELD_OUT]

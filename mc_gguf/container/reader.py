@@ -19,7 +19,7 @@ from mc_gguf.ggml.gguf_file import GgufHeader, read_header
 from mc_gguf.ggml.shards import shard_paths
 from mc_gguf.ggml.types import GgmlType
 from mc_gguf.routing.metadata import RoutingMetadata
-from mc_gguf.routing.report import describe as describe_routing
+from mc_gguf.routing.report import describe_routing
 
 _STACK_NAME = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|gate_up|down)_exps\.weight")
 

@@ -61,7 +61,9 @@ def _check_shard(header: GgufHeader, output: Path) -> None:
             f"{header.path} is not the first of {count} shards; give that one, which carries the metadata"
         )
     if output != header.path.resolve():
-        raise McError(f"{header.path} is one of {count} shards and can only be changed in place, without -o")
+        raise McError(
+            f"{header.path} is one of {count} shards and can only be changed in place", parameter="output"
+        )
 
 
 def _header(

@@ -88,5 +88,6 @@ def check_space(folder: Path, size: int) -> None:
     if size + SPARE_BYTES > free:
         raise McError(
             f"the reference's log-probabilities need {format_size(size)}, but only {format_size(free)} are "
-            f"free in {existing}: score fewer tokens, or set MC_GGUF_CACHE to another disk"
+            f"free in {existing}: score fewer tokens, or set MC_GGUF_CACHE to another disk",
+            parameter="tokens",
         )

@@ -75,7 +75,8 @@ class Reference:
         if chunks.shape[1] != self.n_ctx:
             raise McError(
                 f"{self.path} was made with a context of {self.n_ctx} tokens, not {chunks.shape[1]}: "
-                f"give the context {self.n_ctx}"
+                f"give the context {self.n_ctx}",
+                parameter="ctx",
             )
         if len(chunks) > len(self.tokens) or not np.array_equal(chunks, self.tokens[: len(chunks)]):
             raise McError(

@@ -14,7 +14,7 @@ from mc_gguf.evaluate.cache import references
 from mc_gguf.evaluate.evaluation import evaluate_model
 from mc_gguf.evaluate.files import fingerprint
 from mc_gguf.evaluate.report import Report, write_report
-from mc_gguf.evaluate.result import Result, table
+from mc_gguf.evaluate.result import Result, result_table
 from mc_gguf.evaluate.tasks.runner import TaskRequest, TaskResult, check_tasks, run_tasks, task_table
 from mc_gguf.evaluate.text import Text
 from mc_gguf.routing import Routing
@@ -41,7 +41,7 @@ class Evaluation:
         """Aligned text for the terminal."""
         parts = []
         if self.results:
-            parts.append(table(self.results))
+            parts.append(result_table(self.results))
         if self.tasks:
             parts.append(task_table(self.tasks))
         return "\n\n".join(parts)
@@ -120,7 +120,7 @@ class EvaluationRequest:
         return [
             result
             for model in self.models
-            for result in run_tasks(model, self.tasks, self.routing, self.n_threads)
+            for result in run_tasks(model, self.tasks, self.routing, self.n_threads, self.quiet)
         ]
 
     def _report(self, texts: Sequence[Text], found: Evaluation) -> Report:

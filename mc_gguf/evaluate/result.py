@@ -135,7 +135,7 @@ def columns(results: Sequence[Result]) -> list[Column]:
     return found
 
 
-def table(results: Sequence[Result]) -> str:
+def result_table(results: Sequence[Result]) -> str:
     """The results as aligned text, one line each."""
     chosen = columns(results)
     rows = [[heading for heading, _, _ in chosen], *([cell(r) for _, _, cell in chosen] for r in results)]

@@ -63,7 +63,8 @@ def cut(llm: Sequences, text: Text, n_ctx: int, n_tokens: int | None = None) -> 
     if n_chunk == 0:
         raise McError(
             f"the text {text.name} has {len(found)} tokens, but {n_ctx} are needed: give a longer text, or a "
-            "smaller context"
+            "smaller context",
+            parameter=("text", "ctx"),
         )
     if n_tokens is not None:
         n_chunk = min(n_chunk, -(-n_tokens // n_scored(n_ctx)))

@@ -197,7 +197,8 @@ def _check_request(
     """The strategy of this name, if what was asked for goes together."""
     chosen = STRATEGIES.get(strategy)
     if chosen is None:
-        raise McError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}", parameter="strategy")
+        known = "; ".join(f"{name} ({entry.meaning})" for name, entry in STRATEGIES.items())
+        raise McError(f"unknown strategy {strategy!r}; known: {known}", parameter="strategy")
     if objective is not None and objective not in OBJECTIVES:
         raise McError(
             f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}", parameter="objective"

@@ -36,8 +36,8 @@ class Budget:
     def __post_init__(self) -> None:
         given = self.to_json()
         if len(given) != 1:
-            found = " and ".join(name.removesuffix("_bytes") for name in given) or "none"
-            raise BudgetError(f"a budget is exactly one of bpw, size and bits_per_layer, not {found}")
+            found = " and ".join(name.removesuffix("_bytes") for name in given) or "none of them"
+            raise BudgetError(f"give exactly one of bpw, size and bits_per_layer, not {found}")
         ((name, value),) = given.items()
         if not (np.isfinite(value) and value > 0):
             raise BudgetError(f"{name} must be a positive number, not {value}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from mc_gguf.artifacts import Calibration, FixedTypes, Plan
 from mc_gguf.common.arguments import Names, to_bytes, to_types
 from mc_gguf.common.errors import McError, about
+from mc_gguf.ggml.types import ggml_type
 from mc_gguf.plan.planner import decides_attention, plan
 from mc_gguf.plan.problem import Budget, FileBytes
 
@@ -76,8 +77,13 @@ class PlanRequest:
         return replace(FixedTypes(), **self._given())  # type: ignore[arg-type]  # never `attention`
 
     def _given(self) -> Mapping[str, str]:
-        named = {field: getattr(self, parameter) for parameter, field in _FIELDS.items()}
-        return {field: name.upper() for field, name in named.items() if name is not None}
+        """The types that were given, by field of FixedTypes. Raises McError for an unknown one."""
+        given = {}
+        for parameter, field in _FIELDS.items():
+            if (name := getattr(self, parameter)) is not None:
+                with about(parameter):
+                    given[field] = ggml_type(name).name
+        return given
 
     def attention_types(self, calibration: Calibration) -> tuple[str, ...] | None:
         """Types to choose from for attention. Empty: all that were measured. None: as `fixed` says.

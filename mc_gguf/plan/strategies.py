@@ -118,10 +118,9 @@ def _in_bytes(size: int) -> str:
 class Strategy:
     """One way to decide a Task.
 
-    `meaning`             one line for the user
+    `meaning`             one line for whoever chooses a strategy
     `objective`           its own objective (a name in OBJECTIVES); None: the user chooses
     `types`               its own candidates; empty: the user chooses among those that were measured
-    `is_research`         a control for experiments, of no use for a file that is to be run
     `takes_attention`     it can decide attention matrices in the same program
     `takes_nominal_bits`  it knows nominal bits, so that a budget may be bits_per_layer
     """
@@ -131,7 +130,6 @@ class Strategy:
     meaning: str
     objective: str | None = None
     types: tuple[str, ...] = ()
-    is_research: bool = False
     takes_attention: bool = False
     takes_nominal_bits: bool = False
 
@@ -258,8 +256,8 @@ _ALL = (
     Strategy(
         "layer", per_layer, "one type per layer and projection, for stock llama.cpp", takes_attention=True
     ),
-    Strategy("random", random, "control: pmq's types, shuffled among the experts", is_research=True),
-    Strategy("inverted", inverted, "control: pmq's types, given to the wrong experts", is_research=True),
+    Strategy("random", random, "control: pmq's types, shuffled among the experts"),
+    Strategy("inverted", inverted, "control: pmq's types, given to the wrong experts"),
     # Published baselines solve pmq's program, but minimise what their authors measured (objectives.py).
     Strategy("bsp", per_expert, "published baseline: block score (QuantMoE-Bench)", "bsp"),
     Strategy("frequency", per_expert, "published baseline: how often an expert is used", "frequency"),

@@ -133,7 +133,8 @@ class _Request:
         if len(self.text.rows) < MIN_ROWS:
             raise McError(
                 f"{len(self.text.rows)} rows of text are too few to compare plans on; give more text or "
-                "more tokens"
+                "more tokens",
+                parameter=("text", "tokens"),
             )
         # Shuffled, so that the first few are a sample of the whole text.
         rows = np.random.default_rng(self.options.seed).permutation(self.text.rows)

@@ -16,7 +16,7 @@ from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.routing.thresholds import predict_damages
 
 
-def describe(metadata: RoutingMetadata) -> dict[str, Any]:
+def describe_routing(metadata: RoutingMetadata) -> dict[str, Any]:
     """What `routing show --json`, `routing set --json` and `inspect --json` print.
 
     `dropped` is a share of the layer's expert activations, `predicted_drop` a share of those of all layers.
@@ -79,7 +79,7 @@ def _quantiles(profile: RoutingProfile, thresholds: NDArray[np.float32]) -> Floa
 
 
 def summary(description: dict[str, Any]) -> str:
-    """One line about what describe() returned."""
+    """One line about what describe_routing() returned."""
     text = (
         f"{len(description['active'])} of {len(description['layers'])} layers may drop experts, "
         f"{100 * description['protect']:g} % of a prompt's tokens are protected"
@@ -92,7 +92,7 @@ def summary(description: dict[str, Any]) -> str:
     )
 
 
-def table(description: dict[str, Any]) -> list[str]:
+def layer_table(description: dict[str, Any]) -> list[str]:
     """A line per layer."""
     lines = ["layer  active  dropped  damage    sensitivity  thresholds"]
     for row in description["layers"]:

@@ -57,7 +57,9 @@ class Conversation:
                 yield piece
         except (ValueError, RuntimeError) as error:  # so llama_cpp says that the context is full
             pieces.clear()
-            raise McError(f"{error}: shorten the prompt, /reset, or give a larger context") from error
+            raise McError(
+                f"{error}: shorten the prompt, /reset, or give a larger context", parameter="ctx"
+            ) from error
         finally:
             if pieces:
                 self._remember(prompt, "".join(pieces))

@@ -1,7 +1,9 @@
 """The source model, streamed: a Hugging Face directory or a 16/32-bit GGUF behind one interface.
 
-checkpoint = open_checkpoint(Path("Mixtral-8x7B-v0.1"))
-checkpoint.expert(layer=0, projection="gate", expert=3)  # (n_ff, n_embd) float32, read now, not kept
+    checkpoint = open_checkpoint(Path("Mixtral-8x7B-v0.1"))
+    checkpoint.expert(layer=0, projection="gate", expert=3)     # (n_ff, n_embd) float32
+
+Weights are read when they are asked for, and not kept.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def refuse_to_overwrite(output: Path, source: Path, *inputs: Path) -> None:
     if not (source.exists() and output.exists()):
         return
     if source.is_dir():
-        clash = any(output.samefile(file) for file in source.iterdir())
+        clash = any(output.samefile(file) for file in source.iterdir() if file.exists())
     else:
         same_folder = output.resolve().parent == source.resolve().parent
         shard = same_folder and shard_stem(source) is not None and shard_stem(source) == shard_stem(output)

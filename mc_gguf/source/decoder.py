@@ -219,9 +219,8 @@ class Decoder:
 
     def unrouted(self, layer: int) -> Callable[[Tensor], Tensor]:
         """A function that returns what the MoE block of `layer` adds to `hidden` [N, n_embd] independently of
-        the
-        router: the output of the shared expert times its own gate where the model has one, else zeros. It is
-        differentiable; the weights are read now.
+        the router: the output of the shared expert times its own gate where the model has one, else zeros. It
+        is differentiable; the weights are read now.
         """
         prefix = f"blk.{layer}.ffn_"
         if f"{prefix}gate_inp_shexp.weight" not in self._names:

@@ -145,7 +145,7 @@ def test_sixteen_bits_measures_the_plain_file(source: Path, tmp_path: Path) -> N
         (["--size", "huge"], "Error: --size: 'huge' is not a size"),
         (["--bpw", "2", "--strategy", "x"], "known: pmq, mc"),
         (["--bpw", "2", "--types", "Q77"], "unknown ggml type"),
-        (["--bpw", "2", "--attn-type", "Q77"], "unknown ggml type"),
+        (["--bpw", "2", "--attn-type", "Q77"], "--attn-type: unknown ggml type"),
         (["--bits-per-layer", "16", "--strategy", "pmq"], "only strategy mc"),
     ],
 )

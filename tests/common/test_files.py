@@ -98,6 +98,7 @@ def test_no_file_of_the_source_is_replaced(tmp_path: Path) -> None:
     ):
         with pytest.raises(SourceError, match="is a file of the source model"):
             refuse_to_overwrite(output, source)
+    (folder / "dangling").symlink_to("nowhere")
     refuse_to_overwrite(tmp_path / "other", folder)
     refuse_to_overwrite(folder / "new", folder)
     refuse_to_overwrite(tmp_path / "other", shard)

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -66,6 +67,23 @@ def test_work_is_published_and_nothing_else_stays(output: Path) -> None:
         work.publish(work.path("result"))
     assert output.read_text() == "new"
     assert names(output.parent) == {"out"}
+
+
+def test_work_is_published_where_folders_cannot_be_synced(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def files_only(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    with Workdir(output, MINE) as work:
+        work.path("result").write_bytes(b"done")
+        work.publish(work.path("result"))
+    assert (output.read_bytes(), names(output.parent)) == (b"done", {output.name})
 
 
 def test_interrupted_work_is_there_again(output: Path) -> None:

@@ -233,4 +233,4 @@ def test_command_line(tiny_model: Path, tmp_path: Path) -> None:
     assert Plan.load(plan).file_bytes == model.stat().st_size
     result = CliRunner().invoke(main, ["quantize", str(tiny_model), str(plan), "-o", str(tmp_path / "c")])
     assert result.exit_code == 1
-    assert "Error: --calibration-text: the calibration was made from another text" in result.output
+    assert "Error: --calibration-text, --compensate/--no-compensate: the calibration was" in result.output

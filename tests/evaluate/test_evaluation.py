@@ -13,7 +13,7 @@ from mc_gguf.common.errors import McError
 from mc_gguf.evaluate import files
 from mc_gguf.evaluate.cache import references
 from mc_gguf.evaluate.evaluation import evaluate_model, perplexity
-from mc_gguf.evaluate.result import table
+from mc_gguf.evaluate.result import result_table
 from mc_gguf.evaluate.scorer import Scorer
 from mc_gguf.evaluate.text import Text
 from tests.support import WIKITEXT
@@ -175,8 +175,8 @@ def test_against_itself(tiny_gguf: Path, tmp_path: Path, text: Text) -> None:
     assert found.rms_p_diff == pytest.approx(0, abs=5e-5)
     assert found.ln_ppl_ratio == pytest.approx(0, abs=1e-5)
     assert found.base_perplexity == pytest.approx(found.perplexity, rel=1e-5)
-    assert "same top-1" in table([found])
-    assert "dropped" not in table([found])
+    assert "same top-1" in result_table([found])
+    assert "dropped" not in result_table([found])
 
 
 def test_a_reference_is_computed_once(tiny_gguf: Path, tmp_path: Path, text: Text) -> None:
@@ -220,7 +220,7 @@ def test_routing_is_counted_for_what_is_evaluated(tiny_gguf: Path, text: Text) -
     assert [r.dropped_share for r in results] == [0.5, 0.5]
     assert results[0].mean_kld is not None
     assert results[0].mean_kld > 0.01
-    assert "50.0 %" in table([off, *results])
+    assert "50.0 %" in result_table([off, *results])
 
 
 def test_as_many_references_as_texts(tiny_gguf: Path, text: Text) -> None:

@@ -128,9 +128,11 @@ def test_tasks_of_a_local_folder(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     write_tasks(tmp_path)
     names = "local_choice,local_rolling,local_answer"
+    monkeypatch.delenv("MC_GGUF_QUIET", raising=False)
     arguments = ["eval", tiny_f32, "--tasks", names, "--tasks-path", tmp_path, "--threads", 1, "--json"]
-    result = CliRunner().invoke(main, [*map(str, arguments), "-o", str(tmp_path / "r.html")])
+    result = CliRunner().invoke(main, [*map(str, arguments), "--quiet", "-o", str(tmp_path / "r.html")])
     assert result.exit_code == 0, result.output
+    assert "answers" not in result.stderr
     found = {r["task"]: r for r in json.loads(result.stdout)}
     assert {(name, r["metric"], r["documents"]) for name, r in found.items()} == {
         ("local_choice", "acc", 3),

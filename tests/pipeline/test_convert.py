@@ -212,7 +212,7 @@ def test_the_source_is_not_overwritten(tiny_model: Path, tiny_gguf: Path, tmp_pa
     ("options", "words"),
     [
         (["--bpw", "2.2", "--strategy", "bogus"], "unknown strategy"),
-        (["--bpw", "2.2", "--attn-type", "Q9"], "unknown ggml type"),
+        (["--bpw", "2.2", "--attn-type", "Q9"], "--attn-type: unknown ggml type"),
         (["--bpw", "0.5"], "not feasible"),
         (["--size", "1000"], "not feasible"),
         (["--bpw", "2.2", "--strategy", "mc", "--types", "Q2_K"], "its own types"),

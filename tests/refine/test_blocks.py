@@ -168,7 +168,7 @@ def test_text_of_the_calibration_is_needed(
             options(text, calibration_text=(other,)),
             quiet=True,
         )
-    assert caught.value.parameters == ("calibration_text",)
+    assert caught.value.parameters == ("calibration_text", "compensate")
     assert not can_compensate(replace(calibration, corpus={}))
 
 

@@ -28,7 +28,7 @@ from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, FLOAT64, STRING, UINT32, Valu
 from mc_gguf.routing import RoutingMetadata, default_metadata
 from mc_gguf.routing.metadata import choose_thresholds, routing_metadata_from
 from mc_gguf.routing.profile import RoutingProfile
-from mc_gguf.routing.report import describe, summary
+from mc_gguf.routing.report import describe_routing, summary
 from mc_gguf.routing.thresholds import quantiles_for_drop, thresholds_at
 from mc_gguf.runtime.packages import load_gguf
 from tests.support.gguf_models import (
@@ -121,7 +121,7 @@ def test_thresholds_alone_are_enough(plain: Path) -> None:
     metadata = RoutingMetadata(thresholds, (1, 3), 0.125)
     container.write_routing(plain, plain, metadata)
     same(container.read_routing(plain), metadata)
-    found = describe(metadata)
+    found = describe_routing(metadata)
     assert [row["layer"] for row in found["layers"]] == [0, 1, 2, 3]
     assert found["predicted_drop"] is None
     assert summary(found) == "2 of 4 layers may drop experts, 12.5 % of a prompt's tokens are protected"
@@ -308,7 +308,7 @@ def test_flipped_bytes_never_crash(ours: Path, tmp_path: Path, data: st.DataObje
     (tmp_path / "flipped.gguf").write_bytes(whole)
     with suppress(FormatError):
         if metadata := container.read_routing(tmp_path / "flipped.gguf"):
-            summary(describe(metadata))
+            summary(describe_routing(metadata))
 
 
 # --- a file changed in nothing else -------------------------------------------------------------------------
@@ -511,7 +511,7 @@ def test_choose_thresholds(tmp_path: Path) -> None:
 def test_the_description_finds_the_quantiles_again(n_rank: int, quantile: float) -> None:
     """From thresholds alone, so that whatever is in a file is described, not what was asked for."""
     some = profile(n_rank=n_rank)
-    found = describe(choose_thresholds(default_metadata(some), quantile, layers=(0, 3)))
+    found = describe_routing(choose_thresholds(default_metadata(some), quantile, layers=(0, 3)))
     quantiles = np.array([quantile, 0, 0, quantile])
     assert found["predicted_drop"] == pytest.approx(predicted_drop(some, quantiles), abs=1e-5)
     assert found["predicted_damage"] == pytest.approx(predicted_damage(some, quantiles), rel=1e-4, abs=1e-12)
@@ -524,7 +524,7 @@ def test_the_description_finds_the_quantiles_again(n_rank: int, quantile: float)
 def test_ratios_that_are_all_the_same(tmp_path: Path) -> None:
     """A threshold at them drops nothing (w_r < threshold * w_0 is strict), one above drops everything."""
     flat = replace(profile(), ratio_quantiles=np.full((4, 1, 11), 0.25))
-    found: dict[str, Any] = describe(choose_thresholds(default_metadata(flat), 0.5))
+    found: dict[str, Any] = describe_routing(choose_thresholds(default_metadata(flat), 0.5))
     assert found["predicted_drop"] == 0
     above = replace(default_metadata(flat), thresholds=np.tile(np.array([0, 0.3], dtype=np.float32), (4, 1)))
-    assert describe(above)["predicted_drop"] == 0.5
+    assert describe_routing(above)["predicted_drop"] == 0.5

@@ -184,7 +184,7 @@ def test_the_saving_is_said_after_an_error_too(tiny_gguf: Path) -> None:
     code, _, err = run(tiny_gguf, "-p", "king " * 400, "--ctx", "256", "--routing", "top_p:top_p=0.5")
     assert code == 1
     assert err.splitlines()[0] == "Routing top_p: nothing was routed"
-    assert err.splitlines()[1].startswith("Error: Requested tokens (")
+    assert err.splitlines()[1].startswith("Error: --ctx: Requested tokens (")
 
 
 def test_wrong_routing_is_one_line(tiny_gguf: Path) -> None:
@@ -197,7 +197,7 @@ def test_wrong_routing_is_one_line(tiny_gguf: Path) -> None:
 def test_a_prompt_longer_than_the_context_is_one_line(tiny_gguf: Path) -> None:
     code, _, err = run(tiny_gguf, "-p", "king " * 400, "--ctx", "256")
     assert code == 1
-    assert err.startswith("Error: Requested tokens (")
+    assert err.startswith("Error: --ctx: Requested tokens (")
     assert err.count("\n") == 1
 
 

@@ -27,9 +27,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is optional: my
     recognised. Text that is longer than the context loses its beginning.
     """
 
-    def __init__(self, model: Path, n_ctx: int, routing: str = "off", n_threads: int = 0) -> None:
+    def __init__(
+        self, model: Path, n_ctx: int, routing: str = "off", n_threads: int = 0, quiet: bool = False
+    ) -> None:
         super().__init__()
-        self.name = model.name
+        self.name, self.quiet = model.name, quiet
         self.llm = Sequences(
             model,
             n_ctx=n_ctx,
@@ -77,7 +79,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is optional: my
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = [self._fitting(context, continuation) for _, context, continuation in requests]
-        with progress(f"{self.name}: log-likelihoods", len(pairs)) as bar:
+        with progress(f"{self.name}: log-likelihoods", len(pairs), quiet=self.quiet) as bar:
             return log_likelihoods(self.llm, pairs, bar.advance)
 
     def _fitting(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
@@ -105,7 +107,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is optional: my
         for i, request in enumerate(requests):
             groups.setdefault(self._options(request.args[1]), []).append(i)
         answers = [""] * len(requests)
-        with progress(f"{self.name}: answers", len(requests)) as bar:
+        with progress(f"{self.name}: answers", len(requests), quiet=self.quiet) as bar:
             for options, members in groups.items():
                 room = self.max_length - options.max_tokens
                 prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]

@@ -73,14 +73,14 @@ def _manager(request: TaskRequest) -> Any:
 
 
 def run_tasks(
-    model: Path, request: TaskRequest, routing: str = "off", n_threads: int = 0
+    model: Path, request: TaskRequest, routing: str = "off", n_threads: int = 0, quiet: bool = False
 ) -> list[TaskResult]:
     """All metrics of all tasks. Raises McError when a task's data set cannot be loaded."""
     from lm_eval import simple_evaluate
 
     from mc_gguf.evaluate.tasks.harness import HarnessModel
 
-    with HarnessModel(model, DEFAULT_CTX, routing=routing, n_threads=n_threads) as lm:
+    with HarnessModel(model, DEFAULT_CTX, routing=routing, n_threads=n_threads, quiet=quiet) as lm:
         try:
             found = simple_evaluate(
                 lm,
