@@ -21,6 +21,7 @@ from mc_gguf.common.arguments import Names, PathLike, Paths, to_path, to_paths, 
 from mc_gguf.common.errors import ArtifactError, McError, NoBudgetError, about
 from mc_gguf.common.extras import require
 from mc_gguf.common.machine import memory_bytes
+from mc_gguf.common.progress import ProgressListener, listening
 from mc_gguf.common.workdir import forget_work
 from mc_gguf.container import MixedGguf
 from mc_gguf.plan import stand_in
@@ -65,6 +66,7 @@ def convert(
     threads: int | None = None,
     resume: bool = True,
     quiet: bool = False,
+    progress: ProgressListener | None = None,
 ) -> MixedGguf:
     """Make a mixed-expert GGUF of a model within a budget: calibrate, plan, refine and quantize.
 
@@ -95,6 +97,7 @@ def convert(
         threads: threads; by default all usable cores.
         resume: continue a killed run; False starts again.
         quiet: show no progress on stderr.
+        progress: called with a ProgressState for every bit of progress, instead of showing it on stderr.
 
     Returns:
         The file that was written, opened and validated.
@@ -139,7 +142,8 @@ def convert(
         quiet=quiet,
     )
     work = Conversion(Path(source), Path(output), request)
-    return work.write(work.plan())
+    with listening(progress):
+        return work.write(work.plan())
 
 
 def make_plan(

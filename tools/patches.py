@@ -55,12 +55,15 @@ def check_names() -> None:
 
 
 def check_trailers() -> None:
-    """Check that every patch has all TRAILERS."""
+    """Check that every patch has all TRAILERS, and that the tests that they name exist."""
     for path in upstream.series():
         head = path.read_text(encoding="utf-8").partition("\n---\n")[0]
         for trailer in TRAILERS:
             if not re.search(rf"^{trailer}: \S", head, re.M):
                 raise McError(f"{path.name} lacks the trailer '{trailer}:'; amend the commit and refresh")
+        for name in re.findall(r"\b(?:tests|tools)/\S*\.py\b", head):
+            if not (PATCHES.parent / name).is_file():
+                raise McError(f"{path.name} names {name}, which does not exist; amend the commit and refresh")
 
 
 def patched_tree(folder: Path) -> Path:

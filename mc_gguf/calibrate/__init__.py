@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mc_gguf.common.arguments import Names, PathLike, Paths, to_paths
 from mc_gguf.common.extras import require
+from mc_gguf.common.progress import ProgressListener, listening
 
 if TYPE_CHECKING:
     from mc_gguf.artifacts import Calibration
@@ -25,6 +26,7 @@ def calibrate(
     threads: int | None = None,
     resume: bool = True,
     quiet: bool = False,
+    progress: ProgressListener | None = None,
 ) -> Calibration:
     """Measure the experts of a model: how often they are used, and their error under every type.
 
@@ -42,6 +44,7 @@ def calibrate(
         threads: threads; by default all usable cores.
         resume: continue a killed run; False starts again.
         quiet: show no progress on stderr.
+        progress: called with a ProgressState for every bit of progress, instead of showing it on stderr.
 
     Returns:
         The calibration that was written.
@@ -69,4 +72,5 @@ def calibrate(
     )
     checkpoint = open_checkpoint(Path(source))
     corpus = request.corpus(checkpoint)
-    return calibrate_to_file(checkpoint, corpus, Path(output), request.options(), resume, quiet)
+    with listening(progress):
+        return calibrate_to_file(checkpoint, corpus, Path(output), request.options(), resume, quiet)

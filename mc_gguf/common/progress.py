@@ -6,7 +6,11 @@
             bar.advance(note=f"layer {layer}")
 
 On a terminal one line is redrawn, ten times per second at most; elsewhere a line is printed about every 10 %.
-It needs no thread and no dependency. MC_GGUF_QUIET=1 or quiet=True silences it.
+It needs no thread and no dependency. MC_GGUF_QUIET=1 or quiet=True silences it. A program that shows
+progress in its own way listens to it instead:
+
+    with listening(lambda state: window.show(state.label, state.done, state.total)):
+        ...
 """
 
 from __future__ import annotations
@@ -15,12 +19,44 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TextIO
 
 REDRAW_SECONDS = 0.1
 LINE_SHARE = 0.1  # without a terminal: one line for each such share of the work
+
+
+@dataclass(frozen=True)
+class ProgressState:
+    """What a listener is told: `done` of `total` units are done (total 0: not known yet); `note` says what is
+    being worked on.
+    """
+
+    label: str
+    done: float
+    total: float
+    unit: str
+    note: str
+
+
+ProgressListener = Callable[[ProgressState], None]
+_listener: ContextVar[ProgressListener | None] = ContextVar("progress_listener", default=None)
+
+
+@contextmanager
+def listening(listener: ProgressListener | None) -> Iterator[None]:
+    """Whatever makes progress in the block tells `listener`, and draws nothing. None changes nothing."""
+    if listener is None:
+        yield
+        return
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 class Progress:
@@ -29,7 +65,8 @@ class Progress:
     def __init__(self, label: str, total: float, unit: str, stream: TextIO, quiet: bool) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0.0
-        self._stream, self._quiet = stream, quiet
+        self._listener = _listener.get()
+        self._stream, self._quiet = stream, quiet or self._listener is not None
         self._tty = stream.isatty()
         self._start = time.monotonic()
         self._drawn_at = float("-inf")
@@ -44,6 +81,8 @@ class Progress:
         """`done` units of `total` are done; both are absolute, for work that counts on its own."""
         self.done = done
         self.total = self.total if total is None else total
+        if self._listener:
+            self._listener(ProgressState(self.label, self.done, self.total, self.unit, note))
         if self._is_due():
             self._draw(note)
 

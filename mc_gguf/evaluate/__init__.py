@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mc_gguf.common.arguments import Names, PathLike, Paths, to_names, to_path, to_paths
+from mc_gguf.common.progress import ProgressListener, listening
 
 if TYPE_CHECKING:
     from mc_gguf.evaluate.cache import references
@@ -50,6 +51,7 @@ def evaluate(
     hashes: bool = False,
     threads: int | None = None,
     quiet: bool = False,
+    progress: ProgressListener | None = None,
 ) -> Evaluation:
     """Perplexity of models on texts; with a reference the KL divergence from it, too; and tasks.
 
@@ -73,6 +75,7 @@ def evaluate(
         hashes: compute the models' SHA-256 (the report does so anyway).
         threads: threads; by default all usable cores.
         quiet: show no progress on stderr.
+        progress: called with a ProgressState for every bit of progress, instead of showing it on stderr.
 
     Returns:
         One result for each model and text, and one for each model, task and metric.
@@ -107,7 +110,8 @@ def evaluate(
         threads or 0,
         quiet,
     )
-    return request.run()
+    with listening(progress):
+        return request.run()
 
 
 def __getattr__(name: str) -> Any:

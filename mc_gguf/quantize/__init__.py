@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mc_gguf.common.arguments import PathLike, Paths, to_path, to_paths
 from mc_gguf.common.errors import about
 from mc_gguf.common.extras import require
+from mc_gguf.common.progress import ProgressListener, listening
 
 if TYPE_CHECKING:
     from mc_gguf.container import MixedGguf
@@ -25,6 +26,7 @@ def quantize(
     threads: int | None = None,
     resume: bool = True,
     quiet: bool = False,
+    progress: ProgressListener | None = None,
 ) -> MixedGguf:
     """Quantize a model by a plan into one GGUF.
 
@@ -43,6 +45,7 @@ def quantize(
         threads: threads; by default all usable cores.
         resume: continue a killed run; False starts again.
         quiet: show no progress on stderr.
+        progress: called with a ProgressState for every bit of progress, instead of showing it on stderr.
 
     Returns:
         The file that was written, opened and validated.
@@ -70,15 +73,16 @@ def quantize(
     the_plan = Plan.load(Path(plan))
     with about("calibration"):
         statistics = find_calibration(the_plan, Path(plan).parent, to_path(calibration))
-    return quantize_to_file(
-        open_checkpoint(Path(source)),
-        statistics,
-        the_plan,
-        Path(output),
-        compensate=compensate,
-        text=texts,
-        bank=to_path(bank),
-        threads=threads,
-        resume=resume,
-        quiet=quiet,
-    )
+    with listening(progress):
+        return quantize_to_file(
+            open_checkpoint(Path(source)),
+            statistics,
+            the_plan,
+            Path(output),
+            compensate=compensate,
+            text=texts,
+            bank=to_path(bank),
+            threads=threads,
+            resume=resume,
+            quiet=quiet,
+        )

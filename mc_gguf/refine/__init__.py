@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from mc_gguf.common.arguments import PathLike, Paths, to_bytes, to_path, to_paths, to_seconds
 from mc_gguf.common.errors import about
 from mc_gguf.common.extras import require
+from mc_gguf.common.progress import ProgressListener, listening
 
 if TYPE_CHECKING:
     from mc_gguf.refine.options import Refined
@@ -39,6 +40,7 @@ def refine(
     threads: int | None = None,
     resume: bool = True,
     quiet: bool = False,
+    progress: ProgressListener | None = None,
 ) -> Refined:
     """Search for a better plan of the same size, by the KL divergence of the model's output.
 
@@ -64,6 +66,7 @@ def refine(
         threads: threads; by default all usable cores.
         resume: continue a killed search; False starts again.
         quiet: show no progress on stderr.
+        progress: called with a ProgressState for every bit of progress, instead of showing it on stderr.
 
     Returns:
         The new plan, with the divergences before and after and what the search did.
@@ -108,6 +111,7 @@ def refine(
     )
     with about("calibration"):
         statistics = find_calibration(start, Path(plan).parent, to_path(calibration))
-    return refine_to_file(
-        open_checkpoint(Path(source)), statistics, start, Path(output), options, resume, quiet
-    )
+    with listening(progress):
+        return refine_to_file(
+            open_checkpoint(Path(source)), statistics, start, Path(output), options, resume, quiet
+        )

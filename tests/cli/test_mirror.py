@@ -24,12 +24,12 @@ from mc_gguf.source import text
 
 # Commands with what only the terminal knows, and what only Python does.
 MIRRORS: list[tuple[str, Callable[..., Any], set[str], set[str]]] = [
-    ("convert", convert, {"dry_run", "as_json"}, set()),
-    ("calibrate", calibrate, {"as_json"}, set()),
+    ("convert", convert, {"dry_run", "as_json"}, {"progress"}),
+    ("calibrate", calibrate, {"as_json"}, {"progress"}),
     ("plan", make_plan, {"dry_run", "as_json"}, set()),
-    ("refine", refine, {"as_json"}, set()),
-    ("quantize", quantize, {"as_json"}, set()),
-    ("eval", evaluate, {"as_json"}, {"command", "hashes"}),
+    ("refine", refine, {"as_json"}, {"progress"}),
+    ("quantize", quantize, {"as_json"}, {"progress"}),
+    ("eval", evaluate, {"as_json"}, {"command", "hashes", "progress"}),
     ("routing set", update_routing, {"as_json"}, set()),
 ]
 

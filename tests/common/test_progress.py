@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from mc_gguf.common.progress import Progress, clock, progress
+from mc_gguf.common.progress import Progress, ProgressState, clock, listening, progress
 
 
 class Terminal(io.StringIO):
@@ -86,3 +86,19 @@ def test_progress_writes_to_stderr_only(
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3661, "1:01:01")])
 def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+def test_a_listener_is_told_and_nothing_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[ProgressState] = []
+    with listening(told.append), progress("convert", 2, "experts") as bar:
+        bar.say("a line")
+        bar.advance(note="first")
+        bar.update(2, note="second")
+    assert told == [
+        ProgressState("convert", 1, 2, "experts", "first"),
+        ProgressState("convert", 2, 2, "experts", "second"),
+    ]
+    with listening(None), progress("convert", 1) as bar:
+        bar.advance()
+    assert len(told) == 2
+    assert "convert: 100 %" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from mc_gguf import Llama
 from mc_gguf.artifacts import NO_CALIBRATION, Calibration, Plan
 from mc_gguf.cli import main
 from mc_gguf.common.errors import NoBudgetError, SourceError
+from mc_gguf.common.progress import ProgressState
 from mc_gguf.common.units import parse_size
 from mc_gguf.container import MixedGguf
 from mc_gguf.source import refuse_to_overwrite
@@ -85,6 +86,18 @@ def test_other_text_makes_a_new_calibration(converted: Path, tiny_model: Path, t
     assert result.exit_code == 0, result.output
     assert calibration.read_bytes() != before
     assert not output.exists()
+
+
+def test_a_listener_is_told_how_far_a_conversion_is(
+    tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told: list[ProgressState] = []
+    mc_gguf.convert(tiny_model, tmp_path / "m.gguf", bpw=16, progress=told.append)
+    assert {state.label for state in told} == {"quantize"}
+    done = [state.done for state in told]
+    assert done == sorted(done)
+    assert told[-1].done == told[-1].total > 0
+    assert capfd.readouterr().err == ""
 
 
 def test_sixteen_bits_need_no_calibration(tiny_model: Path, tmp_path: Path) -> None:
