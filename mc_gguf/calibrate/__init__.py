@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mc_gguf.common.arguments import Names, PathLike, Paths, to_paths
-from mc_gguf.common.extras import require
+from mc_gguf.common.extras import require_extra
 
 if TYPE_CHECKING:
     from mc_gguf.artifacts import Calibration
@@ -58,7 +58,7 @@ def calibrate(
         >>> found.frequency.shape  # layers, experts
         (6, 8)
     """
-    require("convert")
+    require_extra("convert")
     from mc_gguf.calibrate.arguments import CalibrationRequest
     from mc_gguf.calibrate.calibrator import calibrate_to_file
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite

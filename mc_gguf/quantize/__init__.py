@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mc_gguf.common.arguments import PathLike, Paths, to_path, to_paths
 from mc_gguf.common.errors import about
-from mc_gguf.common.extras import require
+from mc_gguf.common.extras import require_extra
 
 if TYPE_CHECKING:
     from mc_gguf.container import MixedGguf
@@ -59,7 +59,7 @@ def quantize(
         >>> model.is_mixed
         True
     """
-    require("convert")
+    require_extra("convert")
     from mc_gguf.artifacts import Plan
     from mc_gguf.artifacts.matching import find_calibration
     from mc_gguf.quantize.to_file import quantize_to_file

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mc_gguf.common.arguments import PathLike, Paths, to_bytes, to_path, to_paths, to_seconds
 from mc_gguf.common.errors import about
-from mc_gguf.common.extras import require
+from mc_gguf.common.extras import require_extra
 
 if TYPE_CHECKING:
     from mc_gguf.refine.options import Refined
@@ -83,7 +83,7 @@ def refine(
         >>> found.plan.expert_bpw <= 2.8
         True
     """
-    require("convert")
+    require_extra("convert")
     from mc_gguf.artifacts import Plan
     from mc_gguf.artifacts.matching import find_calibration
     from mc_gguf.refine.options import RefinementOptions

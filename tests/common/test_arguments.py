@@ -37,10 +37,10 @@ def test_the_innermost_name_stays() -> None:
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    extras.require("convert")
+    extras.require_extra("convert")
     monkeypatch.setitem(extras.EXTRAS, "convert", ("torch", "no_such_module"))
     with pytest.raises(MissingExtraError) as caught:
-        extras.require("convert")
+        extras.require_extra("convert")
     expected = "this needs no_such_module, which is not installed; run: pip install 'mc-gguf[convert]'"
     assert str(caught.value) == expected
 

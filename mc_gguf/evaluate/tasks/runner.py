@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mc_gguf.common.errors import McError
-from mc_gguf.common.extras import require
+from mc_gguf.common.extras import require_extra
 from mc_gguf.evaluate.files import file_bytes
 from mc_gguf.evaluate.result import align_columns
 
@@ -51,7 +51,7 @@ class TaskResult:
 
 def check_tasks(request: TaskRequest) -> None:
     """Raises MissingExtraError without lm_eval, McError when it does not know a task."""
-    require("tasks")
+    require_extra("tasks")
     if request.folder and not request.folder.is_dir():
         raise McError(f"{request.folder} is not a folder with tasks (YAML)", parameter="tasks_path")
     known = set(_manager(request).all_tasks)
