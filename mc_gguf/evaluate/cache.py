@@ -17,7 +17,7 @@ from pathlib import Path
 from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.common.progress import progress
 from mc_gguf.common.units import format_size
-from mc_gguf.evaluate.files import fingerprint
+from mc_gguf.evaluate.files import model_sha256
 from mc_gguf.evaluate.reference import Reference, file_size, is_reference
 from mc_gguf.evaluate.scorer import Scorer
 from mc_gguf.evaluate.text import Text
@@ -75,7 +75,7 @@ def store(scorer: Scorer, text: Text, n_tokens: int | None, path: Path, quiet: b
 def cached_path(model: Path, text: Text, n_ctx: int, n_tokens: int | None) -> Path:
     """Where the reference of `model` on `text` belongs."""
     runtime = (upstream.pin().commit, upstream.patchset_digest())
-    parts = (FORMAT, fingerprint(model), text.sha256, n_ctx, n_tokens, *runtime)
+    parts = (FORMAT, model_sha256(model), text.sha256, n_ctx, n_tokens, *runtime)
     key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
     names = [re.sub(r"[^\w.-]+", "_", name)[:40] for name in (model.stem, text.name)]
     return upstream.cache_dir() / "references" / f"{'-'.join(names)}-{key}.logits"

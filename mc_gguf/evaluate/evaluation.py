@@ -19,7 +19,7 @@ from typing import Any
 
 from mc_gguf.common.errors import McError
 from mc_gguf.common.progress import progress
-from mc_gguf.evaluate.files import file_bytes, fingerprint
+from mc_gguf.evaluate.files import model_file_bytes, model_sha256
 from mc_gguf.evaluate.reference import Reference
 from mc_gguf.evaluate.result import Result, statistics
 from mc_gguf.evaluate.scorer import Scorer
@@ -62,10 +62,10 @@ def evaluate_model(
     with Scorer(model, n_ctx, routing=routing, n_threads=n_threads) as scorer:
         facts: dict[str, Any] = {
             "model": str(model),
-            "file_bytes": file_bytes(model),
+            "file_bytes": model_file_bytes(model),
             "ctx": n_ctx,
             "routing": str(routing),
-            "model_sha256": fingerprint(model) if with_hash else None,
+            "model_sha256": model_sha256(model) if with_hash else None,
         }
         return [
             Result(**facts, **_measure(scorer, text, reference, n_tokens, quiet))

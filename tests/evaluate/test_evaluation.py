@@ -260,15 +260,15 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changes(
     monkeypatch.setattr(files, "sha256_of", hexadecimal)
     path = tmp_path / "m.gguf"
     path.write_bytes(b"one")
-    found = [files.fingerprint(path), files.fingerprint(path)]
+    found = [files.model_sha256(path), files.model_sha256(path)]
     assert found == [b"one".hex()] * 2
     assert len(read) == 1
     before = path.stat()
     path.write_bytes(b"two")  # as many bytes, and the time of change set back
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert files.fingerprint(path) == b"two".hex()
+    assert files.model_sha256(path) == b"two".hex()
     next((tmp_path / "cache" / "hashes").iterdir()).write_text("{")
-    assert files.fingerprint(path) == b"two".hex()
+    assert files.model_sha256(path) == b"two".hex()
     assert len(read) == 3
 
 
@@ -277,7 +277,7 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
         (tmp_path / f"m-{i:05}-of-00003.gguf").write_bytes(bytes(i))
     first = tmp_path / "m-00001-of-00003.gguf"
     assert len(files.files_of(first)) == 3
-    assert files.file_bytes(first) == 6
-    before = files.fingerprint(first)
+    assert files.model_file_bytes(first) == 6
+    before = files.model_sha256(first)
     (tmp_path / "m-00003-of-00003.gguf").write_bytes(b"abc")
-    assert files.fingerprint(first) != before
+    assert files.model_sha256(first) != before

@@ -11,7 +11,7 @@ from typing import Any
 
 from mc_gguf.common.errors import McError
 from mc_gguf.common.extras import require_extra
-from mc_gguf.evaluate.files import file_bytes
+from mc_gguf.evaluate.files import model_file_bytes
 from mc_gguf.evaluate.result import align_columns
 
 DEFAULT_CTX = 4096  # tokens of context for a task, or what the model was trained on if that is less
@@ -93,7 +93,7 @@ def run_tasks(
             )
         except ConnectionError as error:
             raise McError(f"the data of {', '.join(request.names)} cannot be loaded: {error}") from error
-    shared: dict[str, Any] = {"model": str(model), "file_bytes": file_bytes(model), "routing": routing}
+    shared: dict[str, Any] = {"model": str(model), "file_bytes": model_file_bytes(model), "routing": routing}
     return [
         TaskResult(
             task=name,
