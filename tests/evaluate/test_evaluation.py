@@ -240,7 +240,7 @@ def test_interrupted_or_without_space_nothing_is_left(
 
     usage = type("Usage", (), {"free": 260 << 20})()
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    message = r"need 4\d\.\d+ MiB, but only 260\.00 MiB are free .*score fewer tokens.*MC_GGUF_CACHE"
+    message = r"has 260\.00 MiB free, but storing .* takes 30\d\.\d+ MiB; score fewer tokens.*MC_GGUF_CACHE"
     with pytest.raises(McError, match=message):
         references(tiny_gguf, [text], n_tokens=6000, n_threads=1)
     assert stored(tmp_path) == []
