@@ -49,7 +49,7 @@ def calibrate(
     Raises:
         MissingExtraError: torch or another package of mc-gguf[convert] is not installed.
         SourceError: the model or the text cannot be read, or the architecture is not supported.
-        McError: a type is unknown or fits no matrix of the model.
+        McError: a type is unknown or fits no matrix of the model, or a number is too small.
 
     Example:
         >>> from mc_gguf.calibrate import calibrate
@@ -63,10 +63,10 @@ def calibrate(
     from mc_gguf.calibrate.calibrator import calibrate_to_file
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
-    refuse_to_overwrite(Path(output), Path(source), *to_paths(text))
     request = CalibrationRequest(
         text=text, tokens=tokens, ctx=ctx, rows=rows, types=types, seed=seed, threads=threads
     )
+    refuse_to_overwrite(Path(output), Path(source), *to_paths(text))
     checkpoint = open_checkpoint(Path(source))
     corpus = request.corpus(checkpoint)
     return calibrate_to_file(checkpoint, corpus, Path(output), request.options(), resume, quiet)

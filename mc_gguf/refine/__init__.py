@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mc_gguf.common.arguments import PathLike, Paths, to_bytes, to_path, to_paths, to_seconds
+from mc_gguf.common.arguments import PathLike, Paths, check_at_least, to_bytes, to_path, to_paths, to_seconds
 from mc_gguf.common.errors import about
 from mc_gguf.common.extras import require_extra
 
@@ -72,7 +72,7 @@ def refine(
         MissingExtraError: torch or another package of mc-gguf[convert] is not installed.
         SourceError: the model or the text cannot be read, or the architecture is not supported.
         ArtifactError: model, plan and calibration do not belong together.
-        McError: there is too little text, or `time` or `memory` cannot be understood.
+        McError: there is too little text, a number is too small, or `time` or `memory` cannot be understood.
 
     Example:
         >>> from mc_gguf.refine import refine
@@ -90,6 +90,8 @@ def refine(
     from mc_gguf.refine.refinement import refine_to_file
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
+    check_at_least(2, tokens=tokens, ctx=ctx)
+    check_at_least(1, threads=threads)
     texts, calibrated = to_paths(text), to_paths(calibration_text)
     inputs = (Path(plan), *texts, *calibrated, *to_paths(calibration))
     refuse_to_overwrite(Path(output), Path(source), *inputs)
