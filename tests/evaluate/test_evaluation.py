@@ -142,11 +142,13 @@ def test_too_little_text(tiny_gguf: Path) -> None:
 
 
 def test_a_longer_context_than_the_model_knows_is_warned_of(
-    tiny_gguf: Path, text: Text, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_gguf: Path, text: Text, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Once for a model, and even where no progress is shown."""
     monkeypatch.setattr(Scorer, "n_ctx_train", 256)
-    evaluate_model(tiny_gguf, [text], n_ctx=512, n_tokens=1, n_threads=1)
-    assert "warning: the context is 512, but tiny-bf16.gguf was trained on 256" in capsys.readouterr().err
+    evaluate_model(tiny_gguf, [text, text], n_ctx=512, n_tokens=1, n_threads=1, quiet=True)
+    [warning] = caplog.messages
+    assert warning == "the context is 512, but tiny-bf16.gguf was trained on 256"
 
 
 def test_logits_that_are_no_numbers(tiny_gguf: Path, tmp_path: Path, text: Text) -> None:
