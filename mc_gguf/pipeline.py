@@ -19,7 +19,7 @@ from mc_gguf.artifacts import NO_CALIBRATION, Calibration, FixedTypes, ModelInfo
 from mc_gguf.calibrate.arguments import CalibrationRequest
 from mc_gguf.common.arguments import Names, PathLike, Paths, to_path, to_paths, to_seconds
 from mc_gguf.common.errors import ArtifactError, McError, NoBudgetError, about
-from mc_gguf.common.extras import require
+from mc_gguf.common.extras import require_extra
 from mc_gguf.common.machine import memory_bytes
 from mc_gguf.common.progress import ProgressListener, listening
 from mc_gguf.common.workdir import forget_work
@@ -203,7 +203,7 @@ def make_plan(
         output_type=output_type,
         seed=seed,
     )
-    require("convert", "scipy")
+    require_extra("convert", "scipy")
     known = Calibration.load(Path(calibration))
     plan = request.plan(known, file_bytes_for(known))
     return plan if output is None else plan.save(Path(output))
@@ -274,7 +274,7 @@ class Conversion:
 
         The plan lies beside the output, in a file of its own when it was refined.
         """
-        require("convert")
+        require_extra("convert")
         given = (*to_paths(self.request.text), *to_paths(self.request.calibration))
         refuse_to_overwrite(self.output, self.source, *given)
         search = self._check()

@@ -67,7 +67,7 @@ def ours(
 ) -> float:
     """Seconds that opening and quantizing take."""
     from mc_gguf.ggml.quantizers import init
-    from mc_gguf.quantize.writer import quantize
+    from mc_gguf.quantize.writer import write_model
     from mc_gguf.source import open_checkpoint
 
     init(types)  # tables that both sides build once
@@ -75,7 +75,7 @@ def ours(
     checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint.info, types, fixed, output.with_suffix(".plan"))
     calibration = make_calibration(checkpoint.info, output.with_suffix(".calib")) if imatrix else None
-    quantize(checkpoint, calibration, plan, output, threads, resume=False)
+    write_model(checkpoint, calibration, plan, output, threads, resume=False)
     return time.monotonic() - start
 
 

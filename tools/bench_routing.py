@@ -293,7 +293,7 @@ def main() -> None: ...
 def make(source: Path, folder: Path, threads: int) -> None:
     """Quantize SOURCE twice into FOLDER: every matrix in Q2_K, and the experts in three types in turn."""
     from mc_gguf.artifacts import FixedTypes
-    from mc_gguf.quantize.writer import quantize
+    from mc_gguf.quantize.writer import write_model
     from mc_gguf.source import open_checkpoint
     from tools.bench_quantize import make_calibration, make_plan
 
@@ -303,7 +303,7 @@ def make(source: Path, folder: Path, threads: int) -> None:
     fixed = FixedTypes("Q2_K", "Q2_K", "Q2_K", "Q2_K")
     for name, types in (("Q2_K", ("Q2_K",)), ("mixed", MIX)):
         plan = make_plan(checkpoint.info, types, fixed, folder / f"{name}.plan")
-        quantize(checkpoint, calibration, plan, folder / f"{name}.gguf", threads, resume=False)
+        write_model(checkpoint, calibration, plan, folder / f"{name}.gguf", threads, resume=False)
 
 
 @main.command()

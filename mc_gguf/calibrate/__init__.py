@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mc_gguf.common.arguments import Names, PathLike, Paths, to_paths
-from mc_gguf.common.extras import require
+from mc_gguf.common.extras import require_extra
 from mc_gguf.common.progress import ProgressListener, listening
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def calibrate(
     Raises:
         MissingExtraError: torch or another package of mc-gguf[convert] is not installed.
         SourceError: the model or the text cannot be read, or the architecture is not supported.
-        McError: a type is unknown or fits no matrix of the model.
+        McError: a type is unknown or fits no matrix of the model, or a number is too small.
 
     Example:
         >>> from mc_gguf.calibrate import calibrate
@@ -61,15 +61,15 @@ def calibrate(
         >>> found.frequency.shape  # layers, experts
         (6, 8)
     """
-    require("convert")
+    require_extra("convert")
     from mc_gguf.calibrate.arguments import CalibrationRequest
     from mc_gguf.calibrate.calibrator import calibrate_to_file
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
-    refuse_to_overwrite(Path(output), Path(source), *to_paths(text))
     request = CalibrationRequest(
         text=text, tokens=tokens, ctx=ctx, rows=rows, types=types, seed=seed, threads=threads
     )
+    refuse_to_overwrite(Path(output), Path(source), *to_paths(text))
     checkpoint = open_checkpoint(Path(source))
     corpus = request.corpus(checkpoint)
     with listening(progress):

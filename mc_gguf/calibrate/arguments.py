@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mc_gguf.common.arguments import Names, Paths, to_paths, to_types
+from mc_gguf.common.arguments import Names, Paths, check_at_least, to_paths, to_types
 from mc_gguf.common.errors import about
 from mc_gguf.source.text import DEFAULT_CTX, DEFAULT_TOKENS, Corpus, load_corpus
 
@@ -28,6 +28,8 @@ class CalibrationRequest:
         types: ggml types to measure; by default all candidates that fit the model.
         seed: random seed.
         threads: threads; by default all usable cores.
+
+    Raises McError for a number that is too small.
     """
 
     text: Paths = ()
@@ -37,6 +39,10 @@ class CalibrationRequest:
     types: Names | None = None
     seed: int = 0
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least(2, tokens=self.tokens, ctx=self.ctx)
+        check_at_least(1, rows=self.rows, threads=self.threads)
 
     def corpus(self, checkpoint: Checkpoint) -> Corpus:
         """The token rows. Raises SourceError for a text that cannot be read or is too short."""

@@ -60,20 +60,20 @@ def calibrate_to_file(
     resume: bool = True,
     quiet: bool = False,
 ) -> Calibration:
-    """calibrate() into the file `output`, continuing what a killed run left beside it unless `resume`
-    is False.
+    """calibrate_checkpoint() into the file `output`, continuing what a killed run left beside it unless
+    `resume` is False.
     """
     types = measured_types(checkpoint.info, options.types)
     identity = calibration_identity(checkpoint.info, text, types, options) | {"state": STATE_VERSION}
     with Workdir(output, identity, resume) as work:
         work.check_space(state_bytes(checkpoint.info, text.rows, options.sensitivity_tokens))
         result = work.path("result.safetensors")
-        calibration = calibrate(checkpoint, text, options, work.directory, quiet).save(result)
+        calibration = calibrate_checkpoint(checkpoint, text, options, work.directory, quiet).save(result)
         work.publish(result)
     return calibration
 
 
-def calibrate(
+def calibrate_checkpoint(
     checkpoint: Checkpoint,
     text: Corpus,
     options: CalibrationOptions = DEFAULT_OPTIONS,

@@ -27,7 +27,7 @@ class CalibrationSummary:
         return f"{counts}, {self.tokens} tokens\nsuper experts: {'; '.join(self.super_experts) or 'none'}"
 
 
-def summarize(calibration: Calibration) -> CalibrationSummary:
+def summarize_calibration(calibration: Calibration) -> CalibrationSummary:
     """The summary of a calibration that calibrate() made."""
     return CalibrationSummary(
         len(calibration.layers),

@@ -30,7 +30,7 @@ def command(source: Path, output: Path, as_json: bool, **options: Any) -> None:
     killed run.
     """
     from mc_gguf.calibrate import calibrate
-    from mc_gguf.calibrate.summary import summarize
+    from mc_gguf.calibrate.summary import summarize_calibration
 
-    summary = summarize(calibrate(source, output, **options))
+    summary = summarize_calibration(calibrate(source, output, **options))
     show({"output": str(output), **summary.to_json()}, f"{output}: {summary.text()}", as_json)

@@ -36,7 +36,7 @@ answers = section("Answers")
 )
 @o.routing_option
 @o.threads_option
-@o.quiet_option
+@o.printed("--quiet", is_flag=True, help="Do not show on stderr what dynamic routing saved.")
 def command(
     model: Path,
     prompt: str | None,

@@ -45,12 +45,12 @@ def command(source: Path, output: Path, dry_run: bool, as_json: bool, **options:
     the search came in its time; the plan that it found is kept, too.)
     """
     from mc_gguf.pipeline import Conversion, ConversionRequest
-    from mc_gguf.plan.summary import summarize
+    from mc_gguf.plan.summary import summarize_plan
 
     work = Conversion(source, output, ConversionRequest(**options))
     with results(as_json) as found:
         plan = work.plan()
-        summary = summarize(plan)
+        summary = summarize_plan(plan)
         found.add({"plan": summary.to_json()}, "\n".join(summary.lines()))
         if dry_run:
             work.discard(plan)

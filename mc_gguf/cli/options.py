@@ -63,7 +63,7 @@ plan_calibration_option = calibration(
 resume_option = resume(
     "--resume/--no-resume", default=True, show_default=True, help="Continue a run that was killed."
 )
-quiet_option = printed("--quiet", is_flag=True, help="Show neither progress nor statistics on stderr.")
+quiet_option = printed("--quiet", is_flag=True, help="Show no progress on stderr; warnings remain.")
 json_option = printed(
     "--json", "as_json", is_flag=True, help="Print the result as one JSON document, and nothing else."
 )

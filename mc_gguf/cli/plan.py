@@ -27,12 +27,12 @@ def command(calibration: Path, output: Path | None, dry_run: bool, as_json: bool
     exactly one of --size, --bpw and --bits-per-layer.
     """
     from mc_gguf.pipeline import make_plan
-    from mc_gguf.plan.summary import summarize
+    from mc_gguf.plan.summary import summarize_plan
 
     if output is None and not dry_run:
         raise click.UsageError("say where to write the plan with -o, or give --dry-run")
     target = None if dry_run else output
-    summary = summarize(make_plan(calibration, target, **options))
+    summary = summarize_plan(make_plan(calibration, target, **options))
     show(summary.to_json(), "\n".join(summary.lines()), as_json)
     if target:
         click.echo(f"wrote {output}", err=True)

@@ -6,14 +6,16 @@ import shlex
 
 import click
 
-from mc_gguf.common.errors import NoBudgetError, SizeProposal
-from mc_gguf.common.units import format_size
+from mc_gguf.common.errors import NoBudgetError
+from mc_gguf.common.units import format_size, format_size_up
 
 
 def proposal_lines(error: NoBudgetError, ctx: click.Context) -> list[str]:
     """A table of the proposals, and the command of each."""
     memory = format_size(error.memory_bytes)
-    rows = [(size_option(p), f"{p.bpw:.2f}", "yes" if p.fits else "no") for p in error.proposals]
+    rows = [
+        (format_size_up(p.size_bytes), f"{p.bpw:.2f}", "yes" if p.fits else "no") for p in error.proposals
+    ]
     paths = (str(ctx.params["source"]), "-o", str(ctx.params["output"]))
     command = shlex.join([*ctx.command_path.split(), *paths])
     return [
@@ -24,13 +26,3 @@ def proposal_lines(error: NoBudgetError, ctx: click.Context) -> list[str]:
         "",
         *(f"{command} --size {size}" for size, _, _ in rows),
     ]
-
-
-def size_option(proposal: SizeProposal) -> str:
-    """The size rounded up to three significant digits or more, as --size takes it."""
-    value, unit = float(proposal.size_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{-(-value * 100 // 1) / 100:.2f}{unit}"

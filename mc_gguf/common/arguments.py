@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mc_gguf.common.errors import about
+from mc_gguf.common.errors import McError, about
 from mc_gguf.common.units import parse_duration, parse_size
 
 PathLike = str | Path
@@ -45,3 +45,10 @@ def to_seconds(value: str | float, parameter: str) -> float:
     """Seconds of "90s", "10m", or of a number. Raises McError, about `parameter`."""
     with about(parameter):
         return parse_duration(str(value))
+
+
+def check_at_least(minimum: int, **arguments: int | None) -> None:
+    """Raises McError, about the first of `arguments` that is below `minimum`; None stands for a default."""
+    for parameter, value in arguments.items():
+        if value is not None and value < minimum:
+            raise McError(f"{parameter} must be at least {minimum}, not {value}", parameter=parameter)

@@ -17,7 +17,7 @@ EXTRAS = {
 }
 
 
-def require(extra: str, *modules: str) -> None:
+def require_extra(extra: str, *modules: str) -> None:
     """Raises MissingExtraError unless `modules` (by default all that `extra` brings) can be imported."""
     for module in modules or EXTRAS[extra]:
         if importlib.util.find_spec(module) is None:

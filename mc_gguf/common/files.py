@@ -32,13 +32,17 @@ def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
             raise McError(f"{output} is the same file as the input {path}; write to another file")
 
 
-def check_space(folder: Path, n_bytes: int, purpose: str) -> None:
-    """Raises McError when the disk that holds `folder` has less than `n_bytes` free."""
-    free = shutil.disk_usage(folder).free
+def check_space(
+    folder: Path, n_bytes: int, purpose: str, remedy: str = "make room, or write to another disk"
+) -> None:
+    """Raises McError when the disk that holds `folder`, or will hold it, has less than `n_bytes` free. The
+    message says what takes the space, `purpose`, and what to do, `remedy`.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < n_bytes:
         raise McError(
-            f"{folder} has {format_size(free)} free, but {purpose} takes {format_size(n_bytes)}; make room, "
-            "or write to another disk"
+            f"{existing} has {format_size(free)} free, but {purpose} takes {format_size(n_bytes)}; {remedy}"
         )
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 
@@ -45,13 +46,25 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """`size` bytes with a binary unit and three significant digits or more: 15.5 GiB, 912 B."""
+    """`size` bytes with a binary unit and three significant digits or more: 15.50 GiB, 912 B."""
+    value, unit = _in_binary_unit(size)
+    return f"{size} B" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def format_size_up(size: int) -> str:
+    """A text such as 15.51GiB that parse_size reads as at least `size` bytes: rounded up to two decimals."""
+    value, unit = _in_binary_unit(size)
+    return f"{math.ceil(value * 100) / 100:.2f}{unit}"
+
+
+def _in_binary_unit(size: int) -> tuple[float, str]:
+    """`size` bytes in the largest unit that leaves 1 or more."""
     value, unit = float(size), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
             break
         value, unit = value / 1024, larger
-    return f"{size} B" if unit == "B" else f"{value:.2f} {unit}"
+    return value, unit
 
 
 def parse_duration(text: str) -> float:

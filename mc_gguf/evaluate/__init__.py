@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mc_gguf.common.arguments import Names, PathLike, Paths, to_names, to_path, to_paths
+from mc_gguf.common.arguments import Names, PathLike, Paths, check_at_least, to_names, to_path, to_paths
 from mc_gguf.common.progress import ProgressListener, listening
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def evaluate(
     Raises:
         SourceError, FormatError: a model or a text cannot be read.
         MissingExtraError: lm_eval of mc-gguf[tasks] is not installed.
-        McError: there is nothing to evaluate on, a text is too short, the reference is of another text or
-            vocabulary, or the routing does not fit the model.
+        McError: there is nothing to evaluate on, a text is too short, a number is too small, the reference is
+            of another text or vocabulary, or the routing does not fit the model.
 
     Example:
         >>> from mc_gguf.evaluate import evaluate
@@ -95,6 +95,9 @@ def evaluate(
     from mc_gguf.evaluate.request import EvaluationRequest
     from mc_gguf.evaluate.tasks.runner import TaskRequest
 
+    check_at_least(16, ctx=ctx)
+    check_at_least(1, tokens=tokens, limit=limit, threads=threads)
+    check_at_least(0, fewshot=fewshot)
     names = to_names(tasks or ())
     request = EvaluationRequest(
         to_paths(models),

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from mc_gguf.common.errors import ArtifactError, McError
+from mc_gguf.common.errors import ArtifactError, McError, about
+from mc_gguf.common.files import check_space
 from mc_gguf.common.progress import progress
 from mc_gguf.common.units import format_size
-from mc_gguf.evaluate.files import fingerprint
+from mc_gguf.evaluate.files import model_sha256
 from mc_gguf.evaluate.reference import Reference, file_size, is_reference
 from mc_gguf.evaluate.scorer import Scorer
 from mc_gguf.evaluate.text import Text
 from mc_gguf.runtime import upstream
 
-SPARE_BYTES = 256 << 20  # left free on the disk
+SPARE_BYTES = 256 << 20  # beside a reference, to be left free on the disk
 FORMAT = 1  # raise it when the same inputs would give another file
 
 
@@ -66,7 +66,9 @@ def store(scorer: Scorer, text: Text, n_tokens: int | None, path: Path, quiet: b
     """Compute and write one reference, after saying how large it will be."""
     chunks = scorer.cut(text, n_tokens)
     size = file_size(scorer.n_ctx, scorer.llm.vocabulary, len(chunks))
-    check_space(path.parent, size)
+    remedy = "score fewer tokens, or set MC_GGUF_CACHE to a folder on another disk"
+    with about("tokens"):
+        check_space(path.parent, size + SPARE_BYTES, "storing the reference's log-probabilities", remedy)
     with progress(f"reference on {text.name}", chunks.size, "tokens", quiet) as bar:
         bar.say(f"storing log-probabilities of {scorer.model.name}, {format_size(size)}, in {path}")
         scorer.store(chunks, path, bar.advance)
@@ -75,19 +77,7 @@ def store(scorer: Scorer, text: Text, n_tokens: int | None, path: Path, quiet: b
 def cached_path(model: Path, text: Text, n_ctx: int, n_tokens: int | None) -> Path:
     """Where the reference of `model` on `text` belongs."""
     runtime = (upstream.pin().commit, upstream.patchset_digest())
-    parts = (FORMAT, fingerprint(model), text.sha256, n_ctx, n_tokens, *runtime)
+    parts = (FORMAT, model_sha256(model), text.sha256, n_ctx, n_tokens, *runtime)
     key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
     names = [re.sub(r"[^\w.-]+", "_", name)[:40] for name in (model.stem, text.name)]
     return upstream.cache_dir() / "references" / f"{'-'.join(names)}-{key}.logits"
-
-
-def check_space(folder: Path, size: int) -> None:
-    """Raises McError unless the disk has room for `size` bytes and SPARE_BYTES more."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if size + SPARE_BYTES > free:
-        raise McError(
-            f"the reference's log-probabilities need {format_size(size)}, but only {format_size(free)} are "
-            f"free in {existing}: score fewer tokens, or set MC_GGUF_CACHE to another disk",
-            parameter="tokens",
-        )

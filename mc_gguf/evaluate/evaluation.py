@@ -11,6 +11,7 @@ docs/explanation/evaluation.md defines the numbers.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from typing import Any
 
 from mc_gguf.common.errors import McError
 from mc_gguf.common.progress import progress
-from mc_gguf.evaluate.files import file_bytes, fingerprint
+from mc_gguf.evaluate.files import model_file_bytes, model_sha256
 from mc_gguf.evaluate.reference import Reference
 from mc_gguf.evaluate.result import Result, statistics
 from mc_gguf.evaluate.scorer import Scorer
 from mc_gguf.evaluate.text import Text
 from mc_gguf.routing import Routing
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_model(
@@ -60,12 +63,14 @@ def evaluate_model(
         raise McError(f"{len(texts)} texts need as many references, but there are {len(references)}")
     paired: list[Reference | None] = list(references) if references else [None] * len(texts)
     with Scorer(model, n_ctx, routing=routing, n_threads=n_threads) as scorer:
+        if n_ctx > scorer.n_ctx_train:
+            log.warning("the context is %d, but %s was trained on %d", n_ctx, model.name, scorer.n_ctx_train)
         facts: dict[str, Any] = {
             "model": str(model),
-            "file_bytes": file_bytes(model),
+            "file_bytes": model_file_bytes(model),
             "ctx": n_ctx,
             "routing": str(routing),
-            "model_sha256": fingerprint(model) if with_hash else None,
+            "model_sha256": model_sha256(model) if with_hash else None,
         }
         return [
             Result(**facts, **_measure(scorer, text, reference, n_tokens, quiet))
@@ -82,8 +87,6 @@ def _measure(
         chunks = chunks[: len(reference.tokens)]
     name, start = scorer.model.name, time.perf_counter()
     with progress(f"{name} on {text.name}", chunks.size, "tokens", quiet) as bar:
-        if scorer.n_ctx > scorer.n_ctx_train:
-            bar.say(f"warning: the context is {scorer.n_ctx}, but {name} was trained on {scorer.n_ctx_train}")
         scorer.llm.reset_routing_stats()
         scores = scorer.score(chunks, reference, bar.advance)
     routed = scorer.llm.routing.policy != "off"

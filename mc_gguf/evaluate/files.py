@@ -26,12 +26,12 @@ def files_of(model: Path) -> list[Path]:
     return paths if len(paths) == 1 else [path for path in paths if path.is_file()]
 
 
-def file_bytes(model: Path) -> int:
+def model_file_bytes(model: Path) -> int:
     """Size of all of the model's files."""
     return sum(path.stat().st_size for path in files_of(model))
 
 
-def fingerprint(model: Path) -> str:
+def model_sha256(model: Path) -> str:
     """SHA-256 of the model's file; of the shards' hashes where it has several."""
     hashes = [_sha256(path) for path in files_of(model)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

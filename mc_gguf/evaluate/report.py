@@ -74,22 +74,22 @@ def render(report: Report) -> str:
         f"<title>mc-gguf eval</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>Evaluation</h1>"
     ]
     if report.results:
-        parts.append(result_table(report.results))
+        parts.append(results_html(report.results))
         parts += [plot(text, found) for text, found in _comparisons(report.results)]
     if report.tasks:
-        parts.append(task_table(report.tasks))
+        parts.append(tasks_html(report.tasks))
     parts.append(_method(report))
     return "\n".join(parts) + "\n</body>\n</html>\n"
 
 
-def result_table(results: Sequence[Result]) -> str:
+def results_html(results: Sequence[Result]) -> str:
     chosen = columns(results)
     left = [is_left for _, is_left, _ in chosen]
     rows = [[cell(r) for _, _, cell in chosen] for r in results]
     return _table([heading for heading, _, _ in chosen], rows, left)
 
 
-def task_table(tasks: Sequence[TaskResult]) -> str:
+def tasks_html(tasks: Sequence[TaskResult]) -> str:
     headings = ["model", "size", "task", "metric", "value", "examples", "documents"]
     rows = [
         [

@@ -12,7 +12,7 @@ from typing import Any
 from mc_gguf.common.errors import McError, about
 from mc_gguf.evaluate.cache import references
 from mc_gguf.evaluate.evaluation import evaluate_model
-from mc_gguf.evaluate.files import fingerprint
+from mc_gguf.evaluate.files import model_sha256
 from mc_gguf.evaluate.report import Report, write_report
 from mc_gguf.evaluate.result import Result, result_table
 from mc_gguf.evaluate.tasks.runner import TaskRequest, TaskResult, check_tasks, run_tasks, task_table
@@ -125,6 +125,6 @@ class EvaluationRequest:
 
     def _report(self, texts: Sequence[Text], found: Evaluation) -> Report:
         files = [*self.models, *filter(None, [self.reference])]
-        hashes = {str(path): fingerprint(path) for path in files}
+        hashes = {str(path): model_sha256(path) for path in files}
         hashes |= {text.name: text.sha256 for text in texts}
         return Report(found.results, found.tasks, self.command, hashes, self.reference)

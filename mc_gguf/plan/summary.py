@@ -15,7 +15,7 @@ PAYS = 0.95
 
 
 @dataclass(frozen=True)
-class Summary:
+class PlanSummary:
     """Figures of a plan.
 
     `type_counts[projection][type]` counts experts, the smallest type first; `attention_counts[part][type]`
@@ -74,10 +74,10 @@ class Summary:
         return [f"{name:<16}{text}" for name, text in rows]
 
 
-def summarize(plan: Plan) -> Summary:
+def summarize_plan(plan: Plan) -> PlanSummary:
     """The figures of `plan`. All of them are in the plan; nothing is estimated anew."""
     counts = {p: _counts(plan, p) for p in PROJECTIONS}
-    return Summary(
+    return PlanSummary(
         plan.strategy,
         plan.budget,
         len(plan.layers),

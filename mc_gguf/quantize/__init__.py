@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mc_gguf.common.arguments import PathLike, Paths, to_path, to_paths
+from mc_gguf.common.arguments import PathLike, Paths, check_at_least, to_path, to_paths
 from mc_gguf.common.errors import about
-from mc_gguf.common.extras import require
+from mc_gguf.common.extras import require_extra
 from mc_gguf.common.progress import ProgressListener, listening
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def quantize(
         MissingExtraError: torch or another package of mc-gguf[convert] is not installed.
         SourceError: the model cannot be read, or `output` is one of its files.
         ArtifactError: model, plan and calibration do not belong together.
-        McError: a tensor cannot have the type that the plan gives it.
+        McError: a tensor cannot have the type that the plan gives it, or `threads` is too small.
 
     Example:
         >>> from mc_gguf.quantize import quantize
@@ -62,12 +62,13 @@ def quantize(
         >>> model.is_mixed
         True
     """
-    require("convert")
+    require_extra("convert")
     from mc_gguf.artifacts import Plan
     from mc_gguf.artifacts.matching import find_calibration
     from mc_gguf.quantize.to_file import quantize_to_file
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
+    check_at_least(1, threads=threads)
     texts = to_paths(calibration_text)
     refuse_to_overwrite(Path(output), Path(source), Path(plan), *texts, *to_paths(calibration))
     the_plan = Plan.load(Path(plan))

@@ -9,7 +9,7 @@ from mc_gguf.common.machine import usable_cores
 from mc_gguf.common.progress import progress
 from mc_gguf.compensate.experts import compensated_bank
 from mc_gguf.container import MixedGguf
-from mc_gguf.quantize.writer import model_workdir, quantize_in
+from mc_gguf.quantize.writer import model_workdir, write_model_in
 from mc_gguf.source import Checkpoint
 
 
@@ -36,4 +36,4 @@ def quantize_to_file(
         if compensate:
             compensated = compensated_bank(checkpoint, calibration, plan, work, text, n_thread, quiet, bank)
         with progress("quantize", unit="M weights", quiet=quiet) as bar:
-            return quantize_in(work, checkpoint, calibration, plan, n_thread, bar, compensated)
+            return write_model_in(work, checkpoint, calibration, plan, n_thread, bar, compensated)

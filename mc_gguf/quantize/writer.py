@@ -55,7 +55,7 @@ def model_workdir(
     return Workdir(output, {"model": model.fingerprint, "calibration": made_from}, resume)
 
 
-def quantize(
+def write_model(
     checkpoint: Checkpoint,
     calibration: Calibration | None,
     plan: Plan,
@@ -76,10 +76,10 @@ def quantize(
     not fit, the disk is full, or another process is writing the same output.
     """
     with model_workdir(checkpoint.info, calibration, output, resume) as work:
-        return quantize_in(work, checkpoint, calibration, plan, threads, progress, bank)
+        return write_model_in(work, checkpoint, calibration, plan, threads, progress, bank)
 
 
-def quantize_in(
+def write_model_in(
     work: Workdir,
     checkpoint: Checkpoint,
     calibration: Calibration | None,
@@ -88,7 +88,7 @@ def quantize_in(
     progress: Progress | None = None,
     bank: Bank | None = None,
 ) -> container.MixedGguf:
-    """quantize() in a working directory that is open already (see model_workdir); it is gone afterwards."""
+    """write_model() in a working directory that is open already (see model_workdir), and gone afterwards."""
     if calibration is not None and calibration.fingerprint == NO_CALIBRATION:
         calibration = None
     check_inputs(checkpoint.info, calibration, plan)

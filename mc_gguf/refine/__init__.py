@@ -13,9 +13,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mc_gguf.common.arguments import PathLike, Paths, to_bytes, to_path, to_paths, to_seconds
+from mc_gguf.common.arguments import PathLike, Paths, check_at_least, to_bytes, to_path, to_paths, to_seconds
 from mc_gguf.common.errors import about
-from mc_gguf.common.extras import require
+from mc_gguf.common.extras import require_extra
 from mc_gguf.common.progress import ProgressListener, listening
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def refine(
         MissingExtraError: torch or another package of mc-gguf[convert] is not installed.
         SourceError: the model or the text cannot be read, or the architecture is not supported.
         ArtifactError: model, plan and calibration do not belong together.
-        McError: there is too little text, or `time` or `memory` cannot be understood.
+        McError: there is too little text, a number is too small, or `time` or `memory` cannot be understood.
 
     Example:
         >>> from mc_gguf.refine import refine
@@ -86,13 +86,15 @@ def refine(
         >>> found.plan.expert_bpw <= 2.8
         True
     """
-    require("convert")
+    require_extra("convert")
     from mc_gguf.artifacts import Plan
     from mc_gguf.artifacts.matching import find_calibration
     from mc_gguf.refine.options import RefinementOptions
     from mc_gguf.refine.refinement import refine_to_file
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
+    check_at_least(2, tokens=tokens, ctx=ctx)
+    check_at_least(1, threads=threads)
     texts, calibrated = to_paths(text), to_paths(calibration_text)
     inputs = (Path(plan), *texts, *calibrated, *to_paths(calibration))
     refuse_to_overwrite(Path(output), Path(source), *inputs)

@@ -109,7 +109,7 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Layers:
+class LayerNumbers:
     """Numbers of layers, or one of LAYER_WORDS."""
 
     text: str = "numbers, all or auto"
@@ -196,7 +196,7 @@ _ALL = (
     Option("threshold", Thresholds(), "thresholds as numbers"),
     Option("target_drop", Share(), "share of all expert activations to drop, at the least predicted damage"),
     Option("calibration", File(), "take thresholds and layers from this file of mc-gguf calibrate"),
-    Option("layers", Layers(), "layers that may drop experts; auto: those that tolerate it"),
+    Option("layers", LayerNumbers(), "layers that may drop experts; auto: those that tolerate it"),
     Option("protect", Share(), "share of a prompt's tokens that keep all of their experts"),
     Option("importance", Word(IMPORTANCES), "how the tokens to protect are chosen"),
     Option("keep_min", Integer(1, 2**31 - 1), "the least number of experts that a token keeps"),

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mc_gguf.common.errors import RuntimeBuildError
+from mc_gguf.common.files import check_space
 from mc_gguf.common.machine import usable_cores
 from mc_gguf.common.progress import Progress, progress
 from mc_gguf.runtime import fetch as sources
@@ -40,7 +41,7 @@ from mc_gguf.runtime.locate import (
 )
 from mc_gguf.runtime.shell import Log
 
-FREE_BYTES = 1_000_000_000
+BUILD_BYTES = 1 << 30  # what a build takes on the disk
 # What later steps read from the source tree: gguf-py, the converter, headers, sources of test programs.
 KEPT_SOURCE = (
     "conversion",
@@ -98,8 +99,8 @@ def build(
 
     `jobs` files are compiled at once (None: one for each usable core); `force` builds again from nothing;
     `quiet` shows no progress on stderr.
-    Raises RuntimeBuildError for an unknown backend, a missing tool, too little space, a wrong hash, or a step
-    that failed (the message names the log).
+    Raises RuntimeBuildError for an unknown backend, a missing tool, a wrong hash, or a step that failed (the
+    message names the log), and McError for a full disk.
     """
     if backend not in BACKENDS:
         raise RuntimeBuildError(f"unknown backend {backend!r}: one of {', '.join(BACKENDS)}")
@@ -107,7 +108,8 @@ def build(
     if not force and (task.target / MANIFEST).is_file():
         return task.runtime()
     check_tools(backend)
-    check_space(upstream.cache_dir())
+    remedy = "make room, or set MC_GGUF_CACHE to a folder on another disk"
+    check_space(upstream.cache_dir(), BUILD_BYTES, "building llama.cpp", remedy)
     with locked(task):
         if force:
             shutil.rmtree(task.work, ignore_errors=True)
@@ -175,17 +177,6 @@ def _cuda_compiler() -> str | None:
     return (
         os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     )
-
-
-def check_space(folder: Path) -> None:
-    """Raises RuntimeBuildError when the disk that holds `folder` has less than 1 GB free."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < FREE_BYTES:
-        raise RuntimeBuildError(
-            f"{existing} has {free / 1e9:.1f} GB free, but a build needs {FREE_BYTES / 1e9:.0f} GB: "
-            "make room, or set MC_GGUF_CACHE to a folder on another disk"
-        )
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Calibration
-from mc_gguf.calibrate.calibrator import calibrate, calibrate_to_file
+from mc_gguf.calibrate.calibrator import calibrate_checkpoint, calibrate_to_file
 from mc_gguf.calibrate.expert_errors import nominal_errors
 from mc_gguf.calibrate.options import CalibrationOptions, measured_types
 from mc_gguf.calibrate.state import state_bytes
@@ -46,7 +46,7 @@ def corpus(n_rows: int = 6, ctx: int = 32, n_vocab: int = 96) -> Corpus:
 @cache
 def case() -> tuple[Any, Calibration]:
     model = random_mixtral()
-    return model, calibrate(
+    return model, calibrate_checkpoint(
         MemoryCheckpoint(model), corpus(), CalibrationOptions(types=TYPES, threads=2), quiet=True
     )
 
@@ -175,7 +175,7 @@ def _tensor(output: Any) -> torch.Tensor:
 
 def test_sampling_tokens_scales_to_all_of_them() -> None:
     model, exact = case()
-    sampled = calibrate(
+    sampled = calibrate_checkpoint(
         MemoryCheckpoint(model),
         corpus(),
         CalibrationOptions(types=TYPES, max_tokens=40, threads=2),
@@ -399,7 +399,9 @@ class Unrouted(MemoryCheckpoint):
 def test_an_unrouted_expert_counts_as_if_one_token_had_come(caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = Unrouted(random_mixtral(num_local_experts=7))
     with caplog.at_level(logging.WARNING):
-        calibration = calibrate(checkpoint, corpus(), CalibrationOptions(types=TYPES, threads=2), quiet=True)
+        calibration = calibrate_checkpoint(
+            checkpoint, corpus(), CalibrationOptions(types=TYPES, threads=2), quiet=True
+        )
     assert (calibration.frequency[:, 6] == 0).all()
     assert (calibration.imatrix_in[:, 6] == 0).all()
     assert (calibration.output_sq[:, 6] == 0).all()
@@ -437,7 +439,9 @@ def test_values_that_are_not_finite_are_refused() -> None:
             return super().tensor(name) * (np.nan if name == "blk.1.attn_output.weight" else 1)
 
     with pytest.raises(SourceError, match="layer 1 gives values that are not finite"):
-        calibrate(Damaged(random_mixtral()), corpus(), CalibrationOptions(types=TYPES, threads=2), quiet=True)
+        calibrate_checkpoint(
+            Damaged(random_mixtral()), corpus(), CalibrationOptions(types=TYPES, threads=2), quiet=True
+        )
 
 
 def test_models_with_dense_layers_are_refused() -> None:
@@ -445,4 +449,4 @@ def test_models_with_dense_layers_are_refused() -> None:
     tensors = tuple(t for t in checkpoint.info.tensors if not t.name.startswith("blk.1.ffn_down"))
     checkpoint.info = replace(checkpoint.info, tensors=tensors)
     with pytest.raises(SourceError, match="experts in every layer"):
-        calibrate(checkpoint, corpus(), quiet=True)
+        calibrate_checkpoint(checkpoint, corpus(), quiet=True)

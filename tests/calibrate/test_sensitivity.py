@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.profiler import ProfilerActivity, profile
 
 from mc_gguf.artifacts import Calibration
-from mc_gguf.calibrate.calibrator import calibrate
+from mc_gguf.calibrate.calibrator import calibrate_checkpoint
 from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.calibrate.sensitivity import SENSITIVITY_TOKENS, branch_rows
 from mc_gguf.calibrate.statistics import N_QUANTILES
@@ -44,7 +44,7 @@ def case(name: str) -> tuple[Any, NDArray[np.int32], Calibration]:
         text = Corpus(rows, ("random",), "0" * 64, rows.size, 0)
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = open_checkpoint(save_moe(model, Path(folder)))
-            return model, rows, calibrate(checkpoint, text, options, quiet=True)
+            return model, rows, calibrate_checkpoint(checkpoint, text, options, quiet=True)
     if name == "bundled":
         model = tiny_mixtral()
         text = load_corpus(open_checkpoint(TINY), tokens=1024, ctx=128)
@@ -52,7 +52,7 @@ def case(name: str) -> tuple[Any, NDArray[np.int32], Calibration]:
         model = random_mixtral()
         rows = np.random.default_rng(7).integers(0, 96, (6, 32)).astype(np.int32)
         text = Corpus(rows, ("random",), "0" * 64, rows.size, 0)
-    return model, text.rows, calibrate(MemoryCheckpoint(model), text, options, quiet=True)
+    return model, text.rows, calibrate_checkpoint(MemoryCheckpoint(model), text, options, quiet=True)
 
 
 def block(mlp: Any, x: torch.Tensor, thresholds: NDArray[np.float64]) -> torch.Tensor:
@@ -196,7 +196,9 @@ def test_one_expert_a_token_has_nothing_to_drop() -> None:
     rows = np.random.default_rng(7).integers(0, 96, (2, 32)).astype(np.int32)
     text = Corpus(rows, ("random",), "0" * 64, rows.size, 0)
     checkpoint = MemoryCheckpoint(random_mixtral(num_experts_per_tok=1))
-    calibration = calibrate(checkpoint, text, CalibrationOptions(types=("Q8_0",), threads=2), quiet=True)
+    calibration = calibrate_checkpoint(
+        checkpoint, text, CalibrationOptions(types=("Q8_0",), threads=2), quiet=True
+    )
     assert (calibration.routing_sensitivity == 0).all()
     assert RoutingProfile.of(calibration).n_rank == 1
 
@@ -226,7 +228,7 @@ def peak_bytes(n_layer: int) -> int:
     checkpoint = MemoryCheckpoint(random_mixtral(**sizes))
     options = CalibrationOptions(types=("Q8_0",), max_rows=8, max_tokens=8, threads=1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        calibrate(checkpoint, text, options, quiet=True)
+        calibrate_checkpoint(checkpoint, text, options, quiet=True)
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     events = [event for event in results.events() if event.name() == "[memory]"]
@@ -254,7 +256,9 @@ def test_every_weight_is_read_as_often_for_many_branches_as_for_few() -> None:
     rows = np.random.default_rng(7).integers(0, 96, (2, 32)).astype(np.int32)
     text = Corpus(rows, ("random",), "0" * 64, rows.size, 0)
     checkpoint = Counting(random_mixtral(num_hidden_layers=6))
-    calibrate(checkpoint, text, CalibrationOptions(types=("Q8_0",), max_rows=8, threads=1), quiet=True)
+    calibrate_checkpoint(
+        checkpoint, text, CalibrationOptions(types=("Q8_0",), max_rows=8, threads=1), quiet=True
+    )
     assert checkpoint.n_reads == 6 * 5 * 3
     for part in ("attn_norm", "attn_q", "attn_output", "ffn_gate_inp", "ffn_norm"):
         assert len({reads[f"blk.{layer}.{part}.weight"] for layer in range(6)}) == 1

@@ -13,6 +13,7 @@ from mc_gguf.calibrate import calibrate
 from mc_gguf.calibrate.arguments import CalibrationRequest
 from mc_gguf.calibrate.expert_errors import MAX_ROWS
 from mc_gguf.cli import COMMANDS, main
+from mc_gguf.common.errors import McError
 from mc_gguf.container import update_routing
 from mc_gguf.evaluate import evaluate
 from mc_gguf.pipeline import Conversion, ConversionRequest, convert, make_plan
@@ -57,6 +58,31 @@ def test_options_are_parameters(
     given = find(path).make_context(path, typed, parent=root).params
     for name in set(options) - of_terminal - {parameter.name for parameter in required}:
         assert given[name] == parameters[name].default, name
+
+
+def bounded_options() -> list[tuple[Callable[..., Any], str, int]]:
+    """Each function with the name and the least value of every option that has one."""
+    return [
+        (function, parameter.name, int(parameter.type.min))
+        for path, function, _, _ in MIRRORS
+        for parameter in find(path).params
+        if parameter.name and isinstance(parameter.type, click.IntRange) and parameter.type.min is not None
+    ]
+
+
+@pytest.mark.parametrize(("function", "name", "least"), bounded_options())
+def test_the_library_refuses_what_the_options_refuse(
+    function: Callable[..., Any], name: str, least: int
+) -> None:
+    """It does so before it reads or writes a file: none of these exist."""
+    paths = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is inspect.Parameter.empty
+    ]
+    with pytest.raises(McError, match=f"{name} must be at least {least}, not {least - 1}") as caught:
+        function(**dict.fromkeys(paths, "missing"), **{name: least - 1})
+    assert caught.value.parameters == (name,)
 
 
 def all_options() -> list[tuple[str, click.Option]]:

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mc_gguf.artifacts import Plan
-from mc_gguf.calibrate.calibrator import calibrate
+from mc_gguf.calibrate.calibrator import calibrate_checkpoint
 from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.cli import main
 from mc_gguf.plan import Budget
@@ -29,7 +29,7 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("refine")
     checkpoint = open_checkpoint(tiny_model)
     text = load_corpus(checkpoint, tokens=2048, ctx=128)
-    calibration = calibrate(
+    calibration = calibrate_checkpoint(
         checkpoint, text, CalibrationOptions(types=TYPES, max_rows=32, max_tokens=128, threads=1), quiet=True
     )
     saved = calibration.save(folder / "calib.safetensors")

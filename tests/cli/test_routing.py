@@ -16,7 +16,7 @@ from mc_gguf import Llama
 from mc_gguf.artifacts import PROJECTIONS
 from mc_gguf.cli import main
 from mc_gguf.container import read_routing
-from mc_gguf.quantize.writer import quantize
+from mc_gguf.quantize.writer import write_model
 from mc_gguf.routing.metadata import choose_thresholds, routing_metadata_from
 from mc_gguf.routing.options import OPTIONS
 from mc_gguf.routing.policy import POLICIES
@@ -175,7 +175,7 @@ def test_the_runtime_loads_what_was_written(tiny_gguf: Path, tmp_path: Path) -> 
     types = uniform(source.info, "Q4_K")
     types = {p: tuple((*row[:-1], "Q2_K") for row in rows) for p, rows in types.items()}
     plan = make_plan(source.info, types, tmp_path / "p.json", calibration.fingerprint)
-    quantize(source, calibration, plan, tmp_path / "mixed.gguf", threads=2)
+    write_model(source, calibration, plan, tmp_path / "mixed.gguf", threads=2)
     shutil.copyfile(tiny_gguf, tmp_path / "plain.gguf")
     for path in (tmp_path / "mixed.gguf", tmp_path / "plain.gguf"):
         before = logits(path, "off")

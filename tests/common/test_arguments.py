@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mc_gguf.common import extras
-from mc_gguf.common.arguments import to_bytes, to_names, to_paths, to_seconds, to_types
+from mc_gguf.common.arguments import check_at_least, to_bytes, to_names, to_paths, to_seconds, to_types
 from mc_gguf.common.errors import BudgetError, McError, MissingExtraError, about
 from mc_gguf.common.machine import memory_bytes
 
@@ -30,6 +30,13 @@ def test_errors_name_the_parameter() -> None:
     assert time.value.parameters == ("refine",)
 
 
+def test_numbers_have_a_minimum() -> None:
+    check_at_least(2, tokens=2, threads=None)
+    with pytest.raises(McError, match="ctx must be at least 2, not 1") as caught:
+        check_at_least(2, tokens=2, ctx=1, rows=0)
+    assert caught.value.parameters == ("ctx",)
+
+
 def test_the_innermost_name_stays() -> None:
     with pytest.raises(McError) as caught, about("text"):
         raise McError("x", parameter=("tokens", "ctx"))
@@ -37,10 +44,10 @@ def test_the_innermost_name_stays() -> None:
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    extras.require("convert")
+    extras.require_extra("convert")
     monkeypatch.setitem(extras.EXTRAS, "convert", ("torch", "no_such_module"))
     with pytest.raises(MissingExtraError) as caught:
-        extras.require("convert")
+        extras.require_extra("convert")
     expected = "this needs no_such_module, which is not installed; run: pip install 'mc-gguf[convert]'"
     assert str(caught.value) == expected
 

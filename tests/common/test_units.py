@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from mc_gguf.common.errors import BudgetError, McError
-from mc_gguf.common.units import format_size, parse_duration, parse_layers, parse_share, parse_size
+from mc_gguf.common.units import (
+    format_size,
+    format_size_up,
+    parse_duration,
+    parse_layers,
+    parse_share,
+    parse_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +53,21 @@ def test_sizes_are_written_in_binary_units() -> None:
     assert format_size(1 << 10) == "1.00 KiB"
     assert format_size(31 << 29) == "15.50 GiB"
     assert format_size(5 << 40) == "5.00 TiB"
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (912, "912.00B"),
+        (1 << 30, "1.00GiB"),
+        ((1 << 30) + 1, "1.01GiB"),
+        (6_815_745, "6.51MiB"),  # 6.5 MiB and a byte
+        ((1 << 20) - 1, "1024.00KiB"),
+    ],
+)
+def test_a_size_rounded_up_is_enough(size: int, text: str) -> None:
+    assert format_size_up(size) == text
+    assert parse_size(text) >= size
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from multiprocessing.synchronize import Event
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,27 +111,30 @@ def test_a_wrong_shape_or_dtype_is_refused(tmp_path: Path) -> None:
     assert stored(tmp_path) == []
 
 
+STORE = f"""
+import sys
+from pathlib import Path
+import numpy as np
+from mc_gguf.compensate.bank import Bank
+bank, blocks = Bank(Path(sys.argv[1]), {KEY!r}), np.load(sys.argv[2])
+while not Path(sys.argv[3]).exists():
+    bank.put(*{PLACE!r}, blocks)
+"""
+
+
 def test_two_processes_store_the_same(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    enough = context.Event()
-    both = [context.Process(target=_put_until, args=(tmp_path, enough), daemon=True) for _ in range(2)]
-    for process in both:
-        process.start()
+    np.save(tmp_path / "blocks.npy", blocks())
+    bank, enough = tmp_path / "bank", tmp_path / "enough"
+    command = [sys.executable, "-c", STORE, bank, tmp_path / "blocks.npy", enough]
+    both = [subprocess.Popen(command) for _ in range(2)]
     seen = 0
     while seen < 200:
-        assert all(process.exitcode is None for process in both)
-        found = Bank(tmp_path, KEY).get(*PLACE)
+        assert all(process.poll() is None for process in both)
+        found = Bank(bank, KEY).get(*PLACE)
         if found is not None:  # whole at any moment
             np.testing.assert_array_equal(found, blocks())
             seen += 1
-    enough.set()
-    for process in both:
-        process.join()
-        assert process.exitcode == 0
-    np.testing.assert_array_equal(Bank(tmp_path, KEY).get(*PLACE), blocks())
-    assert len(stored(tmp_path)) == 1
-
-
-def _put_until(folder: Path, enough: Event) -> None:
-    while not enough.is_set():
-        Bank(folder, KEY).put(*PLACE, blocks())
+    enough.touch()
+    assert [process.wait() for process in both] == [0, 0]
+    np.testing.assert_array_equal(Bank(bank, KEY).get(*PLACE), blocks())
+    assert len(stored(bank)) == 1

@@ -142,11 +142,13 @@ def test_too_little_text(tiny_gguf: Path) -> None:
 
 
 def test_a_longer_context_than_the_model_knows_is_warned_of(
-    tiny_gguf: Path, text: Text, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_gguf: Path, text: Text, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Once for a model, and even where no progress is shown."""
     monkeypatch.setattr(Scorer, "n_ctx_train", 256)
-    evaluate_model(tiny_gguf, [text], n_ctx=512, n_tokens=1, n_threads=1)
-    assert "warning: the context is 512, but tiny-bf16.gguf was trained on 256" in capsys.readouterr().err
+    evaluate_model(tiny_gguf, [text, text], n_ctx=512, n_tokens=1, n_threads=1, quiet=True)
+    [warning] = caplog.messages
+    assert warning == "the context is 512, but tiny-bf16.gguf was trained on 256"
 
 
 def test_logits_that_are_no_numbers(tiny_gguf: Path, tmp_path: Path, text: Text) -> None:
@@ -240,7 +242,7 @@ def test_interrupted_or_without_space_nothing_is_left(
 
     usage = type("Usage", (), {"free": 260 << 20})()
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    message = r"need 4\d\.\d+ MiB, but only 260\.00 MiB are free .*score fewer tokens.*MC_GGUF_CACHE"
+    message = r"has 260\.00 MiB free, but storing .* takes 30\d\.\d+ MiB; score fewer tokens.*MC_GGUF_CACHE"
     with pytest.raises(McError, match=message):
         references(tiny_gguf, [text], n_tokens=6000, n_threads=1)
     assert stored(tmp_path) == []
@@ -260,15 +262,15 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changes(
     monkeypatch.setattr(files, "sha256_of", hexadecimal)
     path = tmp_path / "m.gguf"
     path.write_bytes(b"one")
-    found = [files.fingerprint(path), files.fingerprint(path)]
+    found = [files.model_sha256(path), files.model_sha256(path)]
     assert found == [b"one".hex()] * 2
     assert len(read) == 1
     before = path.stat()
     path.write_bytes(b"two")  # as many bytes, and the time of change set back
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert files.fingerprint(path) == b"two".hex()
+    assert files.model_sha256(path) == b"two".hex()
     next((tmp_path / "cache" / "hashes").iterdir()).write_text("{")
-    assert files.fingerprint(path) == b"two".hex()
+    assert files.model_sha256(path) == b"two".hex()
     assert len(read) == 3
 
 
@@ -277,7 +279,7 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
         (tmp_path / f"m-{i:05}-of-00003.gguf").write_bytes(bytes(i))
     first = tmp_path / "m-00001-of-00003.gguf"
     assert len(files.files_of(first)) == 3
-    assert files.file_bytes(first) == 6
-    before = files.fingerprint(first)
+    assert files.model_file_bytes(first) == 6
+    before = files.model_sha256(first)
     (tmp_path / "m-00003-of-00003.gguf").write_bytes(b"abc")
-    assert files.fingerprint(first) != before
+    assert files.model_sha256(first) != before

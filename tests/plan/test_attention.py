@@ -18,7 +18,7 @@ from mc_gguf.common.errors import ArtifactError, BudgetError, McError
 from mc_gguf.container import file_bytes
 from mc_gguf.plan import Budget, FileBytes, plan, stand_in
 from mc_gguf.plan.attention import COMPENSATED
-from mc_gguf.plan.summary import summarize
+from mc_gguf.plan.summary import summarize_plan
 from tests.support.synthetic_calibration import calibration, with_attention
 
 TYPES = ("IQ3_XXS", "IQ4_XS", "Q4_K", "Q6_K", "Q8_0")
@@ -219,15 +219,15 @@ def test_a_calibration_made_before_attention_was_measured_is_read(tmp_path: Path
 
 def test_the_summary_counts_layers() -> None:
     found = made(source(), 6_000_000)
-    counts = summarize(found).attention_counts
+    counts = summarize_plan(found).attention_counts
     assert list(counts) == list(ATTENTION)
     assert all(sum(types.values()) == 6 for types in counts.values())
-    text = "\n".join(summarize(found).lines())
+    text = "\n".join(summarize_plan(found).lines())
     assert "attn output" in text
     assert "attn_kv" not in text
     fixed = replace(found, fixed=FixedTypes())
-    assert summarize(fixed).attention_counts == {}
-    assert "attn_kv Q8_0" in "\n".join(summarize(fixed).lines())
+    assert summarize_plan(fixed).attention_counts == {}
+    assert "attn_kv Q8_0" in "\n".join(summarize_plan(fixed).lines())
 
 
 def test_candidates_that_cost_nothing_more_are_best() -> None:

@@ -9,7 +9,7 @@ from mc_gguf.artifacts import PROJECTIONS, Calibration
 from mc_gguf.container import file_bytes
 from mc_gguf.plan import Budget
 from mc_gguf.plan import plan as make_plan
-from mc_gguf.plan.summary import summarize
+from mc_gguf.plan.summary import summarize_plan
 from tests.support import ROOT
 from tests.support.synthetic_calibration import calibration
 
@@ -21,7 +21,7 @@ def test_the_summary_says_what_the_plan_says() -> None:
     assert source.model is not None
     size = partial(file_bytes, source.model)
     plan = make_plan(source, Budget(size_bytes=6_000_000), file_bytes=size)
-    summary = summarize(plan)
+    summary = summarize_plan(plan)
     assert (summary.n_layer, summary.n_expert, summary.notes) == (6, 8, ())
     assert all(sum(summary.type_counts[p].values()) == 48 for p in PROJECTIONS)
     for p in PROJECTIONS:
@@ -40,11 +40,11 @@ def test_the_summary_says_what_the_plan_says() -> None:
 
 def test_the_counts_go_from_small_to_large_types() -> None:
     plan = make_plan(calibration(), Budget(bpw=2.5), types=("Q4_K", "IQ1_S"))
-    assert list(summarize(plan).type_counts["gate"]) == ["IQ1_S", "Q4_K"]
+    assert list(summarize_plan(plan).type_counts["gate"]) == ["IQ1_S", "Q4_K"]
 
 
 def test_the_json_form_is_json() -> None:
-    summary = summarize(make_plan(calibration(), Budget(bpw=2.5)))
+    summary = summarize_plan(make_plan(calibration(), Budget(bpw=2.5)))
     data = json.loads(json.dumps(summary.to_json()))
     assert data["budget"] == {"bpw": 2.5}
     assert data["fixed"]["attn"] == "Q6_K"
@@ -53,14 +53,14 @@ def test_the_json_form_is_json() -> None:
 
 def test_published_statistics_are_noted_to_have_no_sizes() -> None:
     source = Calibration.load(DATA / "calibration.json")
-    lines = summarize(make_plan(source, Budget(bits_per_layer=16), "mc")).lines()
+    lines = summarize_plan(make_plan(source, Budget(bits_per_layer=16), "mc")).lines()
     assert lines[0].endswith("mc, objective published, budget 16 nominal bits per layer")
     assert "no file can be made from this plan" in lines[-1]
     assert not any(line.startswith(("file size", "predicted")) for line in lines)
 
 
 def test_a_fallback_is_noted() -> None:
-    notes = summarize(make_plan(calibration(n_ff=288), Budget(bpw=3.2))).notes
+    notes = summarize_plan(make_plan(calibration(n_ff=288), Budget(bpw=3.2))).notes
     assert len(notes) == 1
     assert notes[0].startswith("down: its rows fit none of IQ1_S, ")
     assert "all of its experts get IQ4_NL" in notes[0]

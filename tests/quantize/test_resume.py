@@ -17,7 +17,7 @@ from mc_gguf.artifacts import PROJECTIONS, Plan
 from mc_gguf.common.errors import McError
 from mc_gguf.common.workdir import workdir_path
 from mc_gguf.quantize.pieces import Pieces
-from mc_gguf.quantize.writer import model_workdir, quantize
+from mc_gguf.quantize.writer import model_workdir, write_model
 from mc_gguf.source import open_checkpoint
 from tests.support.gguf_models import RandomCheckpoint, make_plan, mixed
 
@@ -38,7 +38,7 @@ def data_path(output: Path) -> Path:
 def job(wide: RandomCheckpoint, tmp_path: Path) -> tuple[Plan, bytes]:
     """A plan and the bytes of its uninterrupted result."""
     plan = make_plan(wide.info, mixed(wide, FAST), tmp_path / "p.json")
-    quantize(wide, None, plan, tmp_path / "whole.gguf", threads=2)
+    write_model(wide, None, plan, tmp_path / "whole.gguf", threads=2)
     return plan, (tmp_path / "whole.gguf").read_bytes()
 
 
@@ -59,7 +59,7 @@ def stopped_after(
     with monkeypatch.context() as patch:
         patch.setattr(Pieces, "write", write)
         with pytest.raises(StopHere):
-            quantize(wide, None, plan, output, threads=1)
+            write_model(wide, None, plan, output, threads=1)
     assert not output.exists()
 
 
@@ -114,7 +114,7 @@ def test_continued_runs_give_the_same_bytes(
         data_path(output).write_bytes(data)
         first = 3
     written = count_writes(monkeypatch)
-    quantize(wide, None, plan, output, threads=2)
+    write_model(wide, None, plan, output, threads=2)
     assert output.read_bytes() == whole
     assert written[0] == first
     assert not workdir_path(output).exists()
@@ -132,7 +132,7 @@ def test_no_resume_and_other_plans_start_over(
         stopped_after(wide, plan, output, 9, monkeypatch)
         with monkeypatch.context() as patch:
             written = count_writes(patch)
-            quantize(wide, None, other, output, threads=1, resume=resume)
+            write_model(wide, None, other, output, threads=1, resume=resume)
         assert written[0] == 0
         assert (output.read_bytes() == whole) == (other is plan)
         output.unlink()
@@ -147,7 +147,7 @@ def test_an_output_that_is_there_stays_until_the_new_one_is_whole(
     monkeypatch.setattr(Pieces, "write", lambda self, data: original(self, bytes(len(data))))
     monkeypatch.setattr(container, "validate", lambda path: (_ for _ in ()).throw(StopHere))
     with pytest.raises(StopHere):
-        quantize(wide, None, job[0], output, threads=1)
+        write_model(wide, None, job[0], output, threads=1)
     assert output.read_bytes() == b"old"
 
 
@@ -179,7 +179,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_work(
     monkeypatch.setattr(container, "total_bytes", lambda tensors: 1 << 60)
     output = tmp_path / "m.gguf"
     with pytest.raises(McError, match=r"making m\.gguf takes 1048576.00 TiB; make room"):
-        quantize(wide, None, job[0], output, threads=1)
+        write_model(wide, None, job[0], output, threads=1)
     assert not workdir_path(output).exists()
 
 
@@ -190,7 +190,7 @@ def test_two_processes_do_not_write_one_file(
         model_workdir(wide.info, None, tmp_path / "m.gguf"),
         pytest.raises(McError, match=r"another process .* is writing .*m\.gguf"),
     ):
-        quantize(wide, None, job[0], tmp_path / "m.gguf", threads=1)
+        write_model(wide, None, job[0], tmp_path / "m.gguf", threads=1)
 
 
 def test_a_bank_outlives_a_change_of_the_plan(
@@ -216,7 +216,7 @@ from mc_gguf.source import open_checkpoint
 make = writer._make
 writer._make = lambda *args: (time.sleep(0.004), make(*args))[1]
 source, plan, target = map(Path, sys.argv[1:])
-writer.quantize(open_checkpoint(source), None, Plan.load(plan), target, 2)
+writer.write_model(open_checkpoint(source), None, Plan.load(plan), target, 2)
 """
 
 
@@ -226,7 +226,7 @@ def test_sigkill_at_any_point(tmp_path: Path, tiny_gguf: Path) -> None:
     rng = np.random.default_rng(3)
     experts = {p: rng.choice(FAST, (6, 8)).tolist() for p in PROJECTIONS}
     plan = make_plan(source.info, experts, tmp_path / "p.json")
-    quantize(source, None, plan, tmp_path / "whole.gguf", threads=1)
+    write_model(source, None, plan, tmp_path / "whole.gguf", threads=1)
     output = tmp_path / "m.gguf"
     command = [sys.executable, "-c", SLOW_RUN, str(tiny_gguf), str(tmp_path / "p.json"), str(output)]
     done = [0]

@@ -15,7 +15,7 @@ from mc_gguf.artifacts.matching import find_calibration
 from mc_gguf.common.errors import ArtifactError, McError, SourceError
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.ggml.types import CANDIDATES, TYPES
-from mc_gguf.quantize.writer import quantize
+from mc_gguf.quantize.writer import write_model
 from mc_gguf.routing import default_metadata
 from mc_gguf.routing.metadata import routing_metadata_from
 from mc_gguf.routing.profile import RoutingProfile
@@ -126,7 +126,7 @@ def test_every_expert_is_its_own_quantization(wide: RandomCheckpoint, tmp_path: 
     calibration = make_calibration(wide.info, tmp_path / "c.safetensors")
     experts = mixed(wide, CANDIDATES)
     plan = make_plan(wide.info, experts, tmp_path / "plan.json", calibration.fingerprint)
-    model = quantize(wide, calibration, plan, tmp_path / "m.gguf", threads=2)
+    model = write_model(wide, calibration, plan, tmp_path / "m.gguf", threads=2)
     size = container.file_bytes(wide.info, experts, FixedTypes(), routing_metadata_from(calibration))
     assert (tmp_path / "m.gguf").stat().st_size == size
     assert (model.plan_fingerprint, model.calibration_fingerprint) == (
@@ -150,7 +150,7 @@ def test_every_expert_is_its_own_quantization(wide: RandomCheckpoint, tmp_path: 
 def test_the_file_carries_the_calibration_s_routing(wide: RandomCheckpoint, tmp_path: Path) -> None:
     calibration = make_calibration(wide.info, tmp_path / "c.safetensors")
     plan = make_plan(wide.info, mixed(wide, FAST), tmp_path / "plan.json", calibration.fingerprint)
-    found = quantize(wide, calibration, plan, tmp_path / "m.gguf", threads=2).routing
+    found = write_model(wide, calibration, plan, tmp_path / "m.gguf", threads=2).routing
     expected = default_metadata(RoutingProfile.of(calibration))
     assert found is not None
     assert found.profile is not None
@@ -167,7 +167,7 @@ def test_sixteen_bit_plan_copies_bytes(tmp_path: Path, kind: str) -> None:
     checkpoint = RandomCheckpoint(1, 3, kind=kind)
     fixed = FixedTypes(kind, kind, kind, kind)
     plan = make_plan(checkpoint.info, uniform(checkpoint.info, kind), tmp_path / "p.json", fixed=fixed)
-    model = quantize(checkpoint, None, plan, tmp_path / "m.gguf", threads=1)
+    model = write_model(checkpoint, None, plan, tmp_path / "m.gguf", threads=1)
     assert not model.is_mixed
     assert model.expert_bpw == 16
     for spec in checkpoint.info.tensors:
@@ -182,7 +182,7 @@ def test_unused_experts_are_named_once(
     calibration = make_calibration(wide.info, tmp_path / "c.safetensors", unused=[(0, 2), (1, 4)])
     plan = make_plan(wide.info, uniform(wide.info, "Q2_K"), tmp_path / "p.json", calibration.fingerprint)
     with caplog.at_level(logging.WARNING):
-        model = quantize(wide, calibration, plan, tmp_path / "m.gguf", threads=1)
+        model = write_model(wide, calibration, plan, tmp_path / "m.gguf", threads=1)
     assert len(caplog.records) == 1
     assert "no token of the calibration's text reached 2 experts" in caplog.text
     assert "layer 0 expert 2, layer 1 expert 4" in caplog.text
@@ -194,13 +194,13 @@ def test_unused_experts_are_named_once(
 def test_published_statistics_give_types_without_importance(wide: RandomCheckpoint, tmp_path: Path) -> None:
     plan = make_plan(wide.info, mixed(wide, FAST), tmp_path / "p.json", model_fingerprint="")
     assert find_calibration(plan, tmp_path) is None
-    model = quantize(wide, None, plan, tmp_path / "m.gguf", threads=1)
+    model = write_model(wide, None, plan, tmp_path / "m.gguf", threads=1)
     assert model.calibration_fingerprint == ONES
     needy = make_plan(wide.info, uniform(wide.info, "IQ2_XS"), tmp_path / "q.json", model_fingerprint="")
     with pytest.raises(ArtifactError, match=r"ffn_gate_exps\.weight is to be IQ2_XS, .*needs a calibration"):
-        quantize(wide, None, needy, tmp_path / "n.gguf", threads=1)
+        write_model(wide, None, needy, tmp_path / "n.gguf", threads=1)
     calibration = make_calibration(wide.info, tmp_path / "c.safetensors")
-    model = quantize(wide, calibration, needy, tmp_path / "n.gguf", threads=2)
+    model = write_model(wide, calibration, needy, tmp_path / "n.gguf", threads=2)
     assert model.calibration_fingerprint == calibration.fingerprint
 
 
@@ -209,7 +209,7 @@ def test_a_plan_that_needs_no_calibration(tmp_path: Path) -> None:
     plan = make_plan(checkpoint.info, uniform(checkpoint.info, "BF16"), tmp_path / "p.json", NO_CALIBRATION)
     assert find_calibration(plan, tmp_path) is None
     empty = replace(make_calibration(checkpoint.info, tmp_path / "c.safetensors"), fingerprint=NO_CALIBRATION)
-    model = quantize(checkpoint, empty, plan, tmp_path / "m.gguf", threads=1)
+    model = write_model(checkpoint, empty, plan, tmp_path / "m.gguf", threads=1)
     assert model.calibration_fingerprint == NO_CALIBRATION
     assert not [key for key in model.header.kv if key.startswith("mc_gguf.routing.")]
 
@@ -221,21 +221,21 @@ def test_files_that_do_not_belong_together(wide: RandomCheckpoint, tmp_path: Pat
     plan = make_plan(wide.info, types, tmp_path / "p.json", mine.fingerprint)
     output = tmp_path / "m.gguf"
     with pytest.raises(ArtifactError, match="the plan was made for another model"):
-        quantize(other, mine, plan, output, 1)
+        write_model(other, mine, plan, output, 1)
     with pytest.raises(ArtifactError, match="the calibration was made with another model"):
-        quantize(wide, make_calibration(other.info, tmp_path / "other.safetensors"), plan, output, 1)
+        write_model(wide, make_calibration(other.info, tmp_path / "other.safetensors"), plan, output, 1)
     with pytest.raises(ArtifactError, match="the plan was made from another calibration"):
-        quantize(wide, mine, make_plan(wide.info, types, tmp_path / "q.json", ONES), output, 1)
+        write_model(wide, mine, make_plan(wide.info, types, tmp_path / "q.json", ONES), output, 1)
     with pytest.raises(ArtifactError, match=r"no \*\.safetensors in .* is the plan's calibration"):
         find_calibration(make_plan(wide.info, types, tmp_path / "q.json", ONES), tmp_path)
     short = RandomCheckpoint(1, 5, n_embd=256, n_ff=256)
     with pytest.raises(ArtifactError, match="the plan covers 2 layers, the model has experts in 1"):
-        quantize(
+        write_model(
             short, None, make_plan(wide.info, types, tmp_path / "q.json", model_fingerprint=""), output, 1
         )
     bad = make_plan(wide.info, types, tmp_path / "q.json", mine.fingerprint, FixedTypes(token_embd="IQ1_S"))
     with pytest.raises(McError, match=r"token_embd\.weight cannot be IQ1_S"):
-        quantize(wide, mine, bad, output, 1)
+        write_model(wide, mine, bad, output, 1)
     assert not output.exists()
 
 
@@ -244,7 +244,7 @@ def test_damaged_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     plan = make_plan(checkpoint.info, uniform(checkpoint.info, "Q4_0"), tmp_path / "p.json")
     monkeypatch.setattr(checkpoint, "expert", lambda *place: np.full((64, 32), np.nan, dtype=np.float32))
     with pytest.raises(SourceError, match=r"blk\.0\.ffn_gate_exps\.weight, expert 0: .* not finite"):
-        quantize(checkpoint, None, plan, tmp_path / "m.gguf", threads=1)
+        write_model(checkpoint, None, plan, tmp_path / "m.gguf", threads=1)
 
 
 def test_bundled_model_and_its_gguf_give_the_same_file(tmp_path: Path, tiny_gguf: Path) -> None:
@@ -253,7 +253,7 @@ def test_bundled_model_and_its_gguf_give_the_same_file(tmp_path: Path, tiny_gguf
     outputs = []
     for name, source in (("hf", hf), ("gguf", gguf)):
         plan = make_plan(source.info, uniform(source.info, "Q2_K"), tmp_path / "p.json", model_fingerprint="")
-        quantize(source, None, plan, tmp_path / f"{name}.gguf", threads=2)
+        write_model(source, None, plan, tmp_path / f"{name}.gguf", threads=2)
         outputs.append((tmp_path / f"{name}.gguf").read_bytes())
     assert outputs[0] == outputs[1]
 
@@ -267,7 +267,7 @@ def test_same_bytes_as_llama_cpps_quantizer(tmp_path: Path, tiny_gguf: Path, run
     source = open_checkpoint(tiny_gguf)
     calibration = make_calibration(source.info, tmp_path / "c.safetensors")
     plan = make_plan(source.info, uniform(source.info, "Q2_K"), tmp_path / "p.json", calibration.fingerprint)
-    model = quantize(source, calibration, plan, tmp_path / "ours.gguf", threads=2)
+    model = write_model(source, calibration, plan, tmp_path / "ours.gguf", threads=2)
     llama_cpp = use_in_llama_cpp()
     kind = llama_cpp.llama_model_imatrix_data
     tables = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
-from mc_gguf.calibrate.calibrator import calibrate
+from mc_gguf.calibrate.calibrator import calibrate_checkpoint
 from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.workdir import workdir_path
@@ -48,7 +48,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibration(text: Path) -> Calibration:
     checkpoint = small()[1]
     corpus = load_corpus(checkpoint, (text,), 1536, 32)
-    found = calibrate(checkpoint, corpus, CalibrationOptions(types=TYPES, threads=1), quiet=True)
+    found = calibrate_checkpoint(checkpoint, corpus, CalibrationOptions(types=TYPES, threads=1), quiet=True)
     return replace(found, fingerprint="d" * 64)
 
 

@@ -15,7 +15,7 @@ from mc_gguf.artifacts import PROJECTIONS, Calibration
 from mc_gguf.common.errors import FormatError, McError
 from mc_gguf.container import expert_bytes, write_routing
 from mc_gguf.ggml.gguf_file import read_header
-from mc_gguf.quantize.writer import quantize
+from mc_gguf.quantize.writer import write_model
 from mc_gguf.routing import RoutingMetadata, default_metadata
 from mc_gguf.routing.metadata import choose_thresholds
 from mc_gguf.routing.profile import RoutingProfile
@@ -201,7 +201,7 @@ def test_the_bytes_of_a_mixed_file(tiny_model: Path, tmp_path: Path) -> None:
     types = [["Q8_0"] * 4 + ["Q4_0"] * 4, ["Q8_0"] * 8]
     measured = make_calibration(info, tmp_path / "a.calib")
     plan = make_plan(info, dict.fromkeys(PROJECTIONS, types), tmp_path / "plan.json", measured.fingerprint)
-    quantize(checkpoint, measured, plan, tmp_path / "mixed.gguf", threads=1)
+    write_model(checkpoint, measured, plan, tmp_path / "mixed.gguf", threads=1)
     found = expert_bytes(tmp_path / "mixed.gguf", 2, 8)
     blocks = 3 * 256 * 256 // 32
     assert found.tolist() == [[34 * blocks] * 4 + [18 * blocks] * 4, [34 * blocks] * 8]

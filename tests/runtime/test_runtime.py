@@ -27,7 +27,7 @@ from click.testing import CliRunner
 
 from mc_gguf import runtime
 from mc_gguf.cli import main
-from mc_gguf.common.errors import RuntimeBuildError
+from mc_gguf.common.errors import McError, RuntimeBuildError
 from mc_gguf.runtime import builder as building
 from mc_gguf.runtime import fetch as source
 from mc_gguf.runtime import locate, packages, upstream
@@ -435,8 +435,11 @@ def test_no_pip_is_named(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_full_disk_is_named(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300_000_000))
-    with pytest.raises(RuntimeBuildError, match=r"has 0\.3 GB free, but a build needs 1 GB: make room"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300 << 20))
+    message = (
+        r"has 300\.00 MiB free, but building llama\.cpp takes 1\.00 GiB; make room, or set MC_GGUF_CACHE"
+    )
+    with pytest.raises(McError, match=message):
         building.build()
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration
-from mc_gguf.calibrate.calibrator import calibrate
+from mc_gguf.calibrate.calibrator import calibrate_checkpoint
 from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.compensate.bank import Bank
 from mc_gguf.ggml.quantizers import dequantize_rows
@@ -30,7 +30,7 @@ def small() -> tuple[Any, MemoryCheckpoint, Calibration]:
     torch.manual_seed(0)
     model = random_mixtral()
     checkpoint = MemoryCheckpoint(model)
-    calibration = calibrate(
+    calibration = calibrate_checkpoint(
         checkpoint,
         Corpus(rows(24, seed=9), ("random",), "0" * 64, 768, 0),
         CalibrationOptions(types=TYPES, threads=1),

@@ -190,7 +190,7 @@ class Bench:
 
     def measured(self, columns: Ints, name: str, n_scored: int) -> dict[str, float]:
         """The KL divergence of the file by text, in nats per token, measured by the runtime."""
-        from mc_gguf.quantize.writer import quantize
+        from mc_gguf.quantize.writer import write_model
 
         path, problem = self.folder / f"{name}.gguf", self.scope.problem
         plan = replace(
@@ -200,7 +200,7 @@ class Bench:
             expert_bytes=problem.expert_bytes(columns),
             file_bytes=self.scope.file_bytes(columns),
         ).save(self.folder / f"{name}.plan.json")
-        quantize(self.shop.checkpoint, self.calibration, plan, path, 1, resume=False, bank=self.bank)
+        write_model(self.shop.checkpoint, self.calibration, plan, path, 1, resume=False, bank=self.bank)
         found = measure(path, self.shop.sixteen_bit(), text_files(self.folder), N_CTX, n_scored)
         path.unlink()
         return {r["text"]: r["mean_kld"] for r in found}

@@ -192,10 +192,10 @@ class Workshop:
         return self.banks[arm.seed]
 
     def _quantize(self, plan: Any, seed: int, bank: Any, path: Path) -> None:
-        from mc_gguf.quantize.writer import quantize
+        from mc_gguf.quantize.writer import write_model
 
         calibration = self.calibration(seed)
-        quantize(self.checkpoint, calibration, plan, path, self.threads, resume=False, bank=bank)
+        write_model(self.checkpoint, calibration, plan, path, self.threads, resume=False, bank=bank)
 
     def _recipe(self, arm: Arm, path: Path) -> None:
         from mc_gguf.artifacts import FixedTypes

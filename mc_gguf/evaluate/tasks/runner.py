@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mc_gguf.common.errors import McError
-from mc_gguf.common.extras import require
-from mc_gguf.evaluate.files import file_bytes
+from mc_gguf.common.extras import require_extra
+from mc_gguf.evaluate.files import model_file_bytes
 from mc_gguf.evaluate.result import align_columns
 
 DEFAULT_CTX = 4096  # tokens of context for a task, or what the model was trained on if that is less
@@ -51,7 +51,7 @@ class TaskResult:
 
 def check_tasks(request: TaskRequest) -> None:
     """Raises MissingExtraError without lm_eval, McError when it does not know a task."""
-    require("tasks")
+    require_extra("tasks")
     if request.folder and not request.folder.is_dir():
         raise McError(f"{request.folder} is not a folder with tasks (YAML)", parameter="tasks_path")
     known = set(_manager(request).all_tasks)
@@ -93,7 +93,7 @@ def run_tasks(
             )
         except ConnectionError as error:
             raise McError(f"the data of {', '.join(request.names)} cannot be loaded: {error}") from error
-    shared: dict[str, Any] = {"model": str(model), "file_bytes": file_bytes(model), "routing": routing}
+    shared: dict[str, Any] = {"model": str(model), "file_bytes": model_file_bytes(model), "routing": routing}
     return [
         TaskResult(
             task=name,
