@@ -1,8 +1,9 @@
 """The options of Routing in one table: name, values, meaning. Checks, parsing and the help text follow from
 it.
 
-To add an option, write its entry here and its field in Routing (request.py); if the runtime is to know it,
-also its field in RoutingParams (params.py) and in the structure of run/routing_api.py.
+To add an option, write its entry here and its field in Routing (request.py). If the runtime is to know it,
+also its field in RoutingParams (params.py), which resolve.py fills, and in the structure of
+run/routing_api.py, which set_routing fills.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A token's selected experts are ranked by routing weight, w_0 >= w_1 >= ...; rank 0 is never dropped, and
 POLICIES says what happens to the others. patches/src/include/ggml-mc-routing.h has the exact definitions.
 
-To add a policy, write its entry here and its name in params.py, in the order of the enum in
-ggml-mc-routing.h; if it needs more than options, thresholds and layers, extend resolve.py.
+To add a policy, write its entry here and its name in params.py, in the order of enum ggml_mc_policy; if it
+needs more than options, thresholds and layers, extend resolve.py.
 """
 
 from __future__ import annotations

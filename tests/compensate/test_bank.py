@@ -125,7 +125,7 @@ while not Path(sys.argv[3]).exists():
 def test_two_processes_store_the_same(tmp_path: Path) -> None:
     np.save(tmp_path / "blocks.npy", blocks())
     bank, enough = tmp_path / "bank", tmp_path / "enough"
-    command = [sys.executable, "-c", STORE, bank, tmp_path / "blocks.npy", enough]
+    command: list[str | Path] = [sys.executable, "-c", STORE, bank, tmp_path / "blocks.npy", enough]
     both = [subprocess.Popen(command) for _ in range(2)]
     seen = 0
     while seen < 200:
