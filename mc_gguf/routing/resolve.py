@@ -48,16 +48,16 @@ def resolve(
     if protect is None:
         protect = DEFAULT_PROTECT if metadata is None else metadata.protect
     return RoutingParams(
-        routing.policy,
-        routing.importance,
-        routing.keep_min,
-        routing.seed,
-        routing.ratio,
-        routing.top_p,
-        routing.rate,
-        protect,
-        thresholds,
-        None if layers is None else np.isin(np.arange(shape.n_layer), np.asarray(layers, dtype=int)),
+        policy=routing.policy,
+        importance=routing.importance,
+        keep_min=routing.keep_min,
+        seed=routing.seed,
+        ratio=routing.ratio,
+        top_p=routing.top_p,
+        rate=routing.rate,
+        protect=protect,
+        thresholds=thresholds,
+        active=None if layers is None else np.isin(np.arange(shape.n_layer), np.asarray(layers, dtype=int)),
     )
 
 
