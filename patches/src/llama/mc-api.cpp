@@ -1,4 +1,4 @@
-// The C API (mc.h), except for mc_patchset.
+// The C API (mc.h), except for mc_patchset and the defaults of the settings (mc-routing.cpp).
 
 #include "mc.h"
 
@@ -19,21 +19,6 @@ size_t mc_sizeof(const char * name) {
         return sizeof(ggml_type_traits);
     }
     return 0;
-}
-
-mc_routing_params mc_routing_default_params(void) {
-    return {
-        /*.policy     =*/ GGML_MC_POLICY_OFF,
-        /*.importance =*/ GGML_MC_MEASURE_ATTENTION,
-        /*.keep_min   =*/ 1,
-        /*.seed       =*/ 0,
-        /*.ratio      =*/ 0.0f,
-        /*.top_p      =*/ 1.0f,
-        /*.rate       =*/ 0.0f,
-        /*.protect    =*/ 0.02,
-        /*.thresholds =*/ nullptr,
-        /*.active     =*/ nullptr,
-    };
 }
 
 int32_t mc_routing_set(llama_context * ctx, const mc_routing_params * params) {

@@ -35,6 +35,21 @@ std::vector<bool> find_routers(const llama_model & model) {
 
 } // namespace
 
+mc_routing_params mc_routing_default_params(void) {
+    return {
+        /*.policy     =*/ GGML_MC_POLICY_OFF,
+        /*.importance =*/ GGML_MC_MEASURE_ATTENTION,
+        /*.keep_min   =*/ 1,
+        /*.seed       =*/ 0,
+        /*.ratio      =*/ 0.0f,
+        /*.top_p      =*/ 1.0f,
+        /*.rate       =*/ 0.0f,
+        /*.protect    =*/ 0.02,
+        /*.thresholds =*/ nullptr,
+        /*.active     =*/ nullptr,
+    };
+}
+
 mc_routing::mc_routing(const llama_model & model) :
         n_layer   ((int) model.hparams.n_layer()),
         n_rank    ((int) model.hparams.n_expert_used_max()),
