@@ -143,7 +143,7 @@ def test_sixteen_bits_measures_the_plain_file(source: Path, tmp_path: Path) -> N
         (["--bpw", "0.3"], "1.5625 bpw to 4.5000 bpw"),
         (["--size", "1MB"], "file size of 1000000 bytes .* not feasible"),
         (["--size", "huge"], "Error: --size: 'huge' is not a size"),
-        (["--bpw", "2", "--strategy", "x"], "known: pmq, mc"),
+        (["--bpw", "2", "--strategy", "x"], r"known: pmq \(one program .*; mc \("),
         (["--bpw", "2", "--types", "Q77"], "unknown ggml type"),
         (["--bpw", "2", "--attn-type", "Q77"], "--attn-type: unknown ggml type"),
         (["--bits-per-layer", "16", "--strategy", "pmq"], "only strategy mc"),
