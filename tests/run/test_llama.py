@@ -16,7 +16,10 @@ import pytest
 from mc_gguf import Llama, runtime
 from mc_gguf.common.errors import FormatError, SourceError
 from mc_gguf.common.machine import usable_cores
+from mc_gguf.quantize.writer import write_model
 from mc_gguf.runtime import Runtime, locate
+from mc_gguf.source import open_checkpoint
+from tests.support.gguf_models import make_plan, uniform
 
 pytestmark = pytest.mark.native
 PROMPT = "Once upon a time"
@@ -115,6 +118,32 @@ def test_a_truncated_gguf_is_a_format_error_with_llama_cpps_reason(tiny_gguf: Pa
     path.write_bytes(tiny_gguf.read_bytes()[:200_000])
     with pytest.raises(FormatError, match=r"cut\.gguf: .*not within the file bounds"):
         Llama(path)
+
+
+AFTER_TORCH = """
+import sys, torch
+from mc_gguf import Llama
+torch.set_num_threads(1)  # in the thread that runs the model
+llm = Llama(sys.argv[1], n_ctx=256, n_threads=1)
+tokens = llm.tokenize(b"The king looked at the sea and said that the ship was lost in the great storm")
+texts = []
+for _ in range(2):
+    llm.reset()
+    texts.append(llm(tokens, max_tokens=8, temperature=0)["choices"][0]["text"])
+    matrix = torch.ones(1024, 1024, dtype=torch.bfloat16)
+    matrix @ matrix  # on CPUs with AMX: with tiles of another shape, which are released at the end
+llm.close()
+assert texts[0] == texts[1], texts
+"""
+
+
+def test_a_model_runs_again_after_torch_used_the_same_registers(tiny_gguf: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(tiny_gguf)
+    plan = make_plan(source.info, uniform(source.info, "Q8_0"), tmp_path / "plan.json")
+    write_model(source, None, plan, tmp_path / "q.gguf", threads=1)  # attention is Q6_K and Q8_0
+    command = [sys.executable, "-c", AFTER_TORCH, str(tmp_path / "q.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_wrong_arguments_stay_what_llama_cpp_makes_of_them(tiny_gguf: Path) -> None:
