@@ -37,12 +37,12 @@ from mc_gguf.cli.result import file_facts, file_line, results
 @o.json_option
 @o.research_options
 def command(source: Path, output: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Make a mixed-expert GGUF of SOURCE within a budget.
+    """Make a mixed-expert GGUF from SOURCE within a budget.
 
     SOURCE is a Hugging Face directory or a 16-bit GGUF. Give --size or --bpw; without either, sizes for
     this machine's memory are proposed. The calibration and the plan stay beside the output. The same
     command continues a killed run and gives the same bytes. (With --refine the result depends on how far
-    the search came in its time; the plan that it found is kept, too.)
+    the search got in its time; the plan that it found is kept, too.)
     """
     from mc_gguf.pipeline import Conversion, ConversionRequest
     from mc_gguf.plan.summary import summarize_plan
