@@ -20,7 +20,7 @@ def proposal_lines(error: NoBudgetError, ctx: click.Context) -> list[str]:
     command = shlex.join([*ctx.command_path.split(), *paths])
     return [
         f"Sizes to choose from; this machine has {memory} of memory. The bits hold with attention in its",
-        "default types; --size chooses smaller ones there where that pays, and gives the rest to the experts:",
+        "default types; --size chooses smaller ones where that pays, and gives the rest to the experts:",
         "",
         f"{'size':>12}  {'bits per expert weight':>22}  {'fits into memory':>16}",
         *(f"{size:>12}  {bpw:>22}  {fits:>16}" for size, bpw, fits in rows),
