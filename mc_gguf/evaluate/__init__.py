@@ -92,12 +92,12 @@ def evaluate(
         >>> [result.text for result in found.results]
         ['wikitext-2.test.txt']
     """
-    from mc_gguf.evaluate.request import EvaluationRequest
-    from mc_gguf.evaluate.tasks.runner import TaskRequest
-
     check_at_least(16, ctx=ctx)
     check_at_least(1, tokens=tokens, limit=limit, threads=threads)
     check_at_least(0, fewshot=fewshot)
+    from mc_gguf.evaluate.request import EvaluationRequest
+    from mc_gguf.evaluate.tasks.runner import TaskRequest
+
     names = to_names(tasks or ())
     request = EvaluationRequest(
         to_paths(models),
