@@ -61,7 +61,7 @@ def plan(
     budget: Budget,
     strategy: str = "pmq",
     types: Sequence[str] | None = None,
-    fixed: FixedTypes = FixedTypes(),  # noqa: B008 - frozen
+    fixed: FixedTypes = FixedTypes(),
     seed: int = 0,
     file_bytes: FileBytes | None = None,
     objective: str | None = None,

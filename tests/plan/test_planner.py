@@ -37,7 +37,7 @@ def measure(source: Calibration) -> FileBytes:
     return partial(file_bytes, source.model)
 
 
-def size_of(source: Calibration, experts: Experts, fixed: FixedTypes = FixedTypes()) -> int:  # noqa: B008 - frozen
+def size_of(source: Calibration, experts: Experts, fixed: FixedTypes = FixedTypes()) -> int:
     return measure(source)(experts, fixed)
 
 
