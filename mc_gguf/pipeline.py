@@ -1,8 +1,8 @@
 """convert(): calibrate, plan, refine (if asked for) and quantize. Nothing else knows the order of the steps.
 
 The intermediate files stay beside the output: NAME.calib.safetensors, NAME.plan.json and, after a search,
-NAME.refined.plan.json. What is there and was made from the same inputs with the same options is used again, so
-that another budget needs no second calibration. A killed run continues inside the step that it was in.
+NAME.refined.plan.json. What is there already, made from the same inputs with the same options, is used again:
+another budget needs no second calibration. A killed run continues inside the step that it was in.
 """
 
 from __future__ import annotations
