@@ -85,3 +85,7 @@ class FormatError(McError):
 
 class RuntimeBuildError(McError):
     """The patched llama.cpp cannot be fetched, built, found or loaded."""
+
+
+class LlamaError(McError):
+    """llama.cpp could not do what it was called for, or what it was given would have ended the process."""

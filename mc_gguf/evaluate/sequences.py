@@ -79,19 +79,10 @@ class Sequences(Llama):
         return bool(self._model.add_bos_token())
 
     def tokens(self, text: bytes) -> NDArray[np.int32]:
-        """The text's tokens, with BOS in front where the model adds one; special tokens count as plain text.
-
-        Llama.tokenize would do the work twice when the text has more tokens than it first guesses.
-        """
-        found = np.empty(len(text) + 8, dtype=np.int32)
-        room = found.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        add_special, parse_special = True, False
-        n = llama_cpp.llama_tokenize(
-            self._model.vocab, text, len(text), room, len(found), add_special, parse_special
-        )
-        if n < 0:
-            raise McError(f"{self.model_path}: llama.cpp cannot tokenize {len(text)} bytes of text")
-        return found[:n].copy()
+        """The text's tokens, with BOS in front where the model adds one; special tokens are plain text."""
+        model: Any = self._model  # a guarded.Model
+        found: NDArray[np.int32] = model.tokens(text, add_bos=True, special=False)
+        return found
 
     def clear(self) -> None:
         """Forget all sequences."""
@@ -129,7 +120,7 @@ class Sequences(Llama):
             seq_id=addresses.ctypes.data_as(ctypes.POINTER(as_ints)),
             logits=logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
-        context = self._open_context()
+        context = self.ctx
         status = llama_cpp.llama_decode(context, batch)
         if status:
             raise McError(

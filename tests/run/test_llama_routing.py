@@ -124,7 +124,7 @@ def test_switching_in_a_conversation(llm: Llama) -> None:
         return np.array(llm.scores[llm.n_tokens - 1])
 
     llm.routing = "off"
-    llm.reset()  # type: ignore[no-untyped-call]
+    llm.reset()
     llm.eval(tokens)
     state = llm.save_state()
     off = step("off")
@@ -168,14 +168,14 @@ def test_a_plain_file_with_a_calibration(
 
 
 def test_the_prompt_cache_keeps_its_worth(llm: Llama) -> None:
-    llm.reset()  # type: ignore[no-untyped-call]
+    llm.reset()
     llm.routing = "threshold:threshold=0.6,layers=all"  # of each token alone, however the prompt is cut
     llm.reset_routing_stats()
     text, counted = answer(llm), llm.routing_stats().n_slots
-    llm.reset()  # type: ignore[no-untyped-call]
+    llm.reset()
     llm.set_cache(llama_cpp.llama_cache.LlamaRAMCache())
     assert answer(llm) == text
-    llm.reset()  # type: ignore[no-untyped-call]
+    llm.reset()
     llm.reset_routing_stats()
     assert answer(llm) == text
     llm.set_cache(None)
@@ -184,7 +184,7 @@ def test_the_prompt_cache_keeps_its_worth(llm: Llama) -> None:
 
 def test_the_share_of_bytes_is_that_of_the_file(llm: Llama, tiny_gguf: Path) -> None:
     llm.routing = "off"
-    llm.reset()  # type: ignore[no-untyped-call]
+    llm.reset()
     llm.eval(llm.tokenize(PROMPT.encode()))
     llm.routing = "threshold:threshold=1.5,layers=all"
     llm.reset_routing_stats()

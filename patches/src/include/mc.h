@@ -19,6 +19,20 @@ LLAMA_API const char * mc_patchset(void);
 LLAMA_API size_t mc_sizeof(const char * name);
 
 //
+// functions of llama.h for callers that cannot catch C++ exceptions
+//
+
+typedef void (*mc_function)(void);
+
+// A function of the same type as the one with this name in llama.h. When an exception or a failed GGML_ASSERT ends it, it returns 0,
+// and mc_error() says why. NULL for functions that need no guard. A failed assertion while a graph is computed ends the process, as it
+// does without a guard.
+LLAMA_API mc_function mc_guarded(const char * name);
+
+// Why the last guarded call of this thread failed; NULL when it did not. Valid until the next one.
+LLAMA_API const char * mc_error(void);
+
+//
 // dynamic expert routing: which of the experts that the router selected for a token are really used
 //
 
