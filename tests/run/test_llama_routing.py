@@ -291,11 +291,3 @@ def test_routing_is_pickled(llm: Llama) -> None:
     copy = pickle.loads(pickle.dumps(llm))
     assert copy.routing == llm.routing
     copy.close()
-
-
-def test_a_closed_llama_says_so(tiny_gguf: Path) -> None:
-    closed = Llama(tiny_gguf, n_ctx=256)
-    closed.close()
-    for call in (closed.routing_stats, closed.reset_routing_stats, lambda: setattr(closed, "routing", "off")):
-        with pytest.raises(McError, match="this Llama is closed"):
-            call()
