@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf.artifacts import Calibration, Floats, ModelInfo
 from mc_gguf.calibrate.attention import attention_types
 from mc_gguf.calibrate.expert_errors import nominal_errors
+from mc_gguf.calibrate.finite import check_finite, place
 from mc_gguf.calibrate.layer import LayerMeasurement
 from mc_gguf.calibrate.options import (
     DEFAULT_OPTIONS,
@@ -113,6 +115,9 @@ def calibrate_checkpoint(
             del hidden
             bar.advance(0, "sensitivity of the layers")
             divergences = branches.divergences()
+            for layer, values in enumerate(divergences):
+                with place(layer, "sensitivity"):
+                    check_finite(values, "divergences")
     corpus = text.to_json() | {"measured": calibration_identity(info, text, types, options)}
     calibration = _assemble(info, corpus, types, state.layers, divergences)
     _warn(calibration)
@@ -164,10 +169,17 @@ def _assemble(
 def _warn(calibration: Calibration) -> None:
     for found in super_experts(calibration):
         log.warning("super expert: %s", found)
+    silent = (calibration.frequency > 0) & (calibration.output_sq == 0)
+    if silent.any():
+        log.warning(
+            "%d experts give zero for every token, as if they had been pruned (layer/expert %s): their weights "
+            "cost bytes and do nothing",
+            silent.sum(),
+            _names(calibration, silent),
+        )
     rare = calibration.frequency < FEW_TOKENS
     if not rare.any():
         return
-    names = [f"{calibration.layers[i]}/{e}" for i, e in zip(*np.nonzero(rare), strict=True)]
     log.warning(
         "%d of %d experts saw fewer than %d tokens, %d of them none (layer/expert %s): "
         "their types are a guess; calibrate with more text",
@@ -175,5 +187,11 @@ def _warn(calibration: Calibration) -> None:
         rare.size,
         FEW_TOKENS,
         (calibration.frequency == 0).sum(),
-        ", ".join(names[:5]) + (" ..." if len(names) > 5 else ""),
+        _names(calibration, rare),
     )
+
+
+def _names(calibration: Calibration, which: NDArray[np.bool_]) -> str:
+    """Some of the experts that `which` [L, E] marks, as layer/expert."""
+    names = [f"{calibration.layers[i]}/{e}" for i, e in zip(*np.nonzero(which), strict=True)]
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

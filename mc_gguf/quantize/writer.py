@@ -139,12 +139,19 @@ def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[O
             )
     if calibration is None:
         return
-    unused = ~(calibration.imatrix_in.any(axis=-1) & calibration.imatrix_mid.any(axis=-1))
-    if unused.any():
-        names = [f"layer {calibration.layers[i]} expert {e}" for i, e in np.argwhere(unused)]
+    has_imatrix = calibration.imatrix_in.any(axis=-1) & calibration.imatrix_mid.any(axis=-1)
+    reached = calibration.frequency > 0
+    _warn_about("no token of the calibration's text reached", calibration, ~reached)
+    _warn_about("zeros come out of the first matrices of", calibration, reached & ~has_imatrix)
+
+
+def _warn_about(what: str, calibration: Calibration, which: NDArray[np.bool_]) -> None:
+    """Says that the experts that `which` [L, E] marks have no importance matrix, for the reason `what`."""
+    names = [f"layer {calibration.layers[i]} expert {e}" for i, e in np.argwhere(which)]
+    if names:
         log.warning(
-            "no token of the calibration's text reached %d experts, which are quantized without an "
-            "importance matrix: %s",
+            "%s %d experts, which are quantized without an importance matrix: %s",
+            what,
             len(names),
             ", ".join(names[:20]) + (" ..." if len(names) > 20 else ""),
         )

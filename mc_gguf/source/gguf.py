@@ -16,6 +16,7 @@ from mc_gguf.ggml.gguf_file import GgufHeader, TensorEntry, read_header
 from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.ggml.shards import shard_paths
 from mc_gguf.source.base import bos_of, hparams_of, make_info, sample_offsets, select_metadata
+from mc_gguf.source.values import check_weights
 
 if TYPE_CHECKING:
     from mc_gguf.runtime.vocabulary import Vocabulary
@@ -67,6 +68,7 @@ class GgufCheckpoint:
         data = np.fromfile(path, dtype=np.uint8, count=n_bytes, offset=entry.offset + n_bytes * (expert or 0))
         if len(data) != n_bytes:
             raise SourceError(f"{path}: {name} is cut off; the file has become shorter since it was opened")
+        check_weights(path, name, data, entry.type.name, expert)
         return data
 
     def tokenize(self, text: str) -> list[int]:
