@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,11 @@ def _check_layers(path: Path, config: Mapping[str, Any], stored: Stored) -> None
 
 
 def _check_experts(path: Path, n_expert: int, stored: Stored) -> None:
-    """Every block of experts must have experts 0 to n_expert - 1, all with the same parts."""
-    blocks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for name in stored:
+    """Every block of experts must have experts 0 to n_expert - 1, all with the same parts of the same shapes."""
+    blocks: dict[str, dict[int, dict[str, tuple[int, ...]]]] = defaultdict(lambda: defaultdict(dict))
+    for name, tensor in stored.items():
         if found := _EXPERT.fullmatch(name):
-            blocks[found["block"]][int(found["number"])].add(found["part"])
+            blocks[found["block"]][int(found["number"])][found["part"]] = tensor.shape
     for block, experts in sorted(blocks.items()):
         if len(experts) != n_expert or max(experts) != n_expert - 1:
             missing = sorted(set(range(n_expert)) - experts.keys())
@@ -108,12 +108,26 @@ def _check_experts(path: Path, n_expert: int, stored: Stored) -> None:
                 f"{path} says that the model has {n_expert} experts, but {len(experts)} are stored in {block}"
                 f"{what}; download the missing files, or correct config.json"
             )
-        parts = set().union(*experts.values())
-        for number in range(n_expert):
-            if lacking := sorted(parts - experts[number]):
+        _check_parts(path.parent, block, experts)
+
+
+def _check_parts(folder: Path, block: str, experts: Mapping[int, Mapping[str, tuple[int, ...]]]) -> None:
+    seen: dict[str, Counter[tuple[int, ...]]] = defaultdict(Counter)
+    for parts in experts.values():
+        for part, shape in parts.items():
+            seen[part][shape] += 1
+    shapes = {part: counts.most_common(1)[0][0] for part, counts in seen.items()}
+    for number, parts in sorted(experts.items()):
+        for part, shape in shapes.items():
+            if part not in parts:
                 raise SourceError(
-                    f"{path.parent} lacks {block}.{number}.{lacking[0]}, which other experts have; download "
-                    "the missing files"
+                    f"{folder} lacks {block}.{number}.{part}, which other experts have; download the missing "
+                    "files"
+                )
+            if parts[part] != shape:
+                raise SourceError(
+                    f"{folder}: {block}.{number}.{part} has the shape {list(parts[part])}, that of other "
+                    f"experts is {list(shape)}; download the files again"
                 )
 
 

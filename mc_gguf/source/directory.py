@@ -81,7 +81,7 @@ def _check_kind(folder: Path) -> None:
     if has_config and (any(folder.glob("model*.safetensors")) or (folder / INDEX).is_file()):
         return
     for pattern, what in _INSTEAD.items():
-        if found := sorted(path for path in folder.glob(pattern) if not path.name.startswith("model")):
+        if found := sorted(path for path in folder.glob(pattern) if not path.match("model*.safetensors")):
             raise SourceError(f"{folder} has {what} (found {found[0].relative_to(folder)})")
     if not has_config:
         raise SourceError(

@@ -110,7 +110,9 @@ def _open_shards(path: Path) -> list[GgufHeader]:
     """The headers of all shards that belong to `path`, first shard first."""
     try:
         header = read_header(path)
-        count = int(header.get("split.count", 1))
+        count = header.get("split.count", 1)
+        if not isinstance(count, int):
+            raise SourceError(f"{path}: key split.count is {count!r}, not a whole number")
         if count <= 1:
             return [header]
         paths = shard_paths(path)
@@ -125,6 +127,12 @@ def _open_shards(path: Path) -> list[GgufHeader]:
         headers = [read_header(p) for p in paths]
     except FormatError as error:
         raise SourceError(str(error)) from error
+    for number, shard in enumerate(headers):
+        if (shard.get("split.no"), shard.get("split.count")) != (number, count):
+            raise SourceError(
+                f"{shard.path} is not shard {number + 1} of {count} of one model: its metadata say number "
+                f"{shard.get('split.no')} (from 0) of {shard.get('split.count')}; download it again"
+            )
     expected = header.get("split.tensors.count")
     found = sum(len(h.tensors) for h in headers)
     if expected is not None and expected != found:

@@ -1,0 +1,186 @@
+"""Every verb that reads a source, given a damaged one: one line, in less than two seconds, without torch; and
+weights that are absurd end no process.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.child import Outcome, run_command, run_python
+from tests.support.gguf_models import RandomCheckpoint, make_calibration, make_plan, uniform
+from tests.support.hf_directories import EXPERT, mixtral_tensors, write_directory
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+VERBS = {
+    "calibrate": ["calibrate", "{source}", "-o", "{out}"],
+    "convert": ["convert", "{source}", "-o", "{out}"],
+    "convert to a size": ["convert", "{source}", "-o", "{out}", "--size", "1GiB"],
+    "convert to 16 bits": ["convert", "{source}", "-o", "{out}", "--bpw", "16"],
+    "convert and refine": ["convert", "{source}", "-o", "{out}", "--bpw", "3", "--refine", "1m"],
+    "quantize": ["quantize", "{source}", "{plan}", "-o", "{out}"],
+    "refine": ["refine", "{source}", "{plan}", "-o", "{out}"],
+}
+# Runs a command line, and says how long it took and what was imported.
+RUN = """
+import sys, time
+start = time.perf_counter()
+from mc_gguf.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+seconds = time.perf_counter() - start
+heavy = [name for name in ("torch", "transformers", "gguf", "scipy") if name in sys.modules]
+print(code, heavy, seconds)
+"""
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan, with its calibration beside it."""
+    folder = tmp_path_factory.mktemp("plan")
+    info = RandomCheckpoint().info
+    made = make_calibration(info, folder / "m.calib.safetensors")
+    assert made.fingerprint is not None
+    make_plan(info, uniform(info, "Q4_0"), folder / "m.plan.json", made.fingerprint)
+    return folder / "m.plan.json"
+
+
+def _damage(folder: Path, kind: str) -> tuple[Path, str]:
+    """A source, and what has to be said of it."""
+    if kind == "lfs":
+        (write_directory(folder) / "model.safetensors").write_bytes(LFS)
+        return folder, "is a Git LFS pointer"
+    if kind == "config":
+        return write_directory(folder, num_experts_per_tok=9), "num_experts_per_tok is 9"
+    if kind == "expert":
+        tensors = {name: t for name, t in mixtral_tensors().items() if name != EXPERT}
+        return write_directory(folder, tensors), f"lacks {EXPERT}"
+    (folder / "m.gguf").write_bytes(LFS)
+    return folder / "m.gguf", "is a Git LFS pointer"
+
+
+@pytest.mark.parametrize("kind", ["lfs", "config", "expert", "gguf"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_cheap_checks_come_first(verb: str, kind: str, plan: Path, tmp_path: Path) -> None:
+    source, message = _damage(tmp_path, kind)
+    names = {"source": source, "plan": plan, "out": tmp_path / "out"}
+    done = run_python(RUN, *(word.format(**names) for word in VERBS[verb]))
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    code, rest = done.stdout.split(" ", 1)
+    heavy, seconds = rest.rsplit(" ", 1)
+    assert (code, heavy) == ("1", "[]")
+    assert float(seconds) < 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["chat", "eval", "inspect", "routing show"])
+@pytest.mark.parametrize("content", [LFS, b"<!DOCTYPE html><html></html>", b""])
+def test_files_to_run_that_were_not_downloaded(verb: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(content)
+    (tmp_path / "t.txt").write_text("some text")
+    more = ["--text", tmp_path / "t.txt"] if verb == "eval" else []
+    done = run_command(*verb.split(), tmp_path / "m.gguf", *more)
+    assert done.code == 1
+    assert done.is_clean
+    what = {LFS: "is a Git LFS pointer", b"": "is empty"}.get(content, "is a web page")
+    assert what in done.stderr
+
+
+# --- absurd weights
+
+TYPES = "IQ1_S,IQ1_M,IQ2_XXS,IQ2_XS,IQ2_S,IQ3_XXS,IQ3_S,IQ4_XS,Q2_K"
+FEW = ("--tokens", 256, "--ctx", 64, "--rows", 8, "--threads", 1, "--quiet", "--no-compensate", "--types", TYPES)
+
+
+@pytest.fixture(scope="module")
+def tiny_tensors() -> dict[str, Any]:
+    """Two layers of the bundled model, float32."""
+    from safetensors.torch import load_file
+
+    from tests.support import TINY
+
+    tensors = load_file(TINY / "model.safetensors")
+    kept = {k: v.float() for k, v in tensors.items() if "layers" not in k or int(k.split(".")[2]) < 2}
+    return dict(kept)
+
+
+def _model(folder: Path, tensors: dict[str, Any], **changes: Any) -> Path:
+    from safetensors.torch import save_file
+
+    from tests.support import TINY
+
+    sizes = {k: v for k, v in json.loads((TINY / "config.json").read_text()).items() if "_size" in k}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "num_local_experts": 8}
+    write_directory(folder, {}, **(sizes | heads))
+    save_file(tensors | changes, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _convert(source: Path, out: Path, *options: object) -> Outcome:
+    return run_command("convert", source, "-o", out, *(options or ("--bpw", 2.2, *FEW)))
+
+
+W1 = "model.layers.1.block_sparse_moe.experts.5.w1.weight"
+ABSURD = {
+    "expert": (W1, 1e30, r"blk.1.ffn_gate_exps.weight, expert 5: 1e+30"),
+    "expert, infinite": (W1, -np.inf, r"blk.1.ffn_gate_exps.weight, expert 5: -inf"),
+    "router": ("model.layers.1.block_sparse_moe.gate.weight", np.nan, "blk.1.ffn_gate_inp.weight: nan"),
+    "attention": ("model.layers.0.self_attn.o_proj.weight", 7e4, "blk.0.attn_output.weight: 70000"),
+    "embeddings": ("model.embed_tokens.weight", 1e20, "token_embd.weight: 1e+20"),
+    "output": ("lm_head.weight", 1e20, "output.weight: 1e+20"),
+    "norm": ("model.norm.weight", np.inf, "output_norm.weight: inf"),
+}
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("budget", ["2.2", "16"])
+@pytest.mark.parametrize("case", ABSURD)
+def test_absurd_weights_are_named(
+    case: str, budget: str, tiny_tensors: dict[str, Any], tmp_path: Path
+) -> None:
+    name, value, message = ABSURD[case]
+    changed = tiny_tensors[name].clone()
+    changed.view(-1)[7] = value
+    source = _model(tmp_path / "m", tiny_tensors, **{name: changed})
+    done = _convert(source, tmp_path / "m.gguf", "--bpw", budget, *FEW)
+    assert (done.code, done.is_clean) == (1, True)
+    assert f"{message}; the source is damaged" in done.stderr
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.native
+def test_small_weights_zeros_and_the_largest_are_fine(tiny_tensors: dict[str, Any], tmp_path: Path) -> None:
+    """Denormal numbers in one expert, zeros in another, 65,504 in a third."""
+    changed = {k: v.clone() for k, v in tiny_tensors.items() if "layers.1.block_sparse_moe.experts" in k}
+    for name, weights in changed.items():
+        if ".experts.1." in name:
+            weights *= 1e-38
+        if ".experts.2." in name:
+            weights *= 1e-12
+        if ".experts.3." in name:
+            weights.zero_()
+        if ".experts.4." in name:
+            weights[3, 3] = 65504
+    done = _convert(_model(tmp_path / "m", tiny_tensors, **changed), tmp_path / "m.gguf")
+    assert (done.code, done.is_clean) == (0, True)
+    assert "experts give zero for every token" in done.stderr
+    assert "zeros come out of the first matrices of" in done.stderr
+
+
+@pytest.mark.native
+def test_activations_that_overflow_are_named(tiny_tensors: dict[str, Any], tmp_path: Path) -> None:
+    """No weight is too large, but the products of four of them are."""
+    moe = "model.layers.1.block_sparse_moe.experts.5."
+    changed = {k: v.sign() * 60000 for k, v in tiny_tensors.items() if k.startswith(moe)}
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    changed[norm] = tiny_tensors[norm] * 0 + 60000
+    done = _convert(_model(tmp_path / "m", tiny_tensors, **changed), tmp_path / "m.gguf")
+    assert (done.code, done.is_clean) == (1, True)
+    assert "layer 1, expert 5: squared inputs of down reach" in done.stderr
