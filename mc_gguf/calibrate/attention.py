@@ -82,11 +82,7 @@ class AttentionMeasurement:
 
 
 def run_attention(
-    decoder: Decoder,
-    layer: int,
-    hidden: Tensor,
-    tokens: int,
-    threads: int = 1,
+    decoder: Decoder, layer: int, hidden: Tensor, tokens: int, threads: int = 1
 ) -> AttentionMeasurement:
     """Advance `hidden` [n_rows, ctx, n_embd] by the attention block, in place, and measure; the errors are
     measured on up to `tokens` tokens. Raises McError for values that are not finite.

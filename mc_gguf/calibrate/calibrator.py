@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mc_gguf.artifacts import Calibration, Floats, ModelInfo
+from mc_gguf.artifacts import PROJECTIONS, Calibration, Floats, ModelInfo, expert_tensor_name
 from mc_gguf.calibrate.attention import attention_types
 from mc_gguf.calibrate.expert_errors import nominal_errors
 from mc_gguf.calibrate.finite import check_finite, place
@@ -106,6 +106,8 @@ def calibrate_checkpoint(
         torch.inference_mode(),
     ):
         init(types)
+        if not state.layers:
+            _read_all_but_experts(checkpoint)
         hidden, branches = _hidden_states(decoder, text, options, state)
         todo = range(len(state.layers), info.n_layer)
         with progress("calibrate", len(todo) * info.n_expert, "experts", quiet) as bar:
@@ -122,6 +124,16 @@ def calibrate_checkpoint(
     calibration = _assemble(info, corpus, types, state.layers, divergences)
     _warn(calibration)
     return calibration
+
+
+def _read_all_but_experts(checkpoint: Checkpoint) -> None:
+    """Raises SourceError for a damaged tensor outside the experts now: the output matrix, for one, is not
+    needed before the end. All experts together are too much to read twice.
+    """
+    stacks = {expert_tensor_name(i, p) for i in checkpoint.info.expert_layers for p in PROJECTIONS}
+    for tensor in checkpoint.info.tensors:
+        if tensor.name not in stacks:
+            checkpoint.tensor(tensor.name)
 
 
 def _hidden_states(
@@ -172,8 +184,8 @@ def _warn(calibration: Calibration) -> None:
     silent = (calibration.frequency > 0) & (calibration.output_sq == 0)
     if silent.any():
         log.warning(
-            "%d experts give zero for every token, as if they had been pruned (layer/expert %s): their weights "
-            "cost bytes and do nothing",
+            "%d experts give zero for every token, as if they had been pruned (layer/expert %s): they take "
+            "room and do nothing",
             silent.sum(),
             _names(calibration, silent),
         )

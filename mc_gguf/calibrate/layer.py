@@ -110,7 +110,10 @@ class LayerMeasurement:
         stats.frequency[number] = len(tokens)
         stats.routing_weight[number] = float(tokens.probs.sum(dtype=torch.float64))
         stats.output_sq[number] = float(norms_sq.sum())
-        for sums, what in ((stats.imatrix_in, "squared inputs"), (stats.imatrix_mid, "squared inputs of down")):
+        for sums, what in (
+            (stats.imatrix_in, "squared inputs"),
+            (stats.imatrix_mid, "squared inputs of down"),
+        ):
             sums[number] /= max(1, len(tokens))
             check_finite(sums[number], what)
         check_finite(stats.output_sq[number], "squared outputs")
@@ -118,7 +121,12 @@ class LayerMeasurement:
         found = self._errors(number, expert, sample, stats)
         stats.sq_error[number], stats.relative_error[number] = found.block, found.relative
         stats.weight_error[number], stats.hessian_trace[number] = found.weight, found.trace
-        fits = np.array([[t.fits(m.shape[1]) for t in map(ggml_type, self.types)] for m in (expert.gate, expert.up, expert.down)])
+        fits = np.array(
+            [
+                [t.fits(m.shape[1]) for t in map(ggml_type, self.types)]
+                for m in (expert.gate, expert.up, expert.down)
+            ]
+        )
         for errors in (found.block, found.relative, found.weight):
             check_finite(errors[fits], "errors of the types")
         check_finite(found.trace, "curvatures")

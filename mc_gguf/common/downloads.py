@@ -6,8 +6,18 @@ from pathlib import Path
 
 HEAD_BYTES = 512  # that placeholder() looks at
 _AGAIN = "download the file again (hf download)"
-_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<error", b"{\"error\"", b"entry not found",
-          b"repository not found", b"invalid username or password", b"access to model", b"invalid credentials")
+_PAGES = (
+    b"<!doctype",
+    b"<html",
+    b"<?xml",
+    b"<error",
+    b'{"error"',
+    b"entry not found",
+    b"repository not found",
+    b"invalid username or password",
+    b"access to model",
+    b"invalid credentials",
+)
 _ARCHIVES = {b"PK\x03\x04": "a ZIP archive (pickled PyTorch weights are one)", b"\x1f\x8b": "a gzip archive"}
 
 

@@ -1,4 +1,6 @@
-"""config.json of a Hugging Face directory against the tensors that are stored in it. Standard library only."""
+"""config.json of a Hugging Face directory against the tensors that are stored there. It needs the standard
+library only.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _N_EXPERT = ("num_local_experts", "num_experts", "n_routed_experts")
 _N_USED = ("num_experts_per_tok", "num_experts_per_token")
 _N_LAYER = ("num_hidden_layers", "n_layers", "n_layer")
 _EXPERT = re.compile(r"(?P<block>.*\blayers\.\d+\..*\bexperts)\.(?P<number>\d+)\.(?P<part>.+)")
-_FUSED = re.compile(r".*\blayers\.\d+\..*\bexperts\.(gate_up_proj|gate_proj|up_proj|down_proj|w[123])(\.weight)?")
+_FUSED = re.compile(
+    r".*\blayers\.\d+\..*\bexperts\.(gate_up_proj|gate_proj|up_proj|down_proj|w[123])(\.weight)?"
+)
 _LAYER = re.compile(r".*?\blayers\.(\d+)\.")
 _EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 _OUTPUT = "lm_head.weight"
@@ -95,7 +99,7 @@ def _check_layers(path: Path, config: Mapping[str, Any], stored: Stored) -> None
 
 
 def _check_experts(path: Path, n_expert: int, stored: Stored) -> None:
-    """Every block of experts must have experts 0 to n_expert - 1, all with the same parts of the same shapes."""
+    """Every block of experts must have experts 0 to n_expert - 1, with the same parts in the same shapes."""
     blocks: dict[str, dict[int, dict[str, tuple[int, ...]]]] = defaultdict(lambda: defaultdict(dict))
     for name, tensor in stored.items():
         if found := _EXPERT.fullmatch(name):
@@ -176,8 +180,8 @@ def _check_vocabulary(path: Path, config: Mapping[str, Any], stored: Stored) -> 
         rows = stored[name].shape[0]
         if rows > n_vocab:
             raise SourceError(
-                f"{path}: vocab_size is {n_vocab}, but {name} has {rows} rows; if the rows after {n_vocab} are "
-                f"padding, set vocab_size to {rows}"
+                f"{path}: vocab_size is {n_vocab}, but {name} has {rows} rows; if the rows after {n_vocab} "
+                f"are padding, set vocab_size to {rows}"
             )
         if rows < n_vocab:
             raise SourceError(

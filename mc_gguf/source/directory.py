@@ -19,8 +19,10 @@ from mc_gguf.source.safetensors_files import INDEX, StoredTensor, read_stored
 CONFIG = "config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 # Files beside the weights that the converter reads.
-_READ = (CONFIG, INDEX, *_TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-_READ += ("added_tokens.json", "generation_config.json", "chat_template.json", "chat_template.jinja")
+_READ = (
+    *(CONFIG, INDEX, *_TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "generation_config.json", "chat_template.json", "chat_template.jinja"),
+)
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # The converter leaves these out.
@@ -30,19 +32,17 @@ _SCALE = "_scale_inv"
 
 # What is in a directory instead of safetensors or beside a config.json that is missing: what to do with it.
 _INSTEAD = {
-    "adapter_config.json": "an adapter, not a model: merge it into its base model first (merge_and_unload() of "
-    "peft), and give the result",
+    "adapter_config.json": "an adapter, not a model: merge it into its base model (with merge_and_unload() "
+    "of peft), and give the result",
     "*.gguf": "GGUF files: give one of them by name",
-    "consolidated*.safetensors": "the weights in Mistral's own layout: give the directory in Hugging Face's "
-    "layout, with config.json and model*.safetensors",
-    "consolidated*.pth": "the weights in the authors' own layout: give the directory in Hugging Face's layout, "
-    "with config.json and model*.safetensors",
+    "consolidated*": "the weights in their authors' own layout: give a directory in the layout of Hugging "
+    "Face, with config.json and model*.safetensors",
     "pytorch_model*.bin": "pickled PyTorch weights: load it with transformers, and save it with "
     "save_pretrained(), which writes safetensors",
     "snapshots/*/config.json": "a folder of the Hugging Face cache: give the directory in snapshots/",
     "*/config.json": "subdirectories with a model: give one of them",
-    "*.safetensors": "safetensors with other names than model.safetensors and model-00001-of-0000N.safetensors: "
-    "rename them",
+    "*.safetensors": "safetensors with other names than model.safetensors or "
+    "model-00001-of-0000N.safetensors: rename them",
 }
 
 
@@ -100,8 +100,8 @@ def _check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method != "fp8":
         raise SourceError(
-            f"{folder} is quantized ({CONFIG}: quantization_config, {method or 'without quant_method'}); give "
-            "the 16-bit model that it was made from"
+            f"{folder} is quantized ({CONFIG}: quantization_config, {method or 'without quant_method'}); "
+            "give the 16-bit model that it was made from"
         )
 
 

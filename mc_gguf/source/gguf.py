@@ -130,8 +130,9 @@ def _open_shards(path: Path) -> list[GgufHeader]:
     for number, shard in enumerate(headers):
         if (shard.get("split.no"), shard.get("split.count")) != (number, count):
             raise SourceError(
-                f"{shard.path} is not shard {number + 1} of {count} of one model: its metadata say number "
-                f"{shard.get('split.no')} (from 0) of {shard.get('split.count')}; download it again"
+                f"{shard.path} is not shard {number + 1} of {count} of one model: its keys split.no and "
+                f"split.count are {shard.get('split.no')} and {shard.get('split.count')}, not {number} and "
+                f"{count}; download it again"
             )
     expected = header.get("split.tensors.count")
     found = sum(len(h.tensors) for h in headers)

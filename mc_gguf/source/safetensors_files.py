@@ -49,7 +49,9 @@ def find_shards(folder: Path) -> list[Path]:
     sets: dict[str, list[str]] = {}
     for name in names:
         found = _NUMBERED.fullmatch(name)
-        sets.setdefault(f"{found['stem']} in {int(found['count'])} shards" if found else name, []).append(name)
+        sets.setdefault(f"{found['stem']} in {int(found['count'])} shards" if found else name, []).append(
+            name
+        )
     if len(sets) > 1:
         raise SourceError(
             f"{folder} has no {INDEX}, and holds files of several models: {', '.join(sets)}; remove those "
@@ -150,7 +152,9 @@ def read_shard(path: Path) -> dict[str, StoredTensor]:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error
     try:
         entries = json.loads(text)
-        tensors = [_entry(path, name, entries[name], 8 + length) for name in entries.keys() - {"__metadata__"}]
+        tensors = [
+            _entry(path, name, entries[name], 8 + length) for name in entries.keys() - {"__metadata__"}
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{path} has a damaged safetensors header; download the file again") from error
     _check_places(path, tensors, 8 + length, size)

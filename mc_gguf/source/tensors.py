@@ -1,8 +1,8 @@
 """The tensors that llama.cpp demands of a model, with their shapes: a file that lacks one, has one more, or
 one of another shape does not load, however long it took to make.
 
-The table follows src/models/ARCHITECTURE.cpp of the pinned llama.cpp. Of architectures that are not in it only
-what all models share is checked.
+The table follows src/models/ARCHITECTURE.cpp of the pinned llama.cpp. Of architectures that are not in it,
+only what all models share is checked.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def check_layout(path: Path, tensors: Iterable[TensorSpec]) -> None:
     """Raises SourceError for a model whose experts are stored one by one."""
     if old := next((t.name for t in tensors if _OLD_EXPERT.fullmatch(t.name)), None):
         raise SourceError(
-            f"{path} stores one tensor per expert ({old}), as GGUFs did before April 2024; llama.cpp does not "
-            "read them any more: convert the original model again"
+            f"{path} stores one tensor per expert ({old}), as GGUFs did before April 2024; llama.cpp no "
+            "longer reads them: convert the original model again"
         )
 
 
@@ -77,17 +77,22 @@ def check_tensors(
     found = {t.name: t.shape for t in tensors}
     n_layer = count_of(path, hparams, "block_count")
     _check_layers(path, n_layer, found)
+    count_of(path, hparams, "embedding_length")
     _check_vocabulary(path, n_vocab, found)
     sizes = _sizes(architecture, hparams, n_vocab, n_layer)
     if sizes is None:
         return
     required, optional = dict(_required(architecture, sizes, found)), dict(_optional(architecture, sizes))
     if missing := next((name for name in required if name not in found), None):
-        raise SourceError(f"{path} lacks the tensor {missing}, which {architecture} models have; is it complete?")
+        raise SourceError(
+            f"{path} lacks the tensor {missing}, which {architecture} models have; is it complete?"
+        )
     for name, shape in found.items():
         wanted = required.get(name) or optional.get(name)
         if wanted is None and not _is_free(name):
-            raise SourceError(f"{path} has a tensor {name}, which llama.cpp does not know in {architecture} models")
+            raise SourceError(
+                f"{path} has a tensor {name}, which llama.cpp does not know in {architecture} models"
+            )
         if wanted is not None and _trimmed(shape) != _trimmed(wanted):
             raise SourceError(
                 f"{path}: {name} has the shape {list(shape)}, but the metadata ask for {list(wanted)}"
@@ -121,28 +126,29 @@ def n_vocab_of(kv: Mapping[str, Value]) -> int | None:
     return len(tokens.value) if tokens and isinstance(tokens.value, list) and tokens.value else None
 
 
-def _sizes(
-    architecture: str, hparams: Mapping[str, Any], n_vocab: int | None, n_layer: int
-) -> _Sizes | None:
+def _sizes(architecture: str, hparams: Mapping[str, Any], n_vocab: int | None, n_layer: int) -> _Sizes | None:
     """None where the table does not describe the model: another architecture, or layers that differ."""
     if architecture not in ARCHITECTURES:
         return None
-    n_embd, n_head, n_expert, n_used = (
-        hparams.get(key)
-        for key in ("embedding_length", "attention.head_count", "expert_count", "expert_used_count")
-    )
-    n_head_kv, n_ff = hparams.get("attention.head_count_kv", n_head), hparams.get("feed_forward_length", 0)
-    if not all(isinstance(n, int) and n > 0 for n in (n_embd, n_head, n_head_kv, n_expert, n_used)):
+    n_embd, n_head = (_number(hparams, key) for key in ("embedding_length", "attention.head_count"))
+    if not n_embd or not n_head:
         return None
-    assert n_embd and n_head and n_head_kv and n_expert and n_used
-    head, head_v = (hparams.get(f"attention.{x}_length", n_embd // n_head) for x in ("key", "value"))
-    shared = hparams.get("expert_shared_feed_forward_length") or n_ff
-    if architecture in ("qwen3moe", "qwen2moe") and isinstance(n_ff, int):
-        n_ff = hparams.get("expert_feed_forward_length") or n_ff // n_used
-    if not all(isinstance(n, int) for n in (head, head_v, n_ff, shared)):
+    n_head_kv = _number(hparams, "attention.head_count_kv", n_head)
+    head, head_v = (_number(hparams, f"attention.{x}_length", n_embd // n_head) for x in ("key", "value"))
+    n_ff = _number(hparams, "feed_forward_length")
+    shared = _number(hparams, "expert_shared_feed_forward_length", n_ff)
+    if architecture in ("qwen3moe", "qwen2moe"):
+        n_ff = _number(hparams, "expert_feed_forward_length", n_ff // hparams["expert_used_count"])
+    if not n_head_kv or not head or not head_v or not n_ff or not shared:
         return None
     q, k, v = head * n_head, head * n_head_kv, head_v * n_head_kv
-    return _Sizes(n_layer, n_embd, n_vocab, q, k, v, head, n_expert, n_ff, shared)
+    return _Sizes(n_layer, n_embd, n_vocab, q, k, v, head, hparams["expert_count"], n_ff, shared)
+
+
+def _number(hparams: Mapping[str, Any], key: str, default: int = 0) -> int:
+    """A number of the metadata; 0 where it is something else, such as a list with a number per layer."""
+    value = hparams.get(key) or default
+    return value if isinstance(value, int) else 0
 
 
 def _required(architecture: str, s: _Sizes, found: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
@@ -161,8 +167,10 @@ def _required(architecture: str, s: _Sizes, found: Mapping[str, Shape]) -> Itera
             yield f"{blk}.attn_k.weight", (s.n_embd, s.k)
             yield f"{blk}.attn_v.weight", (s.n_embd, s.v)
         yield f"{blk}.attn_output.weight", (s.q, s.n_embd)
-        for part in ("q", "k") if architecture in _QK_NORMS else ():
-            yield f"{blk}.attn_{part}_norm.weight", (s.n_embd if architecture == "olmoe" else s.head,)
+        if architecture in _QK_NORMS:
+            width = s.n_embd if architecture == "olmoe" else s.head
+            yield f"{blk}.attn_q_norm.weight", (width,)
+            yield f"{blk}.attn_k_norm.weight", (width,)
         yield from _feed_forward(architecture, blk, s)
 
 
@@ -208,7 +216,7 @@ def pad_vocabulary(kv: Mapping[str, Value], tensors: Iterable[TensorSpec]) -> di
     n_vocab = n_vocab_of(kv)
     if n_vocab is None or rows <= n_vocab:
         return dict(kv)
-    padding = {
+    padding: dict[str, list[Any]] = {
         "tokens": [f"[PAD{i}]" for i in range(n_vocab, rows)],
         "scores": [-1000.0] * (rows - n_vocab),
         "token_type": [_UNUSED] * (rows - n_vocab),

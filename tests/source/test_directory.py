@@ -91,8 +91,8 @@ INSTEAD = {
     "adapter_model.safetensors": ("adapter_config.json", "an adapter, not a model: merge it"),
     "model.gguf": ("model.gguf", "GGUF files: give one of them by name"),
     "pytorch_model-00001-of-00002.bin": ("pytorch_model", "save_pretrained"),
-    "consolidated.safetensors": ("consolidated", "Mistral's own layout"),
-    "consolidated.00.pth": ("consolidated", "the authors' own layout"),
+    "consolidated.safetensors": ("consolidated", "their authors' own layout"),
+    "consolidated.00.pth": ("consolidated", "their authors' own layout"),
     "weights.safetensors": ("weights", "other names than model.safetensors"),
 }
 
@@ -261,12 +261,20 @@ def _rows(name: str, rows: int) -> Tensors:
 
 MISFITS: dict[str, tuple[Tensors | None, dict[str, Any], str]] = {
     "9 of 4 experts": (None, {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but the model has 4"),
-    "0 experts used": (None, {"num_experts_per_tok": 0}, "num_experts_per_tok is 0, not a whole number above"),
+    "0 experts used": (
+        None,
+        {"num_experts_per_tok": 0},
+        "num_experts_per_tok is 0, not a whole number above",
+    ),
     "-1 experts used": (None, {"num_experts_per_tok": -1}, "is -1, not a whole number"),
     "half an expert": (None, {"num_experts_per_tok": 1.5}, "is 1.5, not a whole number"),
     "text": (None, {"num_experts_per_tok": "2"}, "is '2', not a whole number"),
     "true": (None, {"num_experts_per_tok": True}, "is True, not a whole number"),
-    "2000 experts": (None, {"num_local_experts": 2000}, "num_local_experts is 2000, not a whole number from 1"),
+    "2000 experts": (
+        None,
+        {"num_local_experts": 2000},
+        "num_local_experts is 2000, not a whole number from 1",
+    ),
     "list": (None, {"num_local_experts": [4, 4]}, r"is [4, 4], not a whole number"),
     "pruned": (
         without("experts.1.", "experts.3."),
@@ -293,7 +301,11 @@ MISFITS: dict[str, tuple[Tensors | None, dict[str, Any], str]] = {
     "fused": (_fused(), {}, "holds all experts of a layer in one tensor; this layout is not supported"),
     "no output": (without("lm_head"), {}, "lacks lm_head.weight, the output matrix"),
     "no output, not said": (without("lm_head"), {"tie_word_embeddings": None}, "lacks lm_head.weight"),
-    "rows": (_rows("model.embed_tokens.weight", 4160), {}, "has 4160 rows; if the rows after 4096 are padding"),
+    "rows": (
+        _rows("model.embed_tokens.weight", 4160),
+        {},
+        "has 4160 rows; if the rows after 4096 are padding",
+    ),
     "output rows": (_rows("lm_head.weight", 4160), {}, "lm_head.weight has 4160 rows"),
     "too few rows": (_rows("model.embed_tokens.weight", 4000), {}, "has only 4000 rows"),
 }

@@ -42,7 +42,10 @@ def _without(part: str) -> Callable[[Model], Model]:
 
 
 def _with(name: str, *shape: int) -> Callable[[Model], Model]:
-    return lambda model: (model[0], [*(t for t in model[1] if t.name != name), TensorSpec(name, shape, "F16")])
+    return lambda model: (
+        model[0],
+        [*(t for t in model[1] if t.name != name), TensorSpec(name, shape, "F16")],
+    )
 
 
 REFUSED: dict[str, tuple[Callable[[Model], Model], str]] = {
@@ -60,18 +63,30 @@ REFUSED: dict[str, tuple[Callable[[Model], Model], str]] = {
     "more layers": (_set("block_count", 3), "block_count is 3, but there is no tensor of layer 2"),
     "fewer layers": (_set("block_count", 1), "block_count is 1, but there are tensors of layer 1"),
     "no experts in a layer": (_without("blk.1.ffn_gate_exps"), "expected blk.1.ffn_gate_exps"),
-    "no matrix": (_without("blk.1.attn_q"), r"lacks the tensor blk\.1\.attn_q\.weight, which llama models have"),
+    "no matrix": (
+        _without("blk.1.attn_q"),
+        r"lacks the tensor blk\.1\.attn_q\.weight, which llama models have",
+    ),
     "no norm": (_without("blk.0.ffn_norm"), r"lacks the tensor blk\.0\.ffn_norm\.weight"),
     "no router": (_without("blk.1.ffn_gate_inp"), r"lacks the tensor blk\.1\.ffn_gate_inp\.weight"),
     "no last norm": (_without("output_norm"), r"lacks the tensor output_norm\.weight"),
     "no embeddings": (_without("token_embd"), r"lacks the tensor token_embd\.weight"),
-    "unknown": (_with("blk.0.attn_z.weight", 32, 32), r"a tensor blk\.0\.attn_z\.weight, which llama\.cpp does"),
+    "unknown": (
+        _with("blk.0.attn_z.weight", 32, 32),
+        r"a tensor blk\.0\.attn_z\.weight, which llama\.cpp does",
+    ),
     "shape": (_with("blk.0.attn_k.weight", 32, 16), r"has the shape \[32, 16\], but the metadata ask for"),
     "router": (_with("blk.0.ffn_gate_inp.weight", 32, 5), r"ask for \[32, 4\]"),
     "width": (_set("embedding_length", 64), "ask for"),
     "width of experts": (_set("feed_forward_length", 32), r"ffn_gate_exps\.weight has the shape"),
-    "rows": (_with("token_embd.weight", 32, 4), "token_embd.weight has 4 rows, but the tokenizer has 3 tokens"),
-    "output rows": (_with("output.weight", 32, 2), "output.weight has 2 rows, but the tokenizer has 3 tokens"),
+    "rows": (
+        _with("token_embd.weight", 32, 4),
+        "token_embd.weight has 4 rows, but the tokenizer has 3 tokens",
+    ),
+    "output rows": (
+        _with("output.weight", 32, 2),
+        "output.weight has 2 rows, but the tokenizer has 3 tokens",
+    ),
     "one tensor per expert": (
         lambda m: (m[0], [replace(t, name=t.name.replace("_exps", ".3")) for t in m[1]]),
         r"one tensor per expert \(blk\.0\.ffn_gate\.3\.weight\), as GGUFs did before April 2024",
@@ -165,7 +180,9 @@ def test_shards_of_two_models(tmp_path: Path, parts: tuple[Kv, list[Part]]) -> N
     with pytest.raises(SourceError, match=r"m-00002-of-00002\.gguf is not shard 2 of 2 of one model"):
         open_checkpoint(paths[0])
     paths[1].write_bytes(first)
-    with pytest.raises(SourceError, match="is not shard 2 of 2 of one model: its metadata say number 0"):
+    with pytest.raises(
+        SourceError, match="is not shard 2 of 2 of one model: its keys .* are 0 and 2, not 1 and 2"
+    ):
         open_checkpoint(paths[0])
 
 
@@ -183,5 +200,7 @@ def test_weights_of_a_gguf_are_checked(
     write_parts(tmp_path / "m.gguf", kv, tensors)
     source = open_checkpoint(tmp_path / "m.gguf")
     for read in (source.tensor, source.raw):
-        with pytest.raises(SourceError, match=f"m.gguf: {name}: {value:g}; the source is damaged".replace("+", r"\+")):
+        with pytest.raises(
+            SourceError, match=f"m.gguf: {name}: {value:g}; the source is damaged".replace("+", r"\+")
+        ):
             read(name)
