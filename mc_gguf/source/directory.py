@@ -21,8 +21,9 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 # Files beside the weights that the converter reads.
 _READ = (
     *(CONFIG, INDEX, *_TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "generation_config.json", "chat_template.json", "chat_template.jinja"),
+    *("added_tokens.json", "generation_config.json"),
 )
+_TEMPLATES = ("chat_template.json", "chat_template.jinja")  # which may be empty
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # The converter leaves these out.
@@ -51,9 +52,11 @@ def check_directory(folder: Path) -> dict[str, StoredTensor]:
     makes a conversion impossible or wrong, as far as it shows without reading weights.
     """
     _check_kind(folder)
-    for name in _READ:
-        if (folder / name).is_file() and (what := placeholder_at(folder / name)):
-            raise SourceError(f"{folder / name} {what}")
+    for name in (*_READ, *_TEMPLATES):
+        path = folder / name
+        is_there = path.is_file() and (name in _READ or path.stat().st_size > 0)
+        if is_there and (what := placeholder_at(path)):
+            raise SourceError(f"{path} {what}")
     config = read_config(folder)
     _check_quantization(folder, config)
     if not any((folder / name).is_file() for name in _TOKENIZERS):

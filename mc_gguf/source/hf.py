@@ -81,8 +81,8 @@ class HfCheckpoint:
             stack = self._lazy[name]
             if stack._func is not torch.stack or stack._kwargs.get("dim", 0) != 0:
                 raise SourceError(
-                    f"{self._path}: the converter does not build {name} from one tensor per expert; "
-                    f"architecture {self.info.architecture} is not supported yet"
+                    f"{self._path}: {name} is not stored as one tensor per expert; this layout of "
+                    f"{self.info.architecture} models is not supported"
                 )
             parts[name] = list(stack._args[0])
         return parts

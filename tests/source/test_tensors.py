@@ -181,7 +181,7 @@ def test_shards_of_two_models(tmp_path: Path, parts: tuple[Kv, list[Part]]) -> N
         open_checkpoint(paths[0])
     paths[1].write_bytes(first)
     with pytest.raises(
-        SourceError, match="is not shard 2 of 2 of one model: its keys .* are 0 and 2, not 1 and 2"
+        SourceError, match=r"is not shard 2 of 2 of one model: its keys .* are 0 and 2, not 1 and 2"
     ):
         open_checkpoint(paths[0])
 
