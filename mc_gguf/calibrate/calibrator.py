@@ -184,9 +184,10 @@ def _warn(calibration: Calibration) -> None:
     silent = (calibration.frequency > 0) & (calibration.output_sq == 0)
     if silent.any():
         log.warning(
-            "%d experts give zero for every token, as if they had been pruned (layer/expert %s): they take "
-            "room and do nothing",
+            "%d of %d experts give nothing for every token that they saw, as if they had been pruned "
+            "(layer/expert %s): they take room and do nothing",
             silent.sum(),
+            silent.size,
             _names(calibration, silent),
         )
     rare = calibration.frequency < FEW_TOKENS

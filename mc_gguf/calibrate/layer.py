@@ -67,6 +67,7 @@ class LayerMeasurement:
         del added
         with place(self.layer, "sum of the experts"):
             check_finite(flat, "hidden states")
+            check_finite(stats.block_score, "cosines of the hidden states")
         stats.hidden_max[...] = max(float(part.abs().max()) for part in torch.split(flat, CHUNK))
         stats.hidden_median[...] = float(flat[:CHUNK].abs().median())
         ratios = (routing.probs[:, 1:] / routing.probs[:, :1]).double().numpy()

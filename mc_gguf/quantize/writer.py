@@ -142,7 +142,7 @@ def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[O
     has_imatrix = calibration.imatrix_in.any(axis=-1) & calibration.imatrix_mid.any(axis=-1)
     reached = calibration.frequency > 0
     _warn_about("no token of the calibration's text reached", calibration, ~reached)
-    _warn_about("zeros come out of the first matrices of", calibration, reached & ~has_imatrix)
+    _warn_about("nothing comes out of the gate and up of", calibration, reached & ~has_imatrix)
 
 
 def _warn_about(what: str, calibration: Calibration, which: NDArray[np.bool_]) -> None:

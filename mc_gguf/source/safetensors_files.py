@@ -85,7 +85,8 @@ def read_index(folder: Path) -> dict[str, str]:
     """
     path = folder / INDEX
     try:
-        index: dict[str, str] = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"].items())
+        text = path.read_text(encoding="utf-8")
+        index: dict[str, str] = dict(json.loads(text, object_pairs_hook=_unique)["weight_map"].items())
         names = sorted(set(index.values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError
@@ -151,7 +152,7 @@ def read_shard(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error
     try:
-        entries = json.loads(text)
+        entries = json.loads(text, object_pairs_hook=_unique)
         tensors = [
             _entry(path, name, entries[name], 8 + length) for name in entries.keys() - {"__metadata__"}
         ]
@@ -159,6 +160,14 @@ def read_shard(path: Path) -> dict[str, StoredTensor]:
         raise SourceError(f"{path} has a damaged safetensors header; download the file again") from error
     _check_places(path, tensors, 8 + length, size)
     return {tensor.name: tensor for tensor in tensors}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for one with the same key twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key appears twice")
+    return found
 
 
 def _entry(path: Path, name: str, entry: Mapping[str, Any], data_offset: int) -> StoredTensor:

@@ -184,15 +184,19 @@ def _names(shard: Path) -> set[str]:
 
 
 def _change_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    def damage(path: Path) -> None:
-        data = path.read_bytes()
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
+    def changed(text: bytes) -> bytes:
+        header = json.loads(text)
         change(header)
-        text = json.dumps(header).encode()
-        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+        return json.dumps(header).encode()
 
-    return damage
+    return lambda path: _write_header(path, changed)
+
+
+def _write_header(path: Path, change: Callable[[bytes], bytes]) -> None:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = change(data[8 : 8 + length].rstrip())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
 def _move(header: dict[str, Any]) -> None:
@@ -204,6 +208,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "shape": (_change_header(lambda h: h[EXPERT].update(shape=[3, 5])), "damaged safetensors header"),
     "negative": (_change_header(lambda h: h[EXPERT].update(shape=[-32, -32])), "damaged safetensors header"),
     "no offsets": (_change_header(lambda h: h[EXPERT].pop("data_offsets")), "damaged safetensors header"),
+    "twice": (
+        lambda p: _write_header(p, lambda text: text[:-1] + b"," + text[1:]),
+        "damaged safetensors header",
+    ),
     "longer": (lambda p: p.write_bytes(p.read_bytes() + bytes(10)), "but its tensors end at"),
     "shorter": (lambda p: p.write_bytes(p.read_bytes()[:-10]), "is truncated"),
     "no header": (lambda p: p.write_bytes(b"\xff" * 4096), "is no safetensors file"),
