@@ -23,7 +23,8 @@ _EXPERT = re.compile(r"(?P<block>.*\blayers\.\d+\..*\bexperts)\.(?P<number>\d+)\
 _FUSED = re.compile(
     r".*\blayers\.\d+\..*\bexperts\.(gate_up_proj|gate_proj|up_proj|down_proj|w[123])(\.weight)?"
 )
-_LAYER = re.compile(r".*?\blayers\.(\d+)\.")
+# Of the text model: towers for images and layers that predict further tokens have others.
+_LAYER = re.compile(r"(?:(?:model|language_model|transformer|decoder)\.)*layers\.(\d+)\.")
 _EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 _OUTPUT = "lm_head.weight"
 # Families whose output matrix is one of its own unless config.json says otherwise.

@@ -338,6 +338,13 @@ def test_output_matrix_that_is_tied_and_stored(tmp_path: Path) -> None:
     assert "tie_word_embeddings is true, but lm_head.weight is stored and differs" in refused(folder)
 
 
+def test_layers_of_other_parts_do_not_count(tmp_path: Path) -> None:
+    more: Tensors = {
+        f"{part}.layers.{i}.x": ("BF16", (4,)) for part in ("vision_model", "mtp") for i in range(9)
+    }
+    check_directory(write_directory(tmp_path, mixtral_tensors() | more))
+
+
 def test_text_config_counts(tmp_path: Path) -> None:
     folder = write_directory(tmp_path, text_config={"num_experts_per_tok": 9})
     assert "num_experts_per_tok is 9" in refused(folder)
