@@ -17,7 +17,7 @@ from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, STRING, UINT32, Value
 from mc_gguf.source import open_checkpoint
 from mc_gguf.source.base import make_info
 from tests.support.gguf_models import Part, model_kv, model_tensors, take_apart, write_parts
-from tests.support.hf_directories import N_EMBD, mixtral_tensors, write_directory
+from tests.support.hf_directories import EXPERT, N_EMBD, mixtral_tensors, write_directory
 from tests.support.moe_directories import CONFIGS, random_moe, save_moe, write_f32
 
 pytestmark = pytest.mark.native
@@ -204,3 +204,44 @@ def test_weights_of_a_gguf_are_checked(
             SourceError, match=f"m.gguf: {name}: {value:g}; the source is damaged".replace("+", r"\+")
         ):
             read(name)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "F32"])
+def test_experts_of_a_gguf_are_checked_one_by_one(
+    tmp_path: Path, parts: tuple[Kv, list[Part]], kind: str
+) -> None:
+    kv, tensors = parts
+    type_id, dtype, infinite = {
+        "F16": (1, np.uint16, 0xFC00),
+        "BF16": (30, np.uint16, 0xFF80),
+        "F32": (0, np.uint32, 0xFF800000),
+    }[kind]
+    for i, part in enumerate(tensors):
+        if part.name == "blk.1.ffn_up_exps.weight":
+            data = np.zeros(int(np.prod(part.shape)), dtype)
+            data[3 * 32 * 64 + 5] = infinite
+            tensors[i] = replace(part, type_id=type_id, data=data.tobytes())
+    write_parts(tmp_path / "m.gguf", kv, tensors)
+    source = open_checkpoint(tmp_path / "m.gguf")
+    source.expert(1, "up", 2)
+    with pytest.raises(SourceError, match=r"blk\.1\.ffn_up_exps\.weight, expert 3: -inf; the source is"):
+        source.expert(1, "up", 3)
+    with pytest.raises(SourceError, match=r"expert 3: -inf"):
+        source.raw("blk.1.ffn_up_exps.weight", 3)
+
+
+def test_fp8_with_scales_is_read(tmp_path: Path) -> None:
+    """Each block of 16 x 16 weights has a scale."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    quantization = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    folder = write_directory(tmp_path, quantization_config=quantization)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        tensors[name] = torch.randn(N_EMBD, N_EMBD).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.rand(2, 2)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    scales = tensors[f"{EXPERT}_scale_inv"].repeat_interleave(16, 0).repeat_interleave(16, 1)
+    expected = (tensors[EXPERT].float() * scales).numpy()
+    np.testing.assert_array_equal(open_checkpoint(folder).expert(1, "gate", 2), expected)
