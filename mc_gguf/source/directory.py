@@ -15,6 +15,7 @@ from mc_gguf.common.downloads import placeholder_at
 from mc_gguf.common.errors import SourceError
 from mc_gguf.source.config_checks import check_config
 from mc_gguf.source.safetensors_files import INDEX, StoredTensor, read_stored
+from mc_gguf.source.token_ids import check_token_ids
 
 CONFIG = "config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
@@ -64,6 +65,7 @@ def check_directory(folder: Path) -> dict[str, StoredTensor]:
     stored = read_stored(folder)
     _check_types(folder, stored)
     check_config(folder / CONFIG, config, stored)
+    check_token_ids(folder, config.get("vocab_size"))
     return stored
 
 

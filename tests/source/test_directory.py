@@ -363,3 +363,38 @@ def test_a_link_into_nowhere(tmp_path: Path) -> None:
     (folder / "model.safetensors").symlink_to(tmp_path / "blobs" / "abc")
     assert "model.safetensors" in refused(folder)
     shutil.rmtree(folder)
+
+
+# --- tokens
+
+
+def _tokenizer(folder: Path, own: int, added: int = 0) -> None:
+    """Gives tokenizer.json `own` tokens, and then `added` ones."""
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"] = {f"t{i}": i for i in range(own)}
+    data["added_tokens"] = [{"id": own + i, "content": f"<pad{i}>"} for i in range(added)]
+    path.write_text(json.dumps(data))
+
+
+def test_tokens_without_a_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_directory(tmp_path)
+    _tokenizer(folder, 4000, 96)
+    check_directory(folder)
+    _tokenizer(folder, 4100)
+    assert "token 't4096' has number 4096, but the embeddings have only 4096 rows; give the" in refused(
+        folder
+    )
+    _tokenizer(folder, 4096, 2)
+    check_directory(folder)
+    assert "token '<pad0>' has number 4096" in caplog.text
+    assert "2 such tokens are left out" in caplog.text
+    (folder / "tokenizer.model").unlink()
+    assert "token '<pad0>' has number 4096" in refused(folder)
+
+
+def test_unigram_tokens_are_numbered_by_their_place(tmp_path: Path) -> None:
+    folder = write_directory(tmp_path)
+    unigram = {"type": "Unigram", "vocab": [[f"t{i}", -1.0] for i in range(4097)]}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": unigram}))
+    assert "token 't4096'" in refused(folder)
