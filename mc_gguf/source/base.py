@@ -15,7 +15,8 @@ from mc_gguf.artifacts import PROJECTIONS, ModelInfo, TensorSpec, expert_tensor_
 from mc_gguf.common.errors import SourceError
 from mc_gguf.ggml.gguf_file import Value
 from mc_gguf.ggml.gguf_writer import add_values
-from mc_gguf.source.tensors import MAX_EXPERTS, check_layout, check_tensors, count_of, n_vocab_of
+from mc_gguf.source.architecture import MAX_EXPERTS
+from mc_gguf.source.tensors import check_layout, check_tensors, count_of, n_vocab_of
 
 SAMPLE_BYTES = 4096
 SAMPLES_PER_TENSOR = 3

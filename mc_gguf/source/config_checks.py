@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mc_gguf.common.errors import SourceError
+from mc_gguf.source.architecture import MAX_EXPERTS
 from mc_gguf.source.safetensors_files import StoredTensor
 
 Stored = Mapping[str, StoredTensor]
 
-MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 _N_EXPERT = ("num_local_experts", "num_experts", "n_routed_experts")
 _N_USED = ("num_experts_per_tok", "num_experts_per_token")
 _N_LAYER = ("num_hidden_layers", "n_layers", "n_layer")

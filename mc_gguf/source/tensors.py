@@ -20,7 +20,6 @@ from mc_gguf.source.architecture import ARCHITECTURES
 
 Shape = tuple[int, ...]
 
-MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 _UNUSED = 5  # LLAMA_TOKEN_TYPE_UNUSED
 _OLD_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 _LAYER = re.compile(r"blk\.(\d+)\.")

@@ -14,7 +14,9 @@ from mc_gguf import Llama
 from mc_gguf.artifacts import TensorSpec
 from mc_gguf.common.errors import SourceError
 from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, STRING, UINT32, Value
+from mc_gguf.runtime import packages
 from mc_gguf.source import open_checkpoint
+from mc_gguf.source.architecture import MAX_EXPERTS
 from mc_gguf.source.base import make_info
 from tests.support.gguf_models import Part, model_kv, model_tensors, take_apart, write_parts
 from tests.support.hf_directories import EXPERT, N_EMBD, mixtral_tensors, write_directory
@@ -101,6 +103,11 @@ def test_what_llama_cpp_would_not_load(model: Model, case: str) -> None:
     kv, tensors = change(model)
     with pytest.raises(SourceError, match=message):
         make_info(Path("m.gguf"), kv, "llama", tensors, [])
+
+
+def test_limit_of_the_runtime() -> None:
+    text = (packages.source_dir() / "src" / "llama-hparams.h").read_text()
+    assert f"#define LLAMA_MAX_EXPERTS {MAX_EXPERTS} " in text
 
 
 def test_what_is_optional(model: Model) -> None:
