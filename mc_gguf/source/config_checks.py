@@ -19,6 +19,7 @@ Stored = Mapping[str, StoredTensor]
 _N_EXPERT = ("num_local_experts", "num_experts", "n_routed_experts")
 _N_USED = ("num_experts_per_tok", "num_experts_per_token")
 _N_LAYER = ("num_hidden_layers", "n_layers", "n_layer")
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _EXPERT = re.compile(r"(?P<block>.*\blayers\.\d+\..*\bexperts)\.(?P<number>\d+)\.(?P<part>.+)")
 _FUSED = re.compile(
     r".*\blayers\.\d+\..*\bexperts\.(gate_up_proj|gate_proj|up_proj|down_proj|w[123])(\.weight)?"
@@ -33,6 +34,9 @@ _UNTIED = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
 
 def check_config(path: Path, config: Mapping[str, Any], stored: Stored) -> None:
     """Raises SourceError when config.json (`path`) and the tensors that are stored do not fit together."""
+    for key in _SIZES:
+        if not isinstance(config.get(key), list):  # one number per layer
+            _count(path, config, (key,))
     n_expert = _count(path, config, _N_EXPERT, MAX_EXPERTS)
     _check_used(path, config, n_expert)
     _check_fused(stored)

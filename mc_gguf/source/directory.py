@@ -21,8 +21,8 @@ CONFIG = "config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 # Files beside the weights that the converter reads.
 _READ = (
-    *(CONFIG, INDEX, *_TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "generation_config.json"),
+    *(CONFIG, INDEX, *_TOKENIZERS, "merges.txt", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
 )
 _TEMPLATES = ("chat_template.json", "chat_template.jinja")  # which may be empty
 
@@ -53,11 +53,7 @@ def check_directory(folder: Path) -> dict[str, StoredTensor]:
     makes a conversion impossible or wrong, as far as it shows without reading weights.
     """
     _check_kind(folder)
-    for name in (*_READ, *_TEMPLATES):
-        path = folder / name
-        is_there = path.is_file() and (name in _READ or path.stat().st_size > 0)
-        if is_there and (what := placeholder_at(path)):
-            raise SourceError(f"{path} {what}")
+    _check_files(folder)
     config = read_config(folder)
     _check_quantization(folder, config)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
@@ -70,11 +66,10 @@ def check_directory(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json; what is in text_config counts as if it were at the top. Raises SourceError."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{folder / CONFIG} cannot be read: {error}; download it again") from error
+    """config.json; what is in text_config counts as if it were at the top. Raises SourceError unless
+    it is an object.
+    """
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise SourceError(f"{folder / CONFIG} is not a JSON object; download it again")
     nested = config.get("text_config")
@@ -93,6 +88,23 @@ def _check_kind(folder: Path) -> None:
             f"{folder} has no config.json; give a Hugging Face checkpoint directory or a GGUF file"
         )
     raise SourceError(f"{folder} has no model*.safetensors; only safetensors checkpoints are supported")
+
+
+def _check_files(folder: Path) -> None:
+    """Raises SourceError for a file beside the weights that is a placeholder, or not the JSON it should be."""
+    for path in (folder / name for name in (*_READ, *_TEMPLATES)):
+        is_template = path.name in _TEMPLATES
+        if not path.is_file() or (is_template and path.stat().st_size == 0):
+            continue
+        try:
+            if what := placeholder_at(path):
+                raise SourceError(f"{path} {what}")
+            if path.suffix == ".json" and not is_template:
+                json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SourceError(f"cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise SourceError(f"{path} is not valid JSON ({error}); download the file again") from error
 
 
 def _check_quantization(folder: Path, config: Mapping[str, Any]) -> None:

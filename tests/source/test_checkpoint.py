@@ -279,7 +279,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "more experts than stored": (_config(num_local_experts=9), "has 9 experts, but 8 are stored"),
     "config damaged": (
         lambda folder: (folder / "config.json").write_text("{"),
-        r"config\.json cannot be read",
+        r"config\.json is not valid JSON",
     ),
 }
 

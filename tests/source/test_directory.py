@@ -304,6 +304,8 @@ MISFITS: dict[str, tuple[Tensors | None, dict[str, Any], str]] = {
     ),
     "more layers": (None, {"num_hidden_layers": 4}, "num_hidden_layers is 4, but no tensor of layer 2, 3"),
     "fewer layers": (None, {"num_hidden_layers": 1}, "is 1, but tensors of 2 layers are stored"),
+    "no heads": (None, {"num_attention_heads": 0}, "num_attention_heads is 0, not a whole number above 0"),
+    "text for a size": (None, {"hidden_size": "32"}, "hidden_size is '32', not a whole number above 0"),
     "no layers": (None, {"num_hidden_layers": 0}, "num_hidden_layers is 0, not a whole number"),
     "a layer in between": (without("layers.0."), {}, "no tensor of layer 0 is stored"),
     "fused": (_fused(), {}, "holds all experts of a layer in one tensor; this layout is not supported"),
@@ -348,6 +350,14 @@ def test_layers_of_other_parts_do_not_count(tmp_path: Path) -> None:
 def test_text_config_counts(tmp_path: Path) -> None:
     folder = write_directory(tmp_path, text_config={"num_experts_per_tok": 9})
     assert "num_experts_per_tok is 9" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_json_that_was_cut_off(tmp_path: Path, name: str) -> None:
+    folder = write_directory(tmp_path)
+    text = (folder / name).read_bytes()
+    (folder / name).write_bytes(text[: len(text) // 2])
+    assert f"{folder / name} is not valid JSON" in refused(folder)
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\xff", "null"])
