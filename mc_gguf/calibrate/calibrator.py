@@ -128,12 +128,18 @@ def calibrate_checkpoint(
 
 def _read_all_but_experts(checkpoint: Checkpoint) -> None:
     """Raises SourceError for a damaged tensor outside the experts now: the output matrix, for one, is not
-    needed before the end. All experts together are too much to read twice.
+    needed before the end. All experts together are too much to read twice. Tensors of zeros are warned about.
     """
     stacks = {expert_tensor_name(i, p) for i in checkpoint.info.expert_layers for p in PROJECTIONS}
-    for tensor in checkpoint.info.tensors:
-        if tensor.name not in stacks:
-            checkpoint.tensor(tensor.name)
+    others = [t.name for t in checkpoint.info.tensors if t.name not in stacks]
+    zeros = [n for n in others if not checkpoint.tensor(n).any() and not n.endswith(".bias")]
+    if zeros:
+        log.warning(
+            "%d tensors are nothing but zeros (%s%s): was the download interrupted?",
+            len(zeros),
+            ", ".join(zeros[:5]),
+            " ..." if len(zeros) > 5 else "",
+        )
 
 
 def _hidden_states(
@@ -184,8 +190,8 @@ def _warn(calibration: Calibration) -> None:
     silent = (calibration.frequency > 0) & (calibration.output_sq == 0)
     if silent.any():
         log.warning(
-            "%d of %d experts give nothing for every token that they saw, as if they had been pruned "
-            "(layer/expert %s): they take room and do nothing",
+            "%d of %d experts give zeros for every token that they saw: their weights or their inputs are "
+            "zero (layer/expert %s)",
             silent.sum(),
             silent.size,
             _names(calibration, silent),

@@ -141,18 +141,18 @@ def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[O
         return
     has_imatrix = calibration.imatrix_in.any(axis=-1) & calibration.imatrix_mid.any(axis=-1)
     reached = calibration.frequency > 0
-    _warn_about("no token of the calibration's text reached", calibration, ~reached)
-    _warn_about("nothing comes out of the gate and up of", calibration, reached & ~has_imatrix)
+    _warn_about(calibration, ~reached, "no token of the calibration's text reached them")
+    _warn_about(calibration, reached & ~has_imatrix, "their weights or their inputs are zero")
 
 
-def _warn_about(what: str, calibration: Calibration, which: NDArray[np.bool_]) -> None:
-    """Says that the experts that `which` [L, E] marks have no importance matrix, for the reason `what`."""
+def _warn_about(calibration: Calibration, which: NDArray[np.bool_], reason: str) -> None:
+    """Says why the experts that `which` [L, E] marks have no importance matrix."""
     names = [f"layer {calibration.layers[i]} expert {e}" for i, e in np.argwhere(which)]
     if names:
         log.warning(
-            "%s %d experts, which are quantized without an importance matrix: %s",
-            what,
+            "%d experts are quantized without an importance matrix, because %s: %s",
             len(names),
+            reason,
             ", ".join(names[:20]) + (" ..." if len(names) > 20 else ""),
         )
 

@@ -91,7 +91,7 @@ def _check_kind(folder: Path) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Raises SourceError for a file beside the weights that is a placeholder, or not the JSON it should be."""
+    """Raises SourceError for a file beside the weights that is a placeholder, or no JSON though named so."""
     for path in (folder / name for name in (*_READ, *_TEMPLATES)):
         is_template = path.name in _TEMPLATES
         if not path.is_file() or (is_template and path.stat().st_size == 0):
