@@ -111,13 +111,11 @@ class LayerMeasurement:
         stats.frequency[number] = len(tokens)
         stats.routing_weight[number] = float(tokens.probs.sum(dtype=torch.float64))
         stats.output_sq[number] = float(norms_sq.sum())
-        for sums, what in (
-            (stats.imatrix_in, "squared inputs"),
-            (stats.imatrix_mid, "squared inputs of down"),
-        ):
+        # The sums, not the means: error compensation adds them up in float32.
+        for sums, what in ((stats.imatrix_in, "inputs"), (stats.imatrix_mid, "inputs of down")):
+            check_finite(sums[number], f"sums of squared {what}")
             sums[number] /= max(1, len(tokens))
-            check_finite(sums[number], what)
-        check_finite(stats.output_sq[number], "squared outputs")
+        check_finite(stats.output_sq[number], "sums of squared outputs")
         sample = self._sample(number, flat, norm, routing, tokens, norms_sq, hidden_sq)
         found = self._errors(number, expert, sample, stats)
         stats.sq_error[number], stats.relative_error[number] = found.block, found.relative

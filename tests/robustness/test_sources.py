@@ -203,7 +203,7 @@ def test_activations_that_overflow_are_named(tiny_tensors: dict[str, Any], tmp_p
     changed[norm] = tiny_tensors[norm] * 0 + 60000
     done = _convert(_model(tmp_path / "m", tiny_tensors, **changed), "Q2_K,Q3_K")
     assert (done.code, done.is_clean) == (1, True)
-    assert "layer 1, expert 5: squared inputs of down reach" in done.stderr
+    assert "layer 1, expert 5: sums of squared inputs of down reach" in done.stderr
 
 
 # Calibrates random models whose weights are scaled by powers of ten up to the largest that is allowed.

@@ -315,7 +315,7 @@ def test_refused_dense_model(tmp_path: Path) -> None:
 def test_refused_paths(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         open_checkpoint(tmp_path / "nothing")
-    with pytest.raises(SourceError, match="hf download owner/Mixtral-8x7B-v0.1 --local-dir DIR"):
+    with pytest.raises(SourceError, match=r"hf download owner/Mixtral-8x7B-v0\.1 --local-dir DIR"):
         open_checkpoint(Path("owner/Mixtral-8x7B-v0.1"))
     with pytest.raises(SourceError, match="/dev/null is no regular file"):
         open_checkpoint(Path("/dev/null"))
