@@ -24,7 +24,7 @@ from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.calibrate.sensitivity import Branches
 from mc_gguf.calibrate.statistics import N_QUANTILES, LayerStatistics
 from mc_gguf.common.progress import Progress
-from mc_gguf.ggml.types import ggml_type
+from mc_gguf.ggml.types import TYPES
 from mc_gguf.source.decoder import CHUNK, Decoder, Expert, RoutedTokens, RouterOutput
 
 
@@ -120,15 +120,16 @@ class LayerMeasurement:
         found = self._errors(number, expert, sample, stats)
         stats.sq_error[number], stats.relative_error[number] = found.block, found.relative
         stats.weight_error[number], stats.hessian_trace[number] = found.weight, found.trace
-        fits = np.array(
-            [
-                [t.fits(m.shape[1]) for t in map(ggml_type, self.types)]
-                for m in (expert.gate, expert.up, expert.down)
-            ]
-        )
-        for errors in (found.block, found.relative, found.weight):
-            check_finite(errors[fits], "errors of the types")
+        self._check_errors(expert, found)
+
+    def _check_errors(self, expert: Expert, found: ExpertErrors) -> None:
+        """Raises McError for errors that are not finite; where a type does not fit they are infinite."""
         check_finite(found.trace, "curvatures")
+        matrices = (expert.gate, expert.up, expert.down)
+        for t, name in enumerate(self.types):
+            fits = [TYPES[name].fits(m.shape[1]) for m in matrices]
+            for errors in (found.block, found.relative, found.weight):
+                check_finite(errors[fits, t], f"errors of {name}")
 
     def _sample(
         self,
