@@ -312,14 +312,14 @@ class Conversion:
         """The given one, the one beside the output if it is what would be measured, or a new one; for a
         16-bit file none is needed.
         """
-        from mc_gguf.calibrate.calibrator import calibrate_to_file
-
         request = self.request
         if request.budget.is_sixteen_bit:
             return Calibration.blank(self.checkpoint.info)
         if given := to_path(request.calibration):
             with about("calibration"):
                 return Calibration.load(given)
+        from mc_gguf.calibrate.calibrator import calibrate_to_file
+
         text, options = request.corpus(self.checkpoint), request.options()
         found = self._found_calibration() if request.resume else None
         path = self.calibration_path
@@ -353,10 +353,10 @@ class Conversion:
 
     def _trial(self, types: tuple[str, ...] | None) -> tuple[Calibration, FileBytes]:
         """A stand-in for every calibration, and the size of files with the routing metadata it will give."""
+        model, routing = self.checkpoint.info, None  # opened before torch is loaded, which takes seconds
         from mc_gguf.calibrate.options import measured_types
         from mc_gguf.calibrate.statistics import N_QUANTILES
 
-        model, routing = self.checkpoint.info, None
         if model.n_expert_used > 1:
             profile = RoutingProfile.even(model, N_QUANTILES)
             routing = default_metadata(profile, NO_CALIBRATION, model.fingerprint)

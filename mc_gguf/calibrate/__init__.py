@@ -63,14 +63,15 @@ def calibrate(
     """
     require_extra("convert")
     from mc_gguf.calibrate.arguments import CalibrationRequest
-    from mc_gguf.calibrate.calibrator import calibrate_to_file
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
     request = CalibrationRequest(
         text=text, tokens=tokens, ctx=ctx, rows=rows, types=types, seed=seed, threads=threads
     )
     refuse_to_overwrite(Path(output), Path(source), *to_paths(text))
-    checkpoint = open_checkpoint(Path(source))
+    checkpoint = open_checkpoint(Path(source))  # before torch is loaded, which takes seconds
+    from mc_gguf.calibrate.calibrator import calibrate_to_file
+
     corpus = request.corpus(checkpoint)
     with listening(progress):
         return calibrate_to_file(checkpoint, corpus, Path(output), request.options(), resume, quiet)

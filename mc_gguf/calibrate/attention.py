@@ -11,7 +11,7 @@ errors of single rows of a matrix do not add up. The importance matrices come fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mc_gguf.artifacts import ATTENTION, Floats, ModelInfo
 from mc_gguf.calibrate.expert_errors import quantization_error
+from mc_gguf.calibrate.finite import check_finite
 from mc_gguf.calibrate.sensitivity import branch_rows
 from mc_gguf.ggml.types import ATTENTION_CANDIDATES, TYPES
 from mc_gguf.source.decoder import Decoder
@@ -81,22 +82,20 @@ class AttentionMeasurement:
 
 
 def run_attention(
-    decoder: Decoder,
-    layer: int,
-    hidden: Tensor,
-    tokens: int,
-    check: Callable[[Tensor], None],
-    threads: int = 1,
+    decoder: Decoder, layer: int, hidden: Tensor, tokens: int, threads: int = 1
 ) -> AttentionMeasurement:
-    """Advance `hidden` [n_rows, ctx, n_embd] by the attention block, in place, `check` it, and measure; the
-    errors are measured on up to `tokens` tokens.
+    """Advance `hidden` [n_rows, ctx, n_embd] by the attention block, in place, and measure; the errors are
+    measured on up to `tokens` tokens. Raises McError for values that are not finite.
     """
     few, squares = branch_rows(hidden, tokens).clone(), InputSquares()
     decoder.attention_block(layer, squares.add)(hidden)
-    check(hidden)
+    check_finite(hidden, "hidden states")
     into, mid = squares.means()
+    for means in (into, mid):
+        check_finite(torch.from_numpy(means), "squared inputs")
     types = attention_types(decoder.checkpoint.info)
     errors = attention_errors(decoder, layer, few, into, mid, types, threads)
+    check_finite(errors[errors != np.inf], "errors of the types")  # infinite: the type does not fit
     return AttentionMeasurement(errors, into, mid)
 
 

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mc_gguf.artifacts import Calibration, Floats, ModelInfo
+from mc_gguf.artifacts import PROJECTIONS, Calibration, Floats, ModelInfo, expert_tensor_name
 from mc_gguf.calibrate.attention import attention_types
 from mc_gguf.calibrate.expert_errors import nominal_errors
+from mc_gguf.calibrate.finite import check_finite, place
 from mc_gguf.calibrate.layer import LayerMeasurement
 from mc_gguf.calibrate.options import (
     DEFAULT_OPTIONS,
@@ -104,6 +106,8 @@ def calibrate_checkpoint(
         torch.inference_mode(),
     ):
         init(types)
+        if not state.layers:
+            _read_all_but_experts(checkpoint)
         hidden, branches = _hidden_states(decoder, text, options, state)
         todo = range(len(state.layers), info.n_layer)
         with progress("calibrate", len(todo) * info.n_expert, "experts", quiet) as bar:
@@ -113,10 +117,29 @@ def calibrate_checkpoint(
             del hidden
             bar.advance(0, "sensitivity of the layers")
             divergences = branches.divergences()
+            for layer, values in enumerate(divergences):
+                with place(layer, "sensitivity"):
+                    check_finite(values, "divergences")
     corpus = text.to_json() | {"measured": calibration_identity(info, text, types, options)}
     calibration = _assemble(info, corpus, types, state.layers, divergences)
     _warn(calibration)
     return calibration
+
+
+def _read_all_but_experts(checkpoint: Checkpoint) -> None:
+    """Raises SourceError for a damaged tensor outside the experts now: the output matrix, for one, is not
+    needed before the end. All experts together are too much to read twice. Tensors of zeros are warned about.
+    """
+    stacks = {expert_tensor_name(i, p) for i in checkpoint.info.expert_layers for p in PROJECTIONS}
+    others = [t.name for t in checkpoint.info.tensors if t.name not in stacks]
+    zeros = [n for n in others if not checkpoint.tensor(n).any() and not n.endswith(".bias")]
+    if zeros:
+        log.warning(
+            "%d tensors are nothing but zeros (%s%s): was the download interrupted?",
+            len(zeros),
+            ", ".join(zeros[:5]),
+            " ..." if len(zeros) > 5 else "",
+        )
 
 
 def _hidden_states(
@@ -164,10 +187,18 @@ def _assemble(
 def _warn(calibration: Calibration) -> None:
     for found in super_experts(calibration):
         log.warning("super expert: %s", found)
+    silent = (calibration.frequency > 0) & (calibration.output_sq == 0)
+    if silent.any():
+        log.warning(
+            "%d of %d experts give zeros for every token that they saw: their weights or their inputs are "
+            "zero (layer/expert %s)",
+            silent.sum(),
+            silent.size,
+            _names(calibration, silent),
+        )
     rare = calibration.frequency < FEW_TOKENS
     if not rare.any():
         return
-    names = [f"{calibration.layers[i]}/{e}" for i, e in zip(*np.nonzero(rare), strict=True)]
     log.warning(
         "%d of %d experts saw fewer than %d tokens, %d of them none (layer/expert %s): "
         "their types are a guess; calibrate with more text",
@@ -175,5 +206,11 @@ def _warn(calibration: Calibration) -> None:
         rare.size,
         FEW_TOKENS,
         (calibration.frequency == 0).sum(),
-        ", ".join(names[:5]) + (" ..." if len(names) > 5 else ""),
+        _names(calibration, rare),
     )
+
+
+def _names(calibration: Calibration, which: NDArray[np.bool_]) -> str:
+    """Some of the experts that `which` [L, E] marks, as layer/expert."""
+    names = [f"{calibration.layers[i]}/{e}" for i, e in zip(*np.nonzero(which), strict=True)]
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

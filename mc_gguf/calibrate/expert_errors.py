@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Floats
+from mc_gguf.calibrate.finite import check_finite
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.ggml.types import TYPES
 from mc_gguf.source.decoder import Expert
@@ -148,9 +149,10 @@ def quantization_error(weights: Tensor, type_name: str, imatrix: NDArray[np.floa
 
 def draw(importance: Floats, count: int, rng: np.random.Generator) -> Drawn:
     """At most `count` of len(importance) rows or tokens, drawn systematically with probabilities near their
-    share of the importance.
+    share of the importance. Raises McError for an importance that is not finite.
     """
     n = len(importance)
+    check_finite(importance, "squared effects of the rows")
     if n <= count:
         return Drawn(torch.arange(n), torch.ones(n), True)
     total = importance.sum()

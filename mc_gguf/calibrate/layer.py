@@ -19,11 +19,12 @@ from torch import Tensor
 
 from mc_gguf.calibrate.attention import attention_types, run_attention
 from mc_gguf.calibrate.expert_errors import ExpertErrors, Sample, draw, expert_errors
+from mc_gguf.calibrate.finite import check_finite, place
 from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.calibrate.sensitivity import Branches
 from mc_gguf.calibrate.statistics import N_QUANTILES, LayerStatistics
-from mc_gguf.common.errors import SourceError
 from mc_gguf.common.progress import Progress
+from mc_gguf.ggml.types import TYPES
 from mc_gguf.source.decoder import CHUNK, Decoder, Expert, RoutedTokens, RouterOutput
 
 
@@ -44,38 +45,43 @@ class LayerMeasurement:
         stats = self._zeros()
         bar.advance(0, f"layer {self.layer}: attention")
         few = self.options.sensitivity_tokens
-        attention = run_attention(self.decoder, self.layer, hidden, few, self._check, self.threads)
+        with place(self.layer, "attention"):
+            attention = run_attention(self.decoder, self.layer, hidden, few, self.threads)
         stats.attention_error[...] = attention.errors
         stats.attention_in[...], stats.attention_mid[...] = attention.into, attention.mid
         flat = hidden.view(-1, hidden.shape[-1])
         routing, norm = self.decoder.route(self.layer, flat), self.decoder.ffn_norm(self.layer)
+        with place(self.layer, "router"):
+            check_finite(routing.probs, "probabilities")
         branches.enter(self.layer)
         added = self.decoder.unrouted(self.layer)(flat)
         for number in range(self.decoder.shape.n_expert):
             expert = self.decoder.expert(self.layer, number)
-            self._expert(number, expert, flat, norm, routing, added, stats)
+            with place(self.layer, f"expert {number}"):
+                self._expert(number, expert, flat, norm, routing, added, stats)
             branches.push(number, expert)
             del expert  # before the next one is read
             bar.advance(1, f"layer {self.layer}")
         stats.block_score[...] = 1 - _mean_cosine(flat, added)
         flat += added
         del added
-        self._check(flat)
+        with place(self.layer, "sum of the experts"):
+            check_finite(flat, "hidden states")
+            check_finite(stats.block_score, "cosines of the hidden states")
         stats.hidden_max[...] = max(float(part.abs().max()) for part in torch.split(flat, CHUNK))
         stats.hidden_median[...] = float(flat[:CHUNK].abs().median())
         ratios = (routing.probs[:, 1:] / routing.probs[:, :1]).double().numpy()
         stats.ratio_quantiles[:] = np.quantile(ratios, np.linspace(0, 1, N_QUANTILES), axis=0).T
         stats.routing_curve[:], stats.rounding_error[...] = branches.leave(stats.ratio_quantiles)
+        with place(self.layer, "sensitivity"):
+            check_finite(stats.routing_curve, "errors of dropped experts")
+            check_finite(stats.rounding_error, "errors of rounded experts")
         return stats
 
     def _zeros(self) -> LayerStatistics:
         info = self.decoder.checkpoint.info
         width = self.decoder.shape.n_head * self.decoder.shape.head_dim
         return LayerStatistics.zeros(info, self.types, attention_types(info), width)
-
-    def _check(self, hidden: Tensor) -> None:
-        if not torch.isfinite(hidden).all():
-            raise SourceError(f"layer {self.layer} gives values that are not finite; is the source damaged?")
 
     def _expert(
         self,
@@ -105,12 +111,25 @@ class LayerMeasurement:
         stats.frequency[number] = len(tokens)
         stats.routing_weight[number] = float(tokens.probs.sum(dtype=torch.float64))
         stats.output_sq[number] = float(norms_sq.sum())
-        for sums in (stats.imatrix_in, stats.imatrix_mid):
+        # The sums, not the means: error compensation adds them up in float32.
+        for sums, what in ((stats.imatrix_in, "inputs"), (stats.imatrix_mid, "inputs of down")):
+            check_finite(sums[number], f"sums of squared {what}")
             sums[number] /= max(1, len(tokens))
+        check_finite(stats.output_sq[number], "sums of squared outputs")
         sample = self._sample(number, flat, norm, routing, tokens, norms_sq, hidden_sq)
         found = self._errors(number, expert, sample, stats)
         stats.sq_error[number], stats.relative_error[number] = found.block, found.relative
         stats.weight_error[number], stats.hessian_trace[number] = found.weight, found.trace
+        self._check_errors(expert, found)
+
+    def _check_errors(self, expert: Expert, found: ExpertErrors) -> None:
+        """Raises McError for errors that are not finite; where a type does not fit they are infinite."""
+        check_finite(found.trace, "curvatures")
+        matrices = (expert.gate, expert.up, expert.down)
+        for t, name in enumerate(self.types):
+            fits = [TYPES[name].fits(m.shape[1]) for m in matrices]
+            for errors in (found.block, found.relative, found.weight):
+                check_finite(errors[fits, t], f"errors of {name}")
 
     def _sample(
         self,

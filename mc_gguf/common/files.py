@@ -15,21 +15,49 @@ from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.common.units import format_size
 
 
+# Beside NAME lie .NAME.partial/ and, while they are written, .NAME.0123456789abcdef.tmp.
+_NAME_BYTES = 255 - len("..0123456789abcdef.tmp")
+
+
 def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
-    """Raises McError when `output` is something that must not be replaced: anything but a regular file, or
-    one of `inputs` (the same file on the same device, whatever its name). An output that does not exist yet
-    is always fine, and so are inputs that do not exist.
+    """Raises McError when `output` cannot be written, or must not be replaced.
+
+    That is anything but a regular file, and one of `inputs` or a file in a folder among them (the same file on
+    the same device, whatever its name). Inputs that do not exist are fine.
     """
+    if str(output) in ("", "."):
+        raise McError("the name of the output is empty; give the name of a file to write")
+    if (length := len(os.fsencode(output.name))) > _NAME_BYTES:
+        raise McError(
+            f"the name {output.name[:40]}... has {length} bytes; at most {_NAME_BYTES} leave room for the names "
+            "of working files"
+        )
     try:
         found = output.stat()
     except FileNotFoundError:
-        return
+        return _check_folder(output)
+    except OSError as error:
+        raise McError(f"{output} cannot be written: {error.strerror}") from error
     if not stat.S_ISREG(found.st_mode):
         kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
         raise McError(f"{output} is {kind}, so it cannot be replaced; give the name of a file to write")
     for path in inputs:
-        if path.exists() and os.path.samestat(found, path.stat()):
-            raise McError(f"{output} is the same file as the input {path}; write to another file")
+        files = path.iterdir() if path.is_dir() else (path,)
+        if any(os.path.samestat(found, file.stat()) for file in files if file.exists()):
+            where = "in the input" if path.is_dir() else "the same file as the input"
+            raise McError(f"{output} is {where} {path}; write to another file")
+    return _check_folder(output)
+
+
+def _check_folder(output: Path) -> None:
+    """Raises McError unless files can be made in the folder of `output`, or it can be made."""
+    folder = output.absolute().parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise McError(f"{output} cannot be written: {folder} is not a directory")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise McError(f"{output} cannot be written: you may not write into {folder}")
 
 
 def check_space(

@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from mc_gguf.common.downloads import HEAD_BYTES, placeholder
 from mc_gguf.common.errors import FormatError
 from mc_gguf.ggml.types import TYPES_BY_ID, GgmlType
 
@@ -92,6 +93,8 @@ def read_header(path: Path) -> GgufHeader:
     """Parse and check the header of `path`. Raises FormatError (OSError becomes one too)."""
     try:
         with path.open("rb") as file:
+            if what := placeholder(file.read(HEAD_BYTES)):
+                raise FormatError(f"{path} {what}")
             size = file.seek(0, 2)
             if size < 24:
                 raise FormatError(f"{path}: {size} bytes are too few for a GGUF header")

@@ -64,9 +64,11 @@ class GgmlType:
     def row_bytes(self, n_per_row: int) -> int:
         """Bytes of one row of `n_per_row` weights. Raises McError unless the type `fits` the row."""
         if not self.fits(n_per_row):
+            fitting = [t.name for t in GGML_TYPES if Use.FALLBACK in t.use and t.fits(n_per_row)]
+            *most, last = *fitting, "F16", "BF16"
             raise McError(
                 f"{self.name} needs rows that are a multiple of {self.block_size}, not {n_per_row}; "
-                "use F16 or BF16 for this tensor"
+                f"use {', '.join(most)} or {last} for this tensor"
             )
         return n_per_row // self.block_size * self.block_bytes
 

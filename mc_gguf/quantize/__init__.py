@@ -65,7 +65,6 @@ def quantize(
     require_extra("convert")
     from mc_gguf.artifacts import Plan
     from mc_gguf.artifacts.matching import find_calibration
-    from mc_gguf.quantize.to_file import quantize_to_file
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
     check_at_least(1, threads=threads)
@@ -74,9 +73,12 @@ def quantize(
     the_plan = Plan.load(Path(plan))
     with about("calibration"):
         statistics = find_calibration(the_plan, Path(plan).parent, to_path(calibration))
+    checkpoint = open_checkpoint(Path(source))  # before torch is loaded, which takes seconds
+    from mc_gguf.quantize.to_file import quantize_to_file
+
     with listening(progress):
         return quantize_to_file(
-            open_checkpoint(Path(source)),
+            checkpoint,
             statistics,
             the_plan,
             Path(output),

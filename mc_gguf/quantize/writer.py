@@ -139,13 +139,20 @@ def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[O
             )
     if calibration is None:
         return
-    unused = ~(calibration.imatrix_in.any(axis=-1) & calibration.imatrix_mid.any(axis=-1))
-    if unused.any():
-        names = [f"layer {calibration.layers[i]} expert {e}" for i, e in np.argwhere(unused)]
+    has_imatrix = calibration.imatrix_in.any(axis=-1) & calibration.imatrix_mid.any(axis=-1)
+    reached = calibration.frequency > 0
+    _warn_about(calibration, ~reached, "no token of the calibration's text reached them")
+    _warn_about(calibration, reached & ~has_imatrix, "their weights or their inputs are zero")
+
+
+def _warn_about(calibration: Calibration, which: NDArray[np.bool_], reason: str) -> None:
+    """Says why the experts that `which` [L, E] marks have no importance matrix."""
+    names = [f"layer {calibration.layers[i]} expert {e}" for i, e in np.argwhere(which)]
+    if names:
         log.warning(
-            "no token of the calibration's text reached %d experts, which are quantized without an "
-            "importance matrix: %s",
+            "%d experts are quantized without an importance matrix, because %s: %s",
             len(names),
+            reason,
             ", ".join(names[:20]) + (" ..." if len(names) > 20 else ""),
         )
 

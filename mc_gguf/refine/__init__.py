@@ -90,7 +90,6 @@ def refine(
     from mc_gguf.artifacts import Plan
     from mc_gguf.artifacts.matching import find_calibration
     from mc_gguf.refine.options import RefinementOptions
-    from mc_gguf.refine.refinement import refine_to_file
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
     check_at_least(2, tokens=tokens, ctx=ctx)
@@ -113,7 +112,8 @@ def refine(
     )
     with about("calibration"):
         statistics = find_calibration(start, Path(plan).parent, to_path(calibration))
+    checkpoint = open_checkpoint(Path(source))  # before torch is loaded, which takes seconds
+    from mc_gguf.refine.refinement import refine_to_file
+
     with listening(progress):
-        return refine_to_file(
-            open_checkpoint(Path(source)), statistics, start, Path(output), options, resume, quiet
-        )
+        return refine_to_file(checkpoint, statistics, start, Path(output), options, resume, quiet)

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import Calibration
+from mc_gguf.common.downloads import HEAD_BYTES, placeholder
 from mc_gguf.common.errors import FormatError, LlamaError, McError, SourceError
 from mc_gguf.common.machine import usable_cores
 from mc_gguf.container import expert_bytes, has_own_keys, read_routing
@@ -366,8 +367,10 @@ def check_file(path: Path) -> None:
         )
     try:
         with path.open("rb") as file:
-            magic = file.read(len(MAGIC))
+            head = file.read(HEAD_BYTES)
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error
-    if magic != MAGIC:
-        raise FormatError(f"{path} is not a GGUF: it begins with {magic!r}, not {MAGIC!r}")
+    if what := placeholder(head):
+        raise FormatError(f"{path} {what}")
+    if not head.startswith(MAGIC):
+        raise FormatError(f"{path} is not a GGUF: it begins with {head[:4]!r}, not {MAGIC!r}")

@@ -27,8 +27,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file():
         from mc_gguf.source.gguf import GgufCheckpoint
 
+        if path.suffix in (".safetensors", ".json", ".bin"):
+            raise SourceError(f"{path} is one file of a checkpoint; give the directory that it is in")
         return GgufCheckpoint(path)
-    raise SourceError(f"{path} does not exist; give a Hugging Face checkpoint directory or a GGUF file")
+    what = "is no regular file" if path.exists() else "does not exist"
+    hint = f" (to download one: hf download {path} --local-dir DIR)" if _is_hub_name(path) else ""
+    raise SourceError(f"{path} {what}; give a Hugging Face checkpoint directory or a GGUF file{hint}")
+
+
+def _is_hub_name(path: Path) -> bool:
+    """Whether it looks like OWNER/NAME on the Hugging Face hub, and not like a mistyped path."""
+    return (
+        len(path.parts) == 2
+        and not path.is_absolute()
+        and not path.parent.exists()
+        and path.suffix != ".gguf"
+    )
 
 
 def refuse_to_overwrite(output: Path, source: Path, *inputs: Path) -> None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from mc_gguf.source import Checkpoint
 
 
+MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS: with more, the runtime ends the process
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What llama.cpp does for some architectures and not for others.

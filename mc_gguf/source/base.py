@@ -15,6 +15,8 @@ from mc_gguf.artifacts import PROJECTIONS, ModelInfo, TensorSpec, expert_tensor_
 from mc_gguf.common.errors import SourceError
 from mc_gguf.ggml.gguf_file import Value
 from mc_gguf.ggml.gguf_writer import add_values
+from mc_gguf.source.architecture import MAX_EXPERTS
+from mc_gguf.source.tensors import check_layout, check_tensors, count_of, n_vocab_of
 
 SAMPLE_BYTES = 4096
 SAMPLES_PER_TENSOR = 3
@@ -105,13 +107,14 @@ def make_info(
     routed experts with gate, up and down of one size.
     """
     hparams = hparams_of(kv, architecture)
-    n_layer, n_expert, n_used = (
-        int(hparams.get(key, 0)) for key in ("block_count", "expert_count", "expert_used_count")
-    )
+    if not hparams.get("expert_count"):
+        raise SourceError(f"{path} is no Mixture-of-Experts model ({architecture} without an expert count)")
+    check_layout(path, tensors)
+    n_layer = count_of(path, hparams, "block_count")
+    n_expert = count_of(path, hparams, "expert_count", MAX_EXPERTS)
+    n_used = count_of(path, hparams, "expert_used_count", n_expert)
     specs = {t.name: t for t in tensors}
     layers = [i for i in range(n_layer) if expert_tensor_name(i, "down") in specs]
-    if not n_expert or not n_used:
-        raise SourceError(f"{path} is no Mixture-of-Experts model ({architecture} without an expert count)")
     if not layers:
         raise SourceError(f"{path} has no whole layer of {n_expert} routed experts; is it complete?")
     gate = expert_tensor_name(layers[0], "gate")
@@ -126,6 +129,7 @@ def make_info(
                     f"{path}: expected {name} of shape {list(expected)}, found {found}; such a model is not "
                     "supported"
                 )
+    check_tensors(path, architecture, hparams, n_vocab_of(kv), tensors)
     kept = select_metadata(kv)
     return ModelInfo(
         architecture=architecture,

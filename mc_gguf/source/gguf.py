@@ -16,6 +16,7 @@ from mc_gguf.ggml.gguf_file import GgufHeader, TensorEntry, read_header
 from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.ggml.shards import shard_paths
 from mc_gguf.source.base import bos_of, hparams_of, make_info, sample_offsets, select_metadata
+from mc_gguf.source.values import check_weights
 
 if TYPE_CHECKING:
     from mc_gguf.runtime.vocabulary import Vocabulary
@@ -67,6 +68,7 @@ class GgufCheckpoint:
         data = np.fromfile(path, dtype=np.uint8, count=n_bytes, offset=entry.offset + n_bytes * (expert or 0))
         if len(data) != n_bytes:
             raise SourceError(f"{path}: {name} is cut off; the file has become shorter since it was opened")
+        check_weights(path, name, data, entry.type.name, expert)
         return data
 
     def tokenize(self, text: str) -> list[int]:
@@ -108,7 +110,9 @@ def _open_shards(path: Path) -> list[GgufHeader]:
     """The headers of all shards that belong to `path`, first shard first."""
     try:
         header = read_header(path)
-        count = int(header.get("split.count", 1))
+        count = header.get("split.count", 1)
+        if not isinstance(count, int):
+            raise SourceError(f"{path}: key split.count is {count!r}, not a whole number")
         if count <= 1:
             return [header]
         paths = shard_paths(path)
@@ -123,6 +127,13 @@ def _open_shards(path: Path) -> list[GgufHeader]:
         headers = [read_header(p) for p in paths]
     except FormatError as error:
         raise SourceError(str(error)) from error
+    for number, shard in enumerate(headers):
+        if (shard.get("split.no"), shard.get("split.count")) != (number, count):
+            raise SourceError(
+                f"{shard.path} is not shard {number + 1} of {count} of one model: its keys split.no and "
+                f"split.count are {shard.get('split.no')} and {shard.get('split.count')}, not {number} and "
+                f"{count}; download it again"
+            )
     expected = header.get("split.tensors.count")
     found = sum(len(h.tensors) for h in headers)
     if expected is not None and expected != found:

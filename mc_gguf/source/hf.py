@@ -8,7 +8,6 @@ copied.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -25,6 +24,10 @@ from mc_gguf.ggml.gguf_file import FLOAT32, Value
 from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.runtime.packages import load_conversion, load_gguf
 from mc_gguf.source.base import bos_of, hparams_of, make_info, sample_offsets, select_metadata
+from mc_gguf.source.directory import check_directory
+from mc_gguf.source.safetensors_files import StoredTensor
+from mc_gguf.source.tensors import pad_vocabulary
+from mc_gguf.source.values import check_weights
 
 # What upstream's converter raises on checkpoints it cannot take.
 _CONVERTER_ERRORS = (
@@ -44,7 +47,7 @@ class HfCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        stored = _stored_tensors(_shards(path))
+        stored = check_directory(path)
         conversion = load_conversion()
         try:
             model, self._lazy = _convert(path, conversion)
@@ -63,6 +66,7 @@ class HfCheckpoint:
         specs = [
             TensorSpec(n, tuple(int(d) for d in reversed(i.shape)), i.dtype.name) for n, i in infos.items()
         ]
+        kv = pad_vocabulary(kv, specs)
         self._kv = select_metadata(kv)
         self.hparams: Mapping[str, Any] = hparams_of(kv, architecture)
         self.bos_id, self.add_bos = bos_of(kv)
@@ -77,8 +81,8 @@ class HfCheckpoint:
             stack = self._lazy[name]
             if stack._func is not torch.stack or stack._kwargs.get("dim", 0) != 0:
                 raise SourceError(
-                    f"{self._path}: the converter does not build {name} from one tensor per expert; "
-                    f"architecture {self.info.architecture} is not supported yet"
+                    f"{self._path}: {name} is not stored as one tensor per expert; this layout of "
+                    f"{self.info.architecture} models is not supported"
                 )
             parts[name] = list(stack._args[0])
         return parts
@@ -89,17 +93,24 @@ class HfCheckpoint:
     def tensor(self, name: str) -> NDArray[np.float32]:
         if name not in self._lazy or name in self._experts:
             raise SourceError(f"{self._path} has no tensor {name} that is not an expert stack")
-        return _evaluate_f32(self._lazy[name], name)
+        return self._read(self._lazy[name], name)
 
     def expert(self, layer: int, projection: str, expert: int) -> NDArray[np.float32]:
-        name = expert_tensor_name(layer, projection)
-        return _evaluate_f32(self._experts[name][expert], f"{name}, expert {expert}")
+        return self._expert(expert_tensor_name(layer, projection), expert)
 
     def raw(self, name: str, expert: int | None = None) -> NDArray[np.uint8]:
         gguf = load_gguf()
-        weights = self.tensor(name) if expert is None else _evaluate_f32(self._experts[name][expert], name)
+        weights = self.tensor(name) if expert is None else self._expert(name, expert)
         data = gguf.quants.quantize(weights, gguf.GGMLQuantizationType[self._types[name]])
         return np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+
+    def _expert(self, name: str, expert: int) -> NDArray[np.float32]:
+        return self._read(self._experts[name][expert], name, expert)
+
+    def _read(self, node: Any, name: str, expert: int | None = None) -> NDArray[np.float32]:
+        weights = _evaluate_f32(node, name if expert is None else f"{name}, expert {expert}")
+        check_weights(self._path, name, weights, "F32", expert)
+        return weights
 
     def tokenize(self, text: str) -> list[int]:
         tokenizer = self._tokenizer
@@ -200,61 +211,11 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:250] or type(error).__name__
 
 
-def _shards(path: Path) -> list[Path]:
-    """The safetensors shards. Raises SourceError that names what a conversion needs and is not there."""
-    if not (path / "config.json").is_file():
-        raise SourceError(
-            f"{path} has no config.json; give a Hugging Face checkpoint directory or a GGUF file"
-        )
-    if not any(
-        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
-    ):
-        raise SourceError(f"{path} has no tokenizer (tokenizer.json or tokenizer.model); download it too")
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        if shards := sorted(path.glob("model*.safetensors")):
-            return shards
-        raise SourceError(f"{path} has no model*.safetensors; only safetensors checkpoints are supported")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SourceError(f"{index} has no readable weight_map; download the file again") from error
-    if missing := [name for name in names if not (path / name).is_file()]:
-        raise SourceError(f"{path} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:5])}")
-    return [path / name for name in names]
-
-
-def _stored_tensors(shards: list[Path]) -> dict[str, tuple[Path, int, int]]:
-    """(shard, offset, bytes) of every stored tensor. Raises SourceError for a damaged or truncated shard."""
-    found: dict[str, tuple[Path, int, int]] = {}
-    for shard in shards:
-        size = shard.stat().st_size
-        with shard.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise SourceError(
-                    f"{shard} is truncated: its header alone needs {8 + length} bytes, it has {size}"
-                )
-            text = file.read(length)
-        try:
-            header = json.loads(text)
-            for name in header.keys() - {"__metadata__"}:
-                start, end = header[name]["data_offsets"]
-                found[name] = (shard, 8 + length + start, end - start)
-                if 8 + length + end > size:
-                    raise SourceError(
-                        f"{shard} is truncated: {name} ends at byte {8 + length + end} of {size}"
-                    )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SourceError(f"{shard} has a damaged safetensors header; download the file again") from error
-    return found
-
-
-def _samples(stored: dict[str, tuple[Path, int, int]]) -> Iterator[bytes]:
+def _samples(stored: Mapping[str, StoredTensor]) -> Iterator[bytes]:
     """Samples of every stored tensor, ordered by tensor name, so that they do not depend on the sharding."""
     for name in sorted(stored):
-        shard, offset, n_bytes = stored[name]
-        with shard.open("rb") as file:
-            for start, length in sample_offsets(n_bytes):
-                file.seek(offset + start)
+        tensor = stored[name]
+        with tensor.shard.open("rb") as file:
+            for start, length in sample_offsets(tensor.n_bytes):
+                file.seek(tensor.offset + start)
                 yield name.encode() + file.read(length)

@@ -438,10 +438,33 @@ def test_values_that_are_not_finite_are_refused() -> None:
         def tensor(self, name: str) -> NDArray[np.float32]:
             return super().tensor(name) * (np.nan if name == "blk.1.attn_output.weight" else 1)
 
-    with pytest.raises(SourceError, match="layer 1 gives values that are not finite"):
+    with pytest.raises(SourceError, match="layer 1, attention: hidden states reach nan"):
         calibrate_checkpoint(
             Damaged(random_mixtral()), corpus(), CalibrationOptions(types=TYPES, threads=2), quiet=True
         )
+
+
+def test_tensors_of_zeros_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    class Interrupted(MemoryCheckpoint):
+        def tensor(self, name: str) -> NDArray[np.float32]:
+            return super().tensor(name) * (0 if name == "output.weight" else 1)
+
+    options = CalibrationOptions(types=TYPES, threads=2)
+    calibrate_checkpoint(Interrupted(random_mixtral()), corpus(), options, quiet=True)
+    assert "1 tensors are nothing but zeros (output.weight): was the download interrupted?" in caplog.text
+
+
+def test_damage_outside_the_experts_is_found_first() -> None:
+    class Damaged(MemoryCheckpoint):
+        def tensor(self, name: str) -> NDArray[np.float32]:
+            if name == "output.weight":
+                raise SourceError("output.weight: nan")
+            return super().tensor(name)
+
+    checkpoint = Damaged(random_mixtral())
+    with pytest.raises(SourceError, match=r"output\.weight: nan"):
+        calibrate_checkpoint(checkpoint, corpus(), CalibrationOptions(types=TYPES, threads=2), quiet=True)
+    assert checkpoint.n_reads == 0
 
 
 def test_models_with_dense_layers_are_refused() -> None:

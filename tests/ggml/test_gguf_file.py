@@ -72,7 +72,7 @@ def _tensor(name: str = "t", shape: tuple[int, ...] = (32,), kind: int = 0, offs
 
 
 DAMAGED: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "0 bytes are too few"),
+    "empty": (b"", "is empty; download"),
     "magic": (b"GGML" + bytes(60), "no GGUF magic"),
     "old version": (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "GGUF version 0x1"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "GGUF version 0x3000000"),

@@ -118,3 +118,12 @@ def test_the_pinned_gguf_has_the_same_file_types(gguf: Any, name: str) -> None:
     """llama_ftype names mixtures of k-quants (Q4_K_M, Q3_K_S) as well as types."""
     found = gguf.LlamaFileType(TYPES[name].file_type).name
     assert found in ("ALL_F32", f"MOSTLY_{name}", f"MOSTLY_{name}_M")
+
+
+@pytest.mark.parametrize(
+    ("cols", "advice"),
+    [(96, "use IQ4_NL, Q5_0, Q8_0, F16 or BF16 for this tensor"), (100, "use F16 or BF16 for this tensor")],
+)
+def test_the_advice_for_rows_that_do_not_fit_names_types_that_do(cols: int, advice: str) -> None:
+    with pytest.raises(McError, match=f"multiple of 256, not {cols}; {advice}"):
+        ggml_type("Q4_K").row_bytes(cols)

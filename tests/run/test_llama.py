@@ -109,7 +109,10 @@ def test_an_unreadable_file_is_a_source_error(tiny_gguf: Path, monkeypatch: pyte
 def test_what_is_no_gguf_is_a_format_error(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"PK\3\4....")
-    with pytest.raises(FormatError, match=r"is not a GGUF: it begins with b'PK"):
+    with pytest.raises(FormatError, match="is a ZIP archive"):
+        Llama(path)
+    path.write_bytes(b"GGML....")
+    with pytest.raises(FormatError, match=r"is not a GGUF: it begins with b'GGML'"):
         Llama(path)
 
 

@@ -173,11 +173,12 @@ def make_calibration(info: ModelInfo, path: Path, unused: Sequence[tuple[int, in
     wide, mid = (
         rng.random((n_layer, n_expert, n), dtype=np.float32) + 0.01 for n in (info.n_embd, info.n_ff)
     )
-    for place in unused:
-        wide[place] = mid[place] = 0
     flat = np.ones((n_layer, n_expert))
+    frequency = flat.copy()
+    for place in unused:
+        wide[place] = mid[place] = frequency[place] = 0
     statistics = {
-        "frequency": flat,
+        "frequency": frequency,
         "routing_weight": flat,
         "sq_error": np.ones((n_layer, n_expert, 3, 1)),
         "output_sq": flat,

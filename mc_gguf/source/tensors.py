@@ -1,0 +1,228 @@
+"""The tensors that llama.cpp demands of a model, with their shapes: a file that lacks one, has one more, or
+one of another shape does not load, however long it took to make.
+
+The table follows src/models/ARCHITECTURE.cpp of the pinned llama.cpp. Of architectures that are not in it,
+only what all models share is checked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mc_gguf.artifacts import PROJECTIONS, TensorSpec
+from mc_gguf.common.errors import SourceError
+from mc_gguf.ggml.gguf_file import Value
+from mc_gguf.source.architecture import ARCHITECTURES
+
+Shape = tuple[int, ...]
+
+_UNUSED = 5  # LLAMA_TOKEN_TYPE_UNUSED
+_OLD_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
+_LAYER = re.compile(r"blk\.(\d+)\.")
+# Architectures that may use the embeddings as the output matrix, and norms of Q and K.
+_TIED = ("llama", "qwen3moe")
+_QK_NORMS = ("qwen3moe", "olmoe")
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers from the metadata that shapes are made of."""
+
+    n_layer: int
+    n_embd: int
+    n_vocab: int | None
+    q: int  # outputs of all query heads
+    k: int
+    v: int
+    head: int
+    n_expert: int
+    n_ff: int
+    n_ff_shared: int
+
+
+def count_of(path: Path, hparams: Mapping[str, Any], key: str, limit: int | None = None) -> int:
+    """A whole number above 0 from the metadata, at most `limit`. Raises SourceError for anything else."""
+    value = hparams.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value > (limit or value):
+        wanted = f"a whole number from 1 to {limit}" if limit else "a whole number above 0"
+        raise SourceError(f"{path}: {key} is {'missing' if value is None else repr(value)}, not {wanted}")
+    return value
+
+
+def check_layout(path: Path, tensors: Iterable[TensorSpec]) -> None:
+    """Raises SourceError for a model whose experts are stored one by one."""
+    if old := next((t.name for t in tensors if _OLD_EXPERT.fullmatch(t.name)), None):
+        raise SourceError(
+            f"{path} stores one tensor per expert ({old}), as GGUFs did before April 2024; llama.cpp no "
+            "longer reads them: convert the original model again"
+        )
+
+
+def check_tensors(
+    path: Path,
+    architecture: str,
+    hparams: Mapping[str, Any],
+    n_vocab: int | None,
+    tensors: Iterable[TensorSpec],
+) -> None:
+    """Raises SourceError unless llama.cpp would load a model with these tensors and this metadata.
+
+    `hparams` are as in Checkpoint, `n_vocab` as from n_vocab_of().
+    """
+    found = {t.name: t.shape for t in tensors}
+    n_layer = count_of(path, hparams, "block_count")
+    _check_layers(path, n_layer, found)
+    count_of(path, hparams, "embedding_length")
+    _check_vocabulary(path, n_vocab, found)
+    sizes = _sizes(architecture, hparams, n_vocab, n_layer)
+    if sizes is None:
+        return
+    required, optional = dict(_required(architecture, sizes, found)), dict(_optional(architecture, sizes))
+    if missing := next((name for name in required if name not in found), None):
+        raise SourceError(
+            f"{path} lacks the tensor {missing}, which {architecture} models have; is it complete?"
+        )
+    for name, shape in found.items():
+        wanted = required.get(name) or optional.get(name)
+        if wanted is None and not _is_free(name):
+            raise SourceError(
+                f"{path} has a tensor {name}, which llama.cpp does not know in {architecture} models"
+            )
+        if wanted is not None and _trimmed(shape) != _trimmed(wanted):
+            raise SourceError(
+                f"{path}: {name} has the shape {list(shape)}, but the metadata ask for {list(wanted)}"
+            )
+
+
+def _check_layers(path: Path, n_layer: int, found: Mapping[str, Shape]) -> None:
+    layers = {int(match[1]) for name in found if (match := _LAYER.match(name))}
+    if missing := sorted(set(range(n_layer)) - layers):
+        raise SourceError(
+            f"{path}: block_count is {n_layer}, but there is no tensor of layer {missing[0]}; is it complete?"
+        )
+    if max(layers) >= n_layer:
+        raise SourceError(f"{path}: block_count is {n_layer}, but there are tensors of layer {max(layers)}")
+
+
+def _check_vocabulary(path: Path, n_vocab: int | None, found: Mapping[str, Shape]) -> None:
+    """llama.cpp takes the number of rows from the tokenizer's list."""
+    for name in ("token_embd.weight", "output.weight"):
+        if n_vocab is not None and name in found and found[name][-1] != n_vocab:
+            raise SourceError(
+                f"{path}: {name} has {found[name][-1]} rows, but the tokenizer has {n_vocab} tokens, so "
+                "llama.cpp cannot load the model; convert the original model with the tokenizer that belongs "
+                "to it"
+            )
+
+
+def n_vocab_of(kv: Mapping[str, Value]) -> int | None:
+    """Number of the tokenizer's tokens; None where the metadata have no list of them."""
+    tokens = kv.get("tokenizer.ggml.tokens")
+    return len(tokens.value) if tokens and isinstance(tokens.value, list) and tokens.value else None
+
+
+def _sizes(architecture: str, hparams: Mapping[str, Any], n_vocab: int | None, n_layer: int) -> _Sizes | None:
+    """None where the table does not describe the model: another architecture, or layers that differ."""
+    if architecture not in ARCHITECTURES:
+        return None
+    n_embd, n_head = (_number(hparams, key) for key in ("embedding_length", "attention.head_count"))
+    if not n_embd or not n_head:
+        return None
+    n_head_kv = _number(hparams, "attention.head_count_kv", n_head)
+    head, head_v = (_number(hparams, f"attention.{x}_length", n_embd // n_head) for x in ("key", "value"))
+    n_ff = _number(hparams, "feed_forward_length")
+    shared = _number(hparams, "expert_shared_feed_forward_length", n_ff)
+    if architecture in ("qwen3moe", "qwen2moe"):
+        n_ff = _number(hparams, "expert_feed_forward_length", n_ff // hparams["expert_used_count"])
+    if not n_head_kv or not head or not head_v or not n_ff or not shared:
+        return None
+    q, k, v = head * n_head, head * n_head_kv, head_v * n_head_kv
+    return _Sizes(n_layer, n_embd, n_vocab, q, k, v, head, hparams["expert_count"], n_ff, shared)
+
+
+def _number(hparams: Mapping[str, Any], key: str, default: int = 0) -> int:
+    """A number of the metadata; 0 where it is something else, such as a list with a number per layer."""
+    value = hparams.get(key) or default
+    return value if isinstance(value, int) else 0
+
+
+def _required(architecture: str, s: _Sizes, found: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
+    rows = s.n_vocab or found.get("token_embd.weight", (0, 0))[-1]
+    yield "token_embd.weight", (s.n_embd, rows)
+    yield "output_norm.weight", (s.n_embd,)
+    if architecture not in _TIED:
+        yield "output.weight", (s.n_embd, rows)
+    for layer in range(s.n_layer):
+        blk = f"blk.{layer}"
+        yield f"{blk}.attn_norm.weight", (s.n_embd,)
+        if f"{blk}.attn_qkv.weight" in found:
+            yield f"{blk}.attn_qkv.weight", (s.n_embd, s.q + s.k + s.v)
+        else:
+            yield f"{blk}.attn_q.weight", (s.n_embd, s.q)
+            yield f"{blk}.attn_k.weight", (s.n_embd, s.k)
+            yield f"{blk}.attn_v.weight", (s.n_embd, s.v)
+        yield f"{blk}.attn_output.weight", (s.q, s.n_embd)
+        if architecture in _QK_NORMS:
+            width = s.n_embd if architecture == "olmoe" else s.head
+            yield f"{blk}.attn_q_norm.weight", (width,)
+            yield f"{blk}.attn_k_norm.weight", (width,)
+        yield from _feed_forward(architecture, blk, s)
+
+
+def _feed_forward(architecture: str, blk: str, s: _Sizes) -> Iterator[tuple[str, Shape]]:
+    yield f"{blk}.ffn_norm.weight", (s.n_embd,)
+    yield f"{blk}.ffn_gate_inp.weight", (s.n_embd, s.n_expert)
+    for projection in PROJECTIONS:
+        shape = (s.n_ff, s.n_embd) if projection == "down" else (s.n_embd, s.n_ff)
+        yield f"{blk}.ffn_{projection}_exps.weight", (*shape, s.n_expert)
+    if architecture == "qwen2moe":
+        yield f"{blk}.ffn_gate_inp_shexp.weight", (s.n_embd,)
+        for projection in PROJECTIONS:
+            shape = (s.n_ff_shared, s.n_embd) if projection == "down" else (s.n_embd, s.n_ff_shared)
+            yield f"{blk}.ffn_{projection}_shexp.weight", shape
+
+
+def _optional(architecture: str, s: _Sizes) -> Iterator[tuple[str, Shape]]:
+    if architecture in _TIED and s.n_vocab:
+        yield "output.weight", (s.n_embd, s.n_vocab)
+    for layer in range(s.n_layer):
+        for part, n in (("q", s.q), ("k", s.k), ("v", s.v), ("qkv", s.q + s.k + s.v)):
+            yield f"blk.{layer}.attn_{part}.bias", (n,)
+        if architecture == "llama":
+            yield f"blk.{layer}.attn_output.bias", (s.n_embd,)
+
+
+def _trimmed(shape: Shape) -> Shape:
+    """ggml makes no difference between [64] and [64, 1]."""
+    return shape if len(shape) == 1 or shape[-1] != 1 else _trimmed(shape[:-1])
+
+
+def _is_free(name: str) -> bool:
+    """Tensors that models may have, in shapes that are not checked here."""
+    return name == "output.weight" or name.startswith(("rope_freqs.", "rope_factors_"))
+
+
+def pad_vocabulary(kv: Mapping[str, Value], tensors: Iterable[TensorSpec]) -> dict[str, Value]:
+    """`kv` with as many tokens as the embeddings have rows: the rows after the tokenizer's last token get
+    unused tokens, as the converter gives them to some kinds of tokenizers. llama.cpp does not load the model
+    otherwise.
+    """
+    rows = next((t.shape[-1] for t in tensors if t.name == "token_embd.weight"), 0)
+    n_vocab = n_vocab_of(kv)
+    if n_vocab is None or rows <= n_vocab:
+        return dict(kv)
+    padding: dict[str, list[Any]] = {
+        "tokens": [f"[PAD{i}]" for i in range(n_vocab, rows)],
+        "scores": [-1000.0] * (rows - n_vocab),
+        "token_type": [_UNUSED] * (rows - n_vocab),
+    }
+    changed = dict(kv)
+    for name, more in padding.items():
+        key = f"tokenizer.ggml.{name}"
+        if key in kv:
+            changed[key] = replace(kv[key], value=[*kv[key].value, *more])
+    return changed
