@@ -8,6 +8,7 @@ another budget needs no second calibration. A killed run continues inside the st
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from mc_gguf.calibrate.arguments import CalibrationRequest
 from mc_gguf.common.arguments import Names, PathLike, Paths, to_path, to_paths, to_seconds
 from mc_gguf.common.errors import ArtifactError, McError, NoBudgetError, about
 from mc_gguf.common.extras import require_extra
+from mc_gguf.common.files import check_output
 from mc_gguf.common.machine import memory_bytes
 from mc_gguf.common.progress import ProgressListener, listening
 from mc_gguf.common.workdir import forget_work
@@ -203,6 +205,9 @@ def make_plan(
         seed=seed,
     )
     require_extra("convert", "scipy")
+    if output is not None:
+        with about("output"):
+            check_output(Path(output), [Path(calibration)])
     known = Calibration.load(Path(calibration))
     plan = request.plan(known, file_bytes_for(known))
     return plan if output is None else plan.save(Path(output))
@@ -276,6 +281,8 @@ class Conversion:
         require_extra("convert")
         given = (*to_paths(self.request.text), *to_paths(self.request.calibration))
         refuse_to_overwrite(self.output, self.source, *given)
+        for path in self._written_beside():
+            refuse_to_overwrite(path, self.source, *given)
         search = self._check()
         decided = self.request.plan(self.calibration, file_bytes_for(self.calibration))
         plan = decided.save(self.plan_path)
@@ -339,6 +346,14 @@ class Conversion:
     @property
     def refined_plan_path(self) -> Path:
         return self.output.with_name(f"{self.output.stem}.refined.plan.json")
+
+    def _written_beside(self) -> Iterator[Path]:
+        """What plan() writes; a calibration that is given is not written."""
+        yield self.plan_path
+        if self.request.refine is not None:
+            yield self.refined_plan_path
+        if self.request.calibration is None:
+            yield self.calibration_path
 
     def _check(self) -> RefinementOptions | None:
         """The search that is asked for. Raises McError for what no calibration could make possible."""

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf import __version__
-from mc_gguf.artifacts.header import check_header
+from mc_gguf.artifacts.header import check_header, check_kind, why
 from mc_gguf.artifacts.model import ATTENTION, PROJECTIONS, ModelInfo
 from mc_gguf.artifacts.published import NOMINAL_BITS, PublishedStatistics, is_published
 from mc_gguf.artifacts.statistics import Statistics, check_statistics
@@ -158,6 +158,7 @@ class Calibration(Statistics):
 
         Raises ArtifactError when the file is damaged, of another version, or has an array of the wrong shape.
         """
+        check_kind(path, ("JSON", "a safetensors file"), "a calibration", "calibrate")
         fingerprint = sha256_of(path)
         if is_published(path):
             return cls.from_published(PublishedStatistics.load(path), fingerprint)
@@ -170,7 +171,7 @@ class Calibration(Statistics):
             corpus, tool = header["corpus"], header["tool"]
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
-                f"{path} is not a calibration file ({error!r}); make one with: mc-gguf calibrate"
+                f"{path} is not a calibration file ({why(error)}); make one with: mc-gguf calibrate"
             ) from error
         attention_types = tuple(header.get("attention_types", ()))
         try:

@@ -24,7 +24,7 @@ def find_calibration(plan: Plan, folder: Path, given: Path | None = None) -> Cal
         return Calibration.load(given)
     if plan.calibration_fingerprint == NO_CALIBRATION or not plan.model_fingerprint:
         return None
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in possible_calibrations(folder):
         is_candidate = calibrated_model(path) == plan.model_fingerprint
         if is_candidate and sha256_of(path) == plan.calibration_fingerprint:
             return Calibration.load(path)
@@ -33,6 +33,11 @@ def find_calibration(plan: Plan, folder: Path, given: Path | None = None) -> Cal
         "give the file that it is in",
         parameter="calibration",
     )
+
+
+def possible_calibrations(folder: Path) -> list[Path]:
+    """The files in which find_calibration() looks for the calibration of a plan in `folder`."""
+    return sorted(folder.glob("*.safetensors"))
 
 
 def calibrated_model(path: Path) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from mc_gguf import __version__
-from mc_gguf.artifacts.header import check_header
+from mc_gguf.artifacts.header import check_header, check_kind, why
 from mc_gguf.artifacts.model import ATTENTION, PROJECTIONS
 from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.files import atomic_write, sha256_of
@@ -132,6 +132,7 @@ class Plan:
     @classmethod
     def load(cls, path: Path) -> Plan:
         """Read a plan. Raises ArtifactError when it is damaged, of another version, or incomplete."""
+        check_kind(path, ("JSON",), "a plan", "plan")
         fingerprint = sha256_of(path)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -154,7 +155,7 @@ class Plan:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
-                f"{path} is not a valid plan ({error!r}); make one with: mc-gguf plan"
+                f"{path} is not a valid plan ({why(error)}); make one with: mc-gguf plan"
             ) from error
         _check_rows(path, plan)
         return plan

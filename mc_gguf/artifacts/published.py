@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mc_gguf.artifacts.header import why
 from mc_gguf.artifacts.model import Floats
 from mc_gguf.common.errors import ArtifactError
 
@@ -45,7 +46,7 @@ class PublishedStatistics:
             loss = np.asarray(losses, dtype=np.float64)
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
-                f"{path} is neither a calibration file nor published statistics: {error!r}"
+                f"{path} is neither a calibration file nor published statistics: {why(error)}"
             ) from error
         n_layer, n_expert = frequency.shape if frequency.ndim == 2 else (0, 0)
         if (

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from mc_gguf.common.downloads import HEAD_BYTES, placeholder
 from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.common.units import format_size
-
 
 # Beside NAME lie .NAME.partial/ and, while they are written, .NAME.0123456789abcdef.tmp.
 _NAME_BYTES = 255 - len("..0123456789abcdef.tmp")
@@ -22,15 +22,15 @@ _NAME_BYTES = 255 - len("..0123456789abcdef.tmp")
 def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
     """Raises McError when `output` cannot be written, or must not be replaced.
 
-    That is anything but a regular file, and one of `inputs` or a file in a folder among them (the same file on
-    the same device, whatever its name). Inputs that do not exist are fine.
+    What must not be replaced is anything but a regular file, and one of `inputs`, or a file in a folder among
+    them (the same file on the same device, whatever its name). Inputs that do not exist are fine.
     """
     if str(output) in ("", "."):
         raise McError("the name of the output is empty; give the name of a file to write")
     if (length := len(os.fsencode(output.name))) > _NAME_BYTES:
         raise McError(
-            f"the name {output.name[:40]}... has {length} bytes; at most {_NAME_BYTES} leave room for the names "
-            "of working files"
+            f"the name {output.name[:40]}... has {length} bytes; at most {_NAME_BYTES} leave room "
+            "for the names of working files"
         )
     try:
         found = output.stat()
@@ -95,6 +95,21 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def kind_of(path: Path) -> str:
+    """What is in a file or folder, in words: "a GGUF", "a safetensors file", "JSON", ... Raises OSError."""
+    if path.is_dir():
+        return "a directory"
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    if head.startswith(b"GGUF"):
+        return "a GGUF"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return "a safetensors file"
+    if (found := placeholder(head)) is not None:
+        return found.removeprefix("is ").split(";")[0]
+    return "JSON" if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[") else "a file of another kind"
 
 
 def sha256_of(path: Path) -> str:

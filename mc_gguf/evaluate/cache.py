@@ -43,7 +43,8 @@ def references(
     the disk is too full.
     """
     if not source.is_file():
-        raise ArtifactError(f"{source}: no such file; give a 16-bit GGUF, or stored log-probabilities")
+        what = "is a directory" if source.is_dir() else "is no file" if source.exists() else "does not exist"
+        raise ArtifactError(f"{source} {what}; give a 16-bit GGUF, or stored log-probabilities")
     if is_reference(source):
         if len(texts) != 1:
             raise McError(

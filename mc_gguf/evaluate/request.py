@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mc_gguf.common.arguments import to_paths
 from mc_gguf.common.errors import McError, about
+from mc_gguf.common.files import check_output
 from mc_gguf.evaluate.cache import references
 from mc_gguf.evaluate.evaluation import evaluate_model
 from mc_gguf.evaluate.files import model_sha256
@@ -83,9 +85,9 @@ class EvaluationRequest:
             raise McError(NO_TEXT, parameter=("text", "tasks"))
         if self.reference and not self.texts:
             raise McError("a reference is compared on a text: give one, too", parameter="reference")
-        if self.output and (self.output.is_dir() or not self.output.absolute().parent.is_dir()):
-            message = f"{self.output}: the report needs the name of a file in a folder that exists"
-            raise McError(message, parameter="output")
+        if self.output:
+            with about("output"):
+                check_output(self.output, (*self.models, *self.texts, *to_paths(self.reference)))
         if self.tasks:
             check_tasks(self.tasks)
         return [Text.read(path) for path in self.texts]

@@ -216,9 +216,23 @@ def _check_request(
             f"{_names(lambda s: s.takes_nominal_bits)} has; give {strategy} a budget in bpw or bytes",
             parameter="bits_per_layer",
         )
-    for name in (fixed.attn, fixed.attn_kv, fixed.token_embd, fixed.output):
-        ggml_type(name)
+    for parameter, name in _fixed_parameters(fixed).items():
+        if ggml_type(name).needs_imatrix:
+            raise McError(
+                f"{name} needs an importance matrix, which these tensors have not; choose a larger type",
+                parameter=parameter,
+            )
     return chosen
+
+
+def _fixed_parameters(fixed: FixedTypes) -> dict[str, str]:
+    """The types of `fixed` by the parameters that set them."""
+    return {
+        "attn_type": fixed.attn,
+        "attn_kv_type": fixed.attn_kv,
+        "embd_type": fixed.token_embd,
+        "output_type": fixed.output,
+    }
 
 
 def _check_attention(budget: Budget, strategy: Strategy, objective: str) -> None:

@@ -64,12 +64,13 @@ def quantize(
     """
     require_extra("convert")
     from mc_gguf.artifacts import Plan
-    from mc_gguf.artifacts.matching import find_calibration
+    from mc_gguf.artifacts.matching import find_calibration, possible_calibrations
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
     check_at_least(1, threads=threads)
     texts = to_paths(calibration_text)
-    refuse_to_overwrite(Path(output), Path(source), Path(plan), *texts, *to_paths(calibration))
+    found = possible_calibrations(Path(plan).parent)
+    refuse_to_overwrite(Path(output), Path(source), Path(plan), *texts, *found, *to_paths(calibration))
     the_plan = Plan.load(Path(plan))
     with about("calibration"):
         statistics = find_calibration(the_plan, Path(plan).parent, to_path(calibration))

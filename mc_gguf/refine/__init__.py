@@ -88,14 +88,15 @@ def refine(
     """
     require_extra("convert")
     from mc_gguf.artifacts import Plan
-    from mc_gguf.artifacts.matching import find_calibration
+    from mc_gguf.artifacts.matching import find_calibration, possible_calibrations
     from mc_gguf.refine.options import RefinementOptions
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
     check_at_least(2, tokens=tokens, ctx=ctx)
     check_at_least(1, threads=threads)
     texts, calibrated = to_paths(text), to_paths(calibration_text)
-    inputs = (Path(plan), *texts, *calibrated, *to_paths(calibration))
+    found = possible_calibrations(Path(plan).parent)
+    inputs = (Path(plan), *texts, *calibrated, *found, *to_paths(calibration))
     refuse_to_overwrite(Path(output), Path(source), *inputs)
     start = Plan.load(Path(plan))
     options = RefinementOptions(

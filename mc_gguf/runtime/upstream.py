@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from mc_gguf.common.errors import RuntimeBuildError
+from mc_gguf.common.errors import McError, RuntimeBuildError
 
 BUILD_HINT = "run: mc-gguf runtime build"
 
@@ -81,9 +81,15 @@ def patchset_digest() -> str:
 
 
 def cache_dir() -> Path:
-    """The user's cache: $MC_GGUF_CACHE, else mc_gguf in the platform's cache directory. It may not exist."""
-    if override := os.environ.get("MC_GGUF_CACHE"):
-        return Path(override).expanduser().resolve()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mc_gguf"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mc_gguf"
+    """The user's cache: $MC_GGUF_CACHE, else mc_gguf in the platform's cache directory. It may not exist.
+
+    Raises McError for a user without a home directory.
+    """
+    try:
+        if override := os.environ.get("MC_GGUF_CACHE"):
+            return Path(override).expanduser().resolve()
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "mc_gguf"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mc_gguf"
+    except RuntimeError as error:  # of pathlib
+        raise McError("you have no home directory; set MC_GGUF_CACHE to a folder for mc-gguf") from error

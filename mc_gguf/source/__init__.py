@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mc_gguf.common.errors import SourceError, about
+from mc_gguf.common.errors import McError, SourceError, about
 from mc_gguf.common.files import check_output
 from mc_gguf.ggml.shards import shard_stem
 from mc_gguf.source.base import Checkpoint
@@ -46,21 +46,24 @@ def _is_hub_name(path: Path) -> bool:
 
 
 def refuse_to_overwrite(output: Path, source: Path, *inputs: Path) -> None:
-    """Raises McError when writing `output` would replace a file of the source model (a SourceError), one of
-    the other `inputs`, or something that is not a regular file. Every verb that writes a file calls this
-    before it reads anything.
+    """Raises McError when `output` cannot be written, or when that would replace a file of the source model
+    (a SourceError) or one of the other `inputs`. Every verb that writes a file calls this before it reads
+    anything.
     """
     with about("output"):
         check_output(output, inputs)
-    if not (source.exists() and output.exists()):
-        return
-    if source.is_dir():
-        clash = any(output.samefile(file) for file in source.iterdir() if file.exists())
-    else:
-        same_folder = output.resolve().parent == source.resolve().parent
-        shard = same_folder and shard_stem(source) is not None and shard_stem(source) == shard_stem(output)
-        clash = shard or output.samefile(source)
-    if clash:
-        raise SourceError(
-            f"{output} is a file of the source model; write to another file", parameter="output"
-        )
+    try:
+        check_output(output, [source])
+    except McError as error:
+        raise _of_source(output) from error
+    stem = shard_stem(source)
+    if stem is not None and stem == shard_stem(output) and _folder(source) == _folder(output):
+        raise _of_source(output)
+
+
+def _of_source(output: Path) -> SourceError:
+    return SourceError(f"{output} is a file of the source model; write to another file", parameter="output")
+
+
+def _folder(path: Path) -> Path:
+    return path.resolve().parent

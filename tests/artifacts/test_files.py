@@ -279,7 +279,7 @@ def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
 
 def test_a_plan_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ArtifactError, match="not a valid plan"):
+    with pytest.raises(ArtifactError, match="is a file of another kind, not a plan"):
         Plan.load(tmp_path / "p")
 
 

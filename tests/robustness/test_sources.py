@@ -65,6 +65,7 @@ def _damage(folder: Path, kind: str) -> tuple[Path, str]:
     return folder / "m.gguf", "is a Git LFS pointer"
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("kind", ["lfs", "config", "expert", "gguf"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_cheap_checks_come_first(verb: str, kind: str, plan: Path, tmp_path: Path) -> None:
@@ -80,6 +81,7 @@ def test_cheap_checks_come_first(verb: str, kind: str, plan: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("verb", ["chat", "eval", "inspect", "routing show"])
 @pytest.mark.parametrize("content", [LFS, b"<!DOCTYPE html><html></html>", b""])
 def test_files_to_run_that_were_not_downloaded(verb: str, content: bytes, tmp_path: Path) -> None:
