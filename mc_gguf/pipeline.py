@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from mc_gguf.common.arguments import Names, PathLike, Paths, to_path, to_paths, 
 from mc_gguf.common.errors import ArtifactError, McError, NoBudgetError, about
 from mc_gguf.common.extras import require_extra
 from mc_gguf.common.files import check_output
+from mc_gguf.common.lock import reserved
 from mc_gguf.common.machine import memory_bytes
 from mc_gguf.common.progress import ProgressListener, listening
 from mc_gguf.common.workdir import forget_work
@@ -143,7 +145,7 @@ def convert(
         quiet=quiet,
     )
     work = Conversion(Path(source), Path(output), request)
-    with listening(progress):
+    with listening(progress), work.reserved():
         return work.write(work.plan())
 
 
@@ -267,11 +269,17 @@ class ConversionRequest(PlanRequest, CalibrationRequest):
 
 @dataclass(frozen=True)
 class Conversion:
-    """One conversion, step by step: write(plan()) is convert()."""
+    """One conversion, step by step: write(plan()), while the output is reserved(), is convert()."""
 
     source: Path
     output: Path
     request: ConversionRequest
+
+    def reserved(self) -> AbstractContextManager[None]:
+        """Keeps other processes from writing the same output, and what lies beside it, during all steps."""
+        with about("output"):
+            check_output(self.output)
+        return reserved(self.output)
 
     def plan(self) -> Plan:
         """Calibrate, plan, and refine if that was asked for; what can be refused is refused first.

@@ -48,7 +48,7 @@ def command(source: Path, output: Path, dry_run: bool, as_json: bool, **options:
     from mc_gguf.plan.summary import summarize_plan
 
     work = Conversion(source, output, ConversionRequest(**options))
-    with results(as_json) as found:
+    with results(as_json) as found, work.reserved():
         plan = work.plan()
         summary = summarize_plan(plan)
         found.add({"plan": summary.to_json()}, "\n".join(summary.lines()))

@@ -19,21 +19,19 @@ anything to continue from leaves nothing.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
 
 from mc_gguf import __version__
-from mc_gguf.common.errors import McError
 from mc_gguf.common.files import atomic_write, check_output, check_space
+from mc_gguf.common.lock import LOCK, output_lock, workdir_path
 
-LOCK = "lock"
 IDENTITY = "identity.json"
 _DISK_BLOCK_BYTES = 512  # the unit of st_blocks, on every file system
 
@@ -51,37 +49,27 @@ class Workdir:
     def __init__(self, output: Path, identity: Mapping[str, object], resume: bool = True) -> None:
         self.output, self.directory = output, workdir_path(output)
         self._identity, self._resume = identity, resume
-        self._made_folders: list[Path] = []
-        self._removed = False
-        self._lock: TextIO
+        self._held = ExitStack()
 
     def __enter__(self) -> Workdir:
-        check_output(self.output)
-        above = self.directory.parents
-        self._made_folders = [folder for folder in above if not folder.exists()]  # the innermost first
-        self._lock = self._acquire_lock()
-        try:
+        with ExitStack() as held:
+            held.enter_context(output_lock(self.output))
+            held.callback(self._tidy)
             for path in self.directory.glob(".*.tmp"):  # of an atomic_write that was killed
                 path.unlink()
             _claim(self.directory, self._identity, self._resume)
-        except BaseException:
-            self._leave()
-            raise
+            self._held = held.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave()
+        self._held.close()
 
-    def _leave(self) -> None:
-        """Let go of the directory, and remove it where there is nothing to continue from."""
-        if not self._removed and not _holds_work(self.directory):
-            self.remove()
-            for folder in self._made_folders:
-                with contextlib.suppress(OSError):  # something else is in it now
-                    folder.rmdir()
-        self._lock.close()
+    def _tidy(self) -> None:
+        """Leave nothing where there is nothing to continue from."""
+        if not _holds_work(self.directory):
+            _clear(self.directory)
 
     def path(self, name: str) -> Path:
         """Where to keep `name`."""
@@ -111,51 +99,7 @@ class Workdir:
             os.fsync(written.fileno())
         file.replace(self.output)
         _sync_folder(self.output.parent)  # before the work is gone from which it could be made again
-        self.remove()
-
-    def remove(self) -> None:
-        """Remove the directory. The lock goes last: whoever finds it gone finds nothing else either."""
         _clear(self.directory)
-        self.path(LOCK).unlink()
-        self._removed = True
-        with contextlib.suppress(OSError):  # another process has begun with a lock of its own
-            self.directory.rmdir()
-
-    def _acquire_lock(self) -> TextIO:
-        if self.directory.is_file():
-            log.warning("%s was left by an older version of mc_gguf; starting anew", self.directory)
-            self.directory.unlink()
-        while True:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = self.path(LOCK).open("a+")
-            except FileNotFoundError:
-                continue  # another process has just removed the directory
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                with lock:
-                    raise McError(_busy(self.output, lock)) from None
-            except OSError as error:  # some network file systems have no locks
-                log.warning("cannot lock %s (%s); start no second run for the same output", lock.name, error)
-            if self._is_current(lock):
-                lock.truncate(0)
-                lock.write(f"{os.getpid()}\n")
-                lock.flush()
-                return lock
-            lock.close()
-
-    def _is_current(self, lock: TextIO) -> bool:
-        """Whether `lock` still is the file in the directory, not one that another process has removed."""
-        try:
-            return os.path.samestat(os.fstat(lock.fileno()), self.path(LOCK).stat())
-        except FileNotFoundError:
-            return False
-
-
-def workdir_path(output: Path) -> Path:
-    """The working directory of `output`, whether it exists or not."""
-    return output.with_name(f".{output.name}.partial")
 
 
 def forget_work(output: Path) -> None:
@@ -209,12 +153,6 @@ def _stored_identity(folder: Path) -> dict[str, object]:
 def _holds_work(folder: Path) -> bool:
     """Whether there is a file of a step in it."""
     return any(path.name not in (LOCK, IDENTITY) and not path.is_dir() for path in folder.rglob("*"))
-
-
-def _busy(output: Path, lock: TextIO) -> str:
-    lock.seek(0)
-    pid = lock.read().strip() or "unknown"
-    return f"another process (PID {pid}) is writing {output}; wait for it or stop it"
 
 
 def _sync_folder(folder: Path) -> None:
