@@ -21,11 +21,11 @@ from mc_gguf.calibrate.arguments import CalibrationRequest
 from mc_gguf.common.arguments import Names, PathLike, Paths, to_path, to_paths, to_seconds
 from mc_gguf.common.errors import ArtifactError, McError, NoBudgetError, about
 from mc_gguf.common.extras import require_extra
-from mc_gguf.common.files import check_output
+from mc_gguf.common.files import check_file_size, check_output, check_space
 from mc_gguf.common.lock import reserved
 from mc_gguf.common.machine import memory_bytes
 from mc_gguf.common.progress import ProgressListener, listening
-from mc_gguf.common.workdir import forget_work
+from mc_gguf.common.workdir import forget_work, work_bytes
 from mc_gguf.container import MixedGguf
 from mc_gguf.plan import stand_in
 from mc_gguf.plan.problem import Experts, FileBytes
@@ -341,6 +341,7 @@ class Conversion:
         if found and self._is_current(found, text, options):
             forget_work(path)  # of a calibration with other options
             return found
+        self._check_space(text, options)
         return calibrate_to_file(self.checkpoint, text, path, options, request.resume, request.quiet)
 
     @property
@@ -371,8 +372,29 @@ class Conversion:
             raise NoBudgetError(propose_sizes(*self._trial(None), memory), memory)
         search = request.refinement()
         if not request.budget.is_sixteen_bit:
-            request.plan(*self._trial(request.expert_types))
+            check_file_size(self.output, self._trial_plan.file_bytes or 0)
         return search
+
+    @cached_property
+    def _trial_plan(self) -> Plan:
+        """A plan within the budget that is made before anything is measured."""
+        return self.request.plan(*self._trial(self.request.expert_types))
+
+    def _check_space(self, text: Corpus, options: CalibrationOptions) -> None:
+        """Raises McError when the disk is too small for the states of the calibration, or for the file and
+        what its compensation keeps. The two do not lie there at the same time.
+        """
+        from mc_gguf.calibrate.state import state_bytes
+        from mc_gguf.compensate import experts
+
+        model, plan = self.checkpoint.info, self._trial_plan
+        finish = plan.file_bytes or 0
+        if self.request.compensate:
+            finish += experts.bank_bytes(model, experts.wanted_by(plan))
+            finish += experts.state_bytes(model, text.rows.size)
+        n_bytes = max(finish, state_bytes(model, text.rows, options.sensitivity_tokens))
+        left_before = work_bytes(self.output, self.calibration_path)
+        check_space(self.output.parent, n_bytes - left_before, f"making {self.output.name}")
 
     def _trial(self, types: tuple[str, ...] | None) -> tuple[Calibration, FileBytes]:
         """A stand-in for every calibration, and the size of files with the routing metadata it will give."""

@@ -43,6 +43,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf.artifacts import Floats
+from mc_gguf.common.arrays import write_array
 from mc_gguf.common.files import atomic_write
 from mc_gguf.source.decoder import CHUNK, Decoder, Expert, RouterOutput
 
@@ -117,8 +118,8 @@ class Branches:
             self._added.copy_(self._unrouted(flat).view_as(self._added))
             if i == 0:
                 self._rounded.copy_(self._added)
-            np.save(self._working(f"{i}.npy"), self._hidden.numpy())
-            np.save(self._working(f"added-{i}.npy"), self._added.numpy())
+            _write_working(self._working(f"{i}.npy"), self._hidden)
+            _write_working(self._working(f"added-{i}.npy"), self._added)
         n_embd = self._hidden.shape[-1]
         self._outputs = torch.zeros(self._hidden.numel() // n_embd, self._decoder.shape.n_used, n_embd)
 
@@ -139,7 +140,7 @@ class Branches:
                     changed, weights = rounded_output(expert, x), routing.weights[tokens, ranks, None]
                     self._round(flat[tokens], tokens, y, changed, weights)
                 added.index_add_(0, tokens, y.mul_(routing.weights[tokens, ranks, None]))
-            np.save(self._working(f"added-{i}.npy"), self._added.numpy())
+            _write_working(self._working(f"added-{i}.npy"), self._added)
 
     def _round(self, hidden: Tensor, tokens: Tensor, y: Tensor, changed: Tensor, weights: Tensor) -> None:
         """Add the error of one rounded expert.
@@ -244,10 +245,16 @@ def _read(path: Path, into: Tensor, first: int = 0) -> None:
             raise OSError(f"{path} ends too early; was it changed while calibration ran?")
 
 
+def _write_working(path: Path, hidden: Tensor) -> None:
+    """Write a file of a layer that is not done, which a killed run makes again."""
+    with path.open("wb") as file:
+        write_array(file, hidden.numpy())
+
+
 def _write(path: Path, hidden: Tensor) -> None:
     """Write a file that a killed run continues from."""
     with atomic_write(path) as file:
-        np.save(file, hidden.numpy(), allow_pickle=False)
+        write_array(file, hidden.numpy())
 
 
 def rounded_output(expert: Expert, x: Tensor) -> Tensor:

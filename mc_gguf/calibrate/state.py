@@ -29,6 +29,7 @@ from torch import Tensor
 from mc_gguf.artifacts import ModelInfo
 from mc_gguf.calibrate.sensitivity import WORKING, branch_rows, branches_directory
 from mc_gguf.calibrate.statistics import LayerStatistics, stack_layers, unstack_layers
+from mc_gguf.common.arrays import write_array
 from mc_gguf.common.files import atomic_write
 from mc_gguf.common.workdir import keep_only
 
@@ -107,7 +108,7 @@ class CalibrationState:
         from safetensors.numpy import save
 
         with atomic_write(self.directory / f"hidden-{len(layers)}.npy") as file:
-            np.save(file, hidden.numpy(), allow_pickle=False)
+            write_array(file, hidden.numpy())
         with atomic_write(self.directory / _STATS) as file:
             file.write(save(stack_layers(layers)))
 

@@ -9,6 +9,7 @@ nor numpy.
 from __future__ import annotations
 
 import importlib
+import logging
 
 import click
 
@@ -51,3 +52,11 @@ def main() -> None:
 
     `convert` makes one from a Hugging Face directory or a 16-bit GGUF, and `chat` runs it.
     """
+    _show_log()
+
+
+def _show_log() -> None:
+    """What mc_gguf logs goes to stderr as plain lines, as other libraries' warnings do by default."""
+    logging.getLogger("mc_gguf").setLevel(logging.INFO)
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(logging.INFO)

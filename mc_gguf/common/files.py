@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import resource
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
@@ -17,6 +19,8 @@ from mc_gguf.common.units import format_size
 
 # Beside NAME lie .NAME.partial/ and, while they are written, .NAME.0123456789abcdef.tmp.
 _NAME_BYTES = 255 - len("..0123456789abcdef.tmp")
+# The disk, the user's quota, or the size that a file may have is used up.
+NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
@@ -74,13 +78,24 @@ def check_space(
         )
 
 
+def check_file_size(path: Path, n_bytes: int) -> None:
+    """Raises McError when this process may not write a file of `n_bytes` (`ulimit -f`)."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY and n_bytes > limit:
+        raise McError(
+            f"{path} will have {format_size(n_bytes)}, but files may have {format_size(limit)} here; "
+            "raise the limit (ulimit -f)"
+        )
+
+
 @contextmanager
 def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` only when the block ends without an error.
 
     It is written to a new file beside `path`, which is then renamed. `sync` waits until the bytes are on the
     disk; without it a power cut can leave an incomplete file, so the reader has to check what it reads.
-    Raises McError when `path` exists and is not a regular file.
+    Raises McError when `path` exists and is not a regular file, and an OSError that names `path` when there
+    is no room for it.
     """
     check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +107,10 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
             if sync:
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            error.filename = os.fspath(path)
         raise
 
 

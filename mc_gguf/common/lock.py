@@ -1,4 +1,4 @@
-"""One process at a time works on an output; it holds a lock in the output's working directory (workdir.py)."""
+"""One process at a time works on an output. It holds a lock in the output's working directory."""
 
 from __future__ import annotations
 

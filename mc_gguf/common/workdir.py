@@ -19,6 +19,7 @@ anything to continue from leaves nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -29,7 +30,8 @@ from pathlib import Path
 from types import TracebackType
 
 from mc_gguf import __version__
-from mc_gguf.common.files import atomic_write, check_output, check_space
+from mc_gguf.common.errors import McError
+from mc_gguf.common.files import NO_ROOM, atomic_write, check_output, check_space
 from mc_gguf.common.lock import LOCK, output_lock, workdir_path
 
 IDENTITY = "identity.json"
@@ -43,7 +45,8 @@ class Workdir:
 
     `identity` is a JSON document of all that the work depends on; the version of mc_gguf is added. With
     `resume` False whatever an earlier run left is thrown away. Entering raises McError when another process
-    is at work on the same output, or when the output is not a regular file.
+    is at work on the same output, or when the output is not a regular file; leaving raises one when the disk
+    was full, and says that the work can be continued.
     """
 
     def __init__(self, output: Path, identity: Mapping[str, object], resume: bool = True) -> None:
@@ -65,6 +68,12 @@ class Workdir:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._held.close()
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            remedy = "raise ulimit -f" if error.errno == errno.EFBIG else "make room"
+            again = "the same command continues" if self.directory.exists() else "run the same command again"
+            raise McError(
+                f"no room for the work on {self.output} ({error.strerror}): {remedy}; then {again}"
+            ) from error
 
     def _tidy(self) -> None:
         """Leave nothing where there is nothing to continue from."""
@@ -88,9 +97,8 @@ class Workdir:
         """Raises McError when the disk is too small for `folder` (by default the whole directory) to grow to
         `n_bytes`.
         """
-        files = (folder or self.directory).rglob("*")
-        there = sum(path.stat().st_blocks * _DISK_BLOCK_BYTES for path in files)
-        check_space(self.output.parent, n_bytes - there, f"making {self.output.name}")
+        there = _bytes_on_disk(folder or self.directory)
+        check_space(self.output.parent, n_bytes - there, f"the work on {self.output.name}")
 
     def publish(self, file: Path) -> None:
         """`file`, which lies inside, becomes the output, and the directory is removed."""
@@ -100,6 +108,11 @@ class Workdir:
         file.replace(self.output)
         _sync_folder(self.output.parent)  # before the work is gone from which it could be made again
         _clear(self.directory)
+
+
+def work_bytes(*outputs: Path) -> int:
+    """Bytes on the disk that earlier runs of these outputs left to continue from."""
+    return sum(_bytes_on_disk(workdir_path(output)) for output in outputs)
 
 
 def forget_work(output: Path) -> None:
@@ -131,6 +144,8 @@ def _claim(folder: Path, identity: Mapping[str, object], resume: bool = True) ->
     wanted = json.loads(json.dumps({"mc_gguf": __version__, **identity}))
     found = _stored_identity(folder)
     if resume and found == wanted:
+        if _holds_work(folder):
+            log.info("continuing what an earlier run left in %s", folder)
         return
     if resume and _holds_work(folder):
         keys = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
@@ -153,6 +168,10 @@ def _stored_identity(folder: Path) -> dict[str, object]:
 def _holds_work(folder: Path) -> bool:
     """Whether there is a file of a step in it."""
     return any(path.name not in (LOCK, IDENTITY) and not path.is_dir() for path in folder.rglob("*"))
+
+
+def _bytes_on_disk(folder: Path) -> int:
+    return sum(path.stat().st_blocks * _DISK_BLOCK_BYTES for path in folder.rglob("*"))
 
 
 def _sync_folder(folder: Path) -> None:

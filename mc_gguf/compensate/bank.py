@@ -27,6 +27,7 @@ from mc_gguf.common.files import atomic_write
 from mc_gguf.ggml.types import ggml_type
 
 _MAGIC = b"MCBANK1\n"
+_DISK_BLOCK = 4096
 _HEADER = struct.Struct("<8s32sIQQ")  # magic, SHA-256 of the identity, CRC-32, rows, bytes per row
 
 
@@ -36,6 +37,12 @@ def bank_key(model_fingerprint: str, calibration_fingerprint: str, quantizer: st
     """
     document = json.dumps([model_fingerprint, calibration_fingerprint, quantizer])
     return hashlib.sha256(document.encode()).hexdigest()
+
+
+def matrix_bytes(rows: int, weights_per_row: int, type_name: str) -> int:
+    """Bytes of the file of one matrix, rounded up to blocks of the disk."""
+    n_bytes = _HEADER.size + rows * ggml_type(type_name).row_bytes(weights_per_row)
+    return -(-n_bytes // _DISK_BLOCK) * _DISK_BLOCK
 
 
 class Bank:

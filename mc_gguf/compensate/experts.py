@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf import __version__
-from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, Plan
+from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, ModelInfo, Plan
 from mc_gguf.artifacts.matching import check_inputs
+from mc_gguf.common.arrays import write_array
 from mc_gguf.common.errors import ArtifactError, about
-from mc_gguf.common.files import atomic_write
+from mc_gguf.common.files import atomic_write, check_space
 from mc_gguf.common.progress import Progress, progress
 from mc_gguf.common.workdir import Workdir, keep_only
-from mc_gguf.compensate.bank import Bank, bank_key
+from mc_gguf.compensate.bank import Bank, bank_key, matrix_bytes
 from mc_gguf.compensate.hessian import Collector, HessianTokens, Inputs, held_out_tokens, run_expert
 from mc_gguf.compensate.matrix import DEFAULT, CompensationOptions, quantize_compensated, supports
 from mc_gguf.compensate.products import exact_products, fast_products
@@ -138,7 +139,7 @@ def compensate(
     False, the pass ends and the outcome is not complete.
     """
     outcome = Outcome()
-    missing = {key: left for key, kinds in wanted.items() if (left := _missing(bank, key, kinds))}
+    missing = missing_from(bank, wanted)
     if not missing:
         return outcome
     init({name for kinds in missing.values() for _, name in kinds})
@@ -181,6 +182,10 @@ def compensated_bank(
         return None
     corpus = calibration_text(checkpoint, calibration, files)
     bank, states = open_bank(folder or work.path(BANK), calibration), work.path(STATES)
+    own_bank = 0 if folder else bank_bytes(checkpoint.info, wanted)
+    work.check_space(own_bank + state_bytes(checkpoint.info, corpus.rows.size) + (plan.file_bytes or 0))
+    if folder:
+        check_space(folder, bank_bytes(checkpoint.info, missing_from(bank, wanted)), f"the bank {folder}")
     with progress("compensate", unit="matrices", quiet=quiet) as bar:
         outcome = compensate(checkpoint, calibration, wanted, corpus, bank, threads, bar, states=states)
         if outcome.ratios:
@@ -188,10 +193,26 @@ def compensated_bank(
     return bank
 
 
-def _missing(
-    bank: Bank, key: tuple[int, int], kinds: Iterable[tuple[str, str]]
-) -> frozenset[tuple[str, str]]:
-    return frozenset((p, name) for p, name in kinds if bank.get(key[0], p, key[1], name) is None)
+def missing_from(bank: Bank, wanted: Wanted) -> Wanted:
+    """Those of the wanted matrices that `bank` lacks."""
+    missing = {
+        (layer, expert): frozenset((p, name) for p, name in kinds if bank.get(layer, p, expert, name) is None)
+        for (layer, expert), kinds in wanted.items()
+    }
+    return {key: kinds for key, kinds in missing.items() if kinds}
+
+
+def bank_bytes(model: ModelInfo, wanted: Wanted) -> int:
+    """What the wanted matrices take on disk in a bank."""
+    shapes = {projection: model.expert_shape(projection) for projection in PROJECTIONS}
+    return sum(
+        matrix_bytes(*shapes[projection], name) for kinds in wanted.values() for projection, name in kinds
+    )
+
+
+def state_bytes(model: ModelInfo, n_tokens: int) -> int:
+    """The most that the hidden states of a pass take on disk: those after two layers, for a moment."""
+    return 2 * 4 * model.n_embd * n_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,7 +312,7 @@ class _Pass:
         if self.states is None:
             return
         with atomic_write(self._path(layer)) as file:
-            np.save(file, hidden.numpy(), allow_pickle=False)
+            write_array(file, hidden.numpy())
         keep_only(self.states, [self._path(layer).name])
 
     def _path(self, layer: int) -> Path:

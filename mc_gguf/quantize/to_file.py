@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mc_gguf.artifacts import Calibration, Plan
+from mc_gguf.common.files import check_file_size
 from mc_gguf.common.machine import usable_cores
 from mc_gguf.common.progress import progress
 from mc_gguf.compensate.experts import compensated_bank
@@ -32,6 +33,7 @@ def quantize_to_file(
     empty), taking the matrices that `bank` has. `resume` False removes what the working directory holds.
     """
     n_thread, compensated = threads or usable_cores(), None
+    check_file_size(output, plan.file_bytes or 0)
     with model_workdir(checkpoint.info, calibration, output, resume) as work:
         if compensate:
             compensated = compensated_bank(checkpoint, calibration, plan, work, text, n_thread, quiet, bank)

@@ -18,9 +18,18 @@ from numpy.typing import NDArray
 
 from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration
 from mc_gguf.common.errors import ArtifactError
+from mc_gguf.common.files import check_space
 from mc_gguf.common.progress import clock, progress
 from mc_gguf.compensate.bank import Bank, bank_key
-from mc_gguf.compensate.experts import Wanted, calibration_text, compensate, open_bank
+from mc_gguf.compensate.experts import (
+    Wanted,
+    bank_bytes,
+    calibration_text,
+    compensate,
+    missing_from,
+    open_bank,
+    state_bytes,
+)
 from mc_gguf.compensate.matrix import supports
 from mc_gguf.plan.problem import Ints, Problem
 from mc_gguf.refine.matrices import GgmlQuantizer, Quantizer
@@ -79,6 +88,10 @@ def compensated_blocks(
     text = calibration_text(checkpoint, calibration, files)
     bank, forecast = open_bank(folder, calibration), Forecast(MAX_SHARE * seconds)
     wanted = _wanted(calibration, problem, allowed)
+    n_bytes = bank_bytes(checkpoint.info, missing_from(bank, wanted))
+    n_bytes += state_bytes(checkpoint.info, text.rows.size)
+    remedy = "make room, or search without compensation"
+    check_space(folder, n_bytes, "a search among compensated matrices", remedy)
     with progress("compensate", unit="matrices", quiet=quiet) as bar:
         outcome = compensate(
             checkpoint,

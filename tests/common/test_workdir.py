@@ -24,7 +24,8 @@ import pytest
 
 from mc_gguf.common.errors import McError
 from mc_gguf.common.files import atomic_write
-from mc_gguf.common.workdir import Workdir, forget_work, keep_only, workdir_path
+from mc_gguf.common.lock import reserved, workdir_path
+from mc_gguf.common.workdir import Workdir, forget_work, keep_only
 from tests.support import ROOT
 
 MINE = {"model": "m", "seed": 0, "types": ("a", "b")}
