@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mc_gguf.common.errors import McError
-from mc_gguf.common.files import atomic_write, check_space
+from mc_gguf.common.files import atomic_write
 from mc_gguf.common.progress import Progress
+from mc_gguf.common.workdir import Workdir
 from mc_gguf.container.keys import ROUTING_PREFIX
 from mc_gguf.container.routing import encode_metadata, parse_routing, routing_kv
 from mc_gguf.ggml.gguf_file import MAGIC, VERSION, GgufHeader, Value, pad, read_header
@@ -28,8 +29,8 @@ def write_routing(
     All other metadata, the tensor infos and the tensors are copied byte for byte. `output` appears, or is
     replaced, when everything is written; whatever stops the copy earlier leaves it as it was.
 
-    Raises FormatError when `metadata` does not fit the model, McError when the disk is too small or a shard
-    would be moved away from the others.
+    Raises FormatError when `metadata` does not fit the model, McError when the disk is too small, another
+    process is writing `output`, or a shard would be moved away from the others.
     """
     header = read_header(path)
     output = output.resolve()  # the file that a link points to is replaced, not the link
@@ -38,15 +39,17 @@ def write_routing(
     added = routing_kv(metadata)
     parse_routing(replace(header, kv={**kept, **added}))  # nothing is written that would not be read
     mode = stat.S_IMODE(output.stat().st_mode) if output.exists() else None
-    with path.open("rb") as source, atomic_write(output) as target:
+    with Workdir(output, {}, resume=False) as work, path.open("rb") as source:
         head = _header(header, source, kept, added)
         n_bytes = header.file_bytes - header.data_offset
-        check_space(output.parent, len(head) + n_bytes, "the copy")
-        target.write(head)
-        source.seek(header.data_offset)
-        _copy(source, target, n_bytes, progress)
-    if mode is not None:
-        output.chmod(mode)
+        work.check_space(len(head) + n_bytes)
+        with atomic_write(copy := work.path("copy")) as target:
+            target.write(head)
+            source.seek(header.data_offset)
+            _copy(source, target, n_bytes, progress)
+        if mode is not None:
+            copy.chmod(mode)
+        work.publish(copy)
 
 
 def _check_shard(header: GgufHeader, output: Path) -> None:
