@@ -77,6 +77,9 @@ class EvaluationRequest:
 
     def check(self) -> list[Text]:
         """The texts, read. Raises McError for whatever can be known before hours of computing."""
+        if self.output:
+            with about("output"):
+                check_output(self.output, (*self.models, *self.texts, *to_paths(self.reference)))
         with about("routing"):
             Routing.of(self.routing)
         for model in self.models:
@@ -85,9 +88,6 @@ class EvaluationRequest:
             raise McError(NO_TEXT, parameter=("text", "tasks"))
         if self.reference and not self.texts:
             raise McError("a reference is compared on a text: give one, too", parameter="reference")
-        if self.output:
-            with about("output"):
-                check_output(self.output, (*self.models, *self.texts, *to_paths(self.reference)))
         if self.tasks:
             check_tasks(self.tasks)
         return [Text.read(path) for path in self.texts]

@@ -24,7 +24,7 @@ import pytest
 
 from mc_gguf.common.errors import McError
 from mc_gguf.common.files import atomic_write
-from mc_gguf.common.lock import reserved, workdir_path
+from mc_gguf.common.lock import workdir_path
 from mc_gguf.common.workdir import Workdir, forget_work, keep_only
 from tests.support import ROOT
 
