@@ -215,11 +215,14 @@ def make_plan(
     return plan if output is None else plan.save(Path(output))
 
 
-def file_bytes_for(calibration: Calibration) -> FileBytes | None:
-    """The function that gives the exact size of a file; None for published statistics: they know no model."""
+def file_bytes_for(calibration: Calibration, source: ModelInfo | None = None) -> FileBytes | None:
+    """The function that gives the exact size of a file; None for published statistics: they know no model.
+
+    `source`: the model as it is now, with other metadata than it had when it was calibrated.
+    """
     if calibration.model is None:
         return None
-    return partial(_file_bytes, calibration.model, routing_metadata_from(calibration))
+    return partial(_file_bytes, source or calibration.model, routing_metadata_from(calibration))
 
 
 def _file_bytes(
@@ -292,7 +295,8 @@ class Conversion:
         for path in self._written_beside():
             refuse_to_overwrite(path, self.source, *given)
         search = self._check()
-        decided = self.request.plan(self.calibration, file_bytes_for(self.calibration))
+        file_bytes = file_bytes_for(self.calibration, self.checkpoint.info)
+        decided = self.request.plan(self.calibration, file_bytes)
         plan = decided.save(self.plan_path)
         return self._refine(plan, search) if search else plan
 

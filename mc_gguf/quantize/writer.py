@@ -99,6 +99,12 @@ def write_model_in(
     header = container.encode_header(checkpoint, tensors, plan.fingerprint, made_from, routing)
     pieces = list(_pieces(tensors))
     n_bytes = container.total_bytes(tensors)
+    if plan.file_bytes not in (None, n_bytes):
+        log.warning(
+            "the file will have %d bytes, not %d as planned: name or card of the source have changed",
+            n_bytes,
+            plan.file_bytes,
+        )
     identity = {
         "plan": plan.fingerprint,
         "header": hashlib.sha256(header).hexdigest(),

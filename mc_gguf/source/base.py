@@ -29,6 +29,8 @@ _NOT_COPIED = (
     "general.alignment",
 )
 _NOT_COPIED_PREFIXES = ("split.", "mc_gguf.")
+# Metadata of which no weight depends: the name, what the model card says, and what is for chat alone.
+_OF_NO_WEIGHT = ("general.", "tokenizer.chat_template")
 
 
 class Checkpoint(Protocol):
@@ -148,14 +150,15 @@ def make_info(
 def fingerprint(
     kv: Mapping[str, Value], architecture: str, tensors: Sequence[TensorSpec], samples: Iterable[bytes]
 ) -> str:
-    """SHA-256 over the metadata, the tensors' names, shapes and types, and samples of the weights.
+    """SHA-256 over the metadata that decides what the weights mean, the tensors' names, shapes and types, and
+    samples of the weights. The name of the model, what its card says, and chat templates do not count.
 
     The samples are SAMPLE_BYTES at the start, the middle and the end of every stored tensor (in a GGUF: of
     every expert), because hashing 90 GB takes longer than quantizing some of it. A change between the samples
     is not noticed.
     """
     digest = hashlib.sha256(architecture.encode())
-    for key in sorted(kv):
+    for key in sorted(key for key in kv if not key.startswith(_OF_NO_WEIGHT)):
         digest.update(json.dumps([key, kv[key].type, kv[key].item_type, kv[key].value]).encode())
     for spec in sorted(tensors, key=lambda t: t.name):
         digest.update(json.dumps([spec.name, spec.shape, spec.type]).encode())

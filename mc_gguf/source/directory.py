@@ -18,10 +18,10 @@ from mc_gguf.source.safetensors_files import INDEX, StoredTensor, read_stored
 from mc_gguf.source.token_ids import check_token_ids
 
 CONFIG = "config.json"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 # Files beside the weights that the converter reads.
 _READ = (
-    *(CONFIG, INDEX, *_TOKENIZERS, "merges.txt", "tokenizer_config.json"),
+    *(CONFIG, INDEX, *TOKENIZERS, "merges.txt", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json"),
 )
 _TEMPLATES = ("chat_template.json", "chat_template.jinja")  # which may be empty
@@ -56,7 +56,7 @@ def check_directory(folder: Path) -> dict[str, StoredTensor]:
     _check_files(folder)
     config = read_config(folder)
     _check_quantization(folder, config)
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         raise SourceError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); download it too")
     stored = read_stored(folder)
     _check_types(folder, stored)
@@ -66,12 +66,8 @@ def check_directory(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json; what is in text_config counts as if it were at the top. Raises SourceError unless
-    it is an object.
-    """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise SourceError(f"{folder / CONFIG} is not a JSON object; download it again")
+    """config.json, an object; what is in text_config counts as if it were at the top."""
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     nested = config.get("text_config")
     return config | nested if isinstance(nested, dict) else config
 
@@ -99,11 +95,13 @@ def _check_files(folder: Path) -> None:
         try:
             if what := placeholder_at(path):
                 raise SourceError(f"{path} {what}")
-            if path.suffix == ".json" and not is_template:
-                json.loads(path.read_text(encoding="utf-8"))
+            if path.suffix != ".json" or is_template:
+                continue
+            if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                raise SourceError(f"{path} is not a JSON object; download it again")
         except OSError as error:
             raise SourceError(f"cannot read {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SourceError(f"{path} is not valid JSON ({error}); download the file again") from error
 
 

@@ -9,8 +9,10 @@ copied.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,12 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import PROJECTIONS, TensorSpec, expert_tensor_name
-from mc_gguf.common.errors import SourceError
+from mc_gguf.common.errors import McError, SourceError
 from mc_gguf.ggml.gguf_file import FLOAT32, Value
 from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.runtime.packages import load_conversion, load_gguf
 from mc_gguf.source.base import bos_of, hparams_of, make_info, sample_offsets, select_metadata
-from mc_gguf.source.directory import check_directory
+from mc_gguf.source.converter_view import converter_view
+from mc_gguf.source.directory import TOKENIZERS, check_directory
 from mc_gguf.source.safetensors_files import StoredTensor
 from mc_gguf.source.tensors import pad_vocabulary
 from mc_gguf.source.values import check_weights
@@ -37,6 +40,8 @@ _CONVERTER_ERRORS = (
     TypeError,
     IndexError,
     AssertionError,
+    AttributeError,  # of lists where it expects dicts
+    struct.error,  # of values where it expects numbers
     OSError,
     ImportError,
 )
@@ -113,27 +118,51 @@ class HfCheckpoint:
         return weights
 
     def tokenize(self, text: str) -> list[int]:
-        tokenizer = self._tokenizer
-        if hasattr(tokenizer, "encode_special_tokens"):
-            return list(tokenizer.encode(text, add_special_tokens=False).ids)
-        return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return list(self._encode(text))
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        """The tokenizers.Tokenizer of tokenizer.json; without that file, what transformers makes of the
+    def _encode(self) -> Callable[[str], list[int]]:
+        """The encoder of tokenizer.json, or of tokenizer.model; without both, what transformers makes of the
         directory.
         """
-        file = self._path / "tokenizer.json"
-        if file.is_file():
-            from tokenizers import Tokenizer
+        file, model = self._path / "tokenizer.json", self._path / "tokenizer.model"
+        with tokenizer_errors(self._path):
+            if file.is_file():
+                from tokenizers import Tokenizer
 
-            tokenizer = Tokenizer.from_file(str(file))
-            tokenizer.encode_special_tokens = True
-            tokenizer.no_truncation()
-            return tokenizer
-        from transformers import AutoTokenizer
+                tokenizer = Tokenizer.from_file(str(file))
+                tokenizer.encode_special_tokens = True
+                tokenizer.no_truncation()
+                return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+            if model.is_file():
+                from sentencepiece import SentencePieceProcessor
 
-        return AutoTokenizer.from_pretrained(self._path)
+                return SentencePieceProcessor(model_file=str(model)).encode_as_ids
+            from transformers import AutoTokenizer
+
+            return partial(
+                AutoTokenizer.from_pretrained(self._path).encode,
+                add_special_tokens=False,
+                split_special_tokens=True,
+            )
+
+
+@contextmanager
+def tokenizer_errors(folder: Path, view: Path | None = None) -> Iterator[None]:
+    """What the libraries of tokenizers raise, plain Exceptions among it, is a SourceError about `folder`, of
+    which they may have seen a `view`.
+    """
+    try:
+        yield
+    except (McError, NotImplementedError):  # a tokenizer that the converter does not know
+        raise
+    except Exception as error:  # tokenizers raises no other kind
+        files = ", ".join(name for name in TOKENIZERS if (folder / name).is_file())
+        why = _one_line(error).replace(str(view), str(folder))
+        raise SourceError(
+            f"{folder}: the tokenizer ({files}) cannot be read: {why}; download its files again",
+            parameter="source",
+        ) from error
 
 
 def _convert(path: Path, conversion: ModuleType) -> tuple[Any, dict[str, Any]]:
@@ -152,19 +181,22 @@ def _convert(path: Path, conversion: ModuleType) -> tuple[Any, dict[str, Any]]:
 
     def set_vocab(self: Any) -> None:
         # For Qwen and OLMoE the converter wants a byte-level BPE that it knows; the runtime takes any.
-        try:
-            base.set_vocab(self)
-        except NotImplementedError:
-            if not (path / "tokenizer.model").is_file():
-                raise
-            self._set_vocab_sentencepiece()
+        with tokenizer_errors(path, self.dir_model):
+            try:
+                base.set_vocab(self)
+            except NotImplementedError:
+                if not (path / "tokenizer.model").is_file():
+                    raise
+                self._set_vocab_sentencepiece()
 
     changes = {"model_arch": base.model_arch, "modify_tensors": modify_tensors, "set_vocab": set_vocab}
     recording = type(base.__name__, (base,), changes)
     # The output is never opened; a name that is not a directory keeps upstream from making one up.
     model = recording(path, gguf.LlamaFileType.GUESSED, path / "none.gguf", hparams=hparams)
-    model.prepare_tensors()
-    model.prepare_metadata(vocab_only=False)
+    with converter_view(path) as view:
+        model.dir_model = model.dir_model_card = view
+        model.prepare_tensors()
+        model.prepare_metadata(vocab_only=False)
     return model, lazy
 
 
