@@ -115,5 +115,9 @@ def _attn_scale(architecture: str, hparams: Mapping[str, Any]) -> float:
 def _rope_scale(hparams: Mapping[str, Any]) -> float:
     kind = str(hparams.get("rope.scaling.type", "none"))
     if kind not in ("none", "linear"):
-        raise SourceError(f"calibration does not support rope.scaling.type {kind!r}, only none and linear")
+        raise SourceError(
+            f"calibration does not support rope.scaling.type {kind!r}, only none and linear: convert a copy "
+            "of the model without it (in config.json: rope_scaling; the weights are the same), and ask for "
+            "it when running, with rope_scaling_type, rope_freq_scale and yarn_orig_ctx of Llama"
+        )
     return 1.0 / float(hparams.get("rope.scaling.factor", 1.0) or 1.0) if kind == "linear" else 1.0

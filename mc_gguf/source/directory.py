@@ -7,6 +7,7 @@ that are stored (config_checks.py), and how these are stored.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from typing import Any
 from mc_gguf.common.downloads import placeholder_at
 from mc_gguf.common.errors import SourceError
 from mc_gguf.source.config_checks import check_config
+from mc_gguf.source.not_followed import check_activation, not_followed
 from mc_gguf.source.safetensors_files import INDEX, StoredTensor, read_stored
 from mc_gguf.source.token_ids import check_token_ids
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
@@ -61,6 +65,9 @@ def check_directory(folder: Path) -> dict[str, StoredTensor]:
     stored = read_stored(folder)
     _check_types(folder, stored)
     check_config(folder / CONFIG, config, stored)
+    check_activation(folder / CONFIG, config)
+    if sentences := not_followed(config):
+        log.warning("%s: the runtime does not follow this: %s", folder / CONFIG, "; ".join(sentences))
     check_token_ids(folder, config.get("vocab_size"))
     return stored
 
