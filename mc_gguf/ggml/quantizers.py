@@ -1,8 +1,12 @@
 """ggml's own quantizers for numpy arrays: from rows to blocks, and back.
 
 Every row is quantized by itself, so the bytes do not depend on how the rows are spread over threads; ctypes
-releases the GIL while ggml works. Whatever makes ggml call abort() (weights that are not finite, a missing
-importance matrix, rows that are not whole blocks) is refused here first.
+releases the GIL while ggml works.
+
+Whatever makes ggml call abort(), or write zeros without a word, is refused here first: weights that are not
+finite or beyond F16 (ggml squares them, and multiplies the squares, in float32: from 1e15 on, IQ2 and IQ3
+abort, and IQ1, Q3_K and IQ4_XS give zeros), a missing importance matrix, rows that are not whole blocks.
+Importance matrices with very large or small values are scaled: only their ratios count.
 """
 
 from __future__ import annotations
@@ -18,11 +22,14 @@ from numpy.typing import NDArray
 
 from mc_gguf import runtime
 from mc_gguf.common.errors import McError
-from mc_gguf.ggml.types import ggml_type
+from mc_gguf.ggml.types import MAX_WEIGHT, GgmlType, ggml_type
 
 # Rows are handed to a thread in pieces of about this many weights: small enough to balance the threads, large
 # enough to make the overhead negligible.
 _PIECE_WEIGHTS = 1 << 20
+# The largest importance is scaled into this range unless it lies there. A power of two changes no result.
+_MAX_EXPONENT = 10
+_UNLIMITED = ("F32", "BF16")  # types that hold all that float32 does
 
 _initialised: set[str] = set()
 _init_lock = threading.Lock()
@@ -105,7 +112,7 @@ def quantize_rows(
     importance = _checked_imatrix(kind.name, kind.needs_imatrix, imatrix, cols)
     init([kind.name])
     step = max(1, min(_PIECE_WEIGHTS // cols, -(-rows // max(1, threads))))
-    work = partial(_quantize_piece, kind.id, source, output, importance, step)
+    work = partial(_quantize_piece, kind, source, output, importance, step)
     starts = range(0, rows, step)
     if threads <= 1 or len(starts) == 1:
         for start in starts:
@@ -116,7 +123,7 @@ def quantize_rows(
 
 
 def _quantize_piece(
-    type_id: int,
+    kind: GgmlType,
     source: NDArray[np.float32],
     output: NDArray[np.uint8],
     importance: NDArray[np.float32] | None,
@@ -124,15 +131,12 @@ def _quantize_piece(
     start: int,
 ) -> None:
     piece, target = source[start : start + step], output[start : start + step]
-    if not np.isfinite(piece).all():
-        raise McError(
-            f"weights in rows {start} to {start + len(piece) - 1} are not finite; the source is damaged"
-        )
-    if type_id == 0:
+    _check_weights(piece, kind.name, start)
+    if kind.id == 0:
         target[:] = piece.view(np.uint8)
         return
     written = _ggml().ggml_quantize_chunk(
-        type_id,
+        kind.id,
         piece.ctypes.data,
         target.ctypes.data,
         0,
@@ -141,9 +145,20 @@ def _quantize_piece(
         None if importance is None else importance.ctypes.data,
     )
     if written != target.nbytes:
-        raise McError(f"ggml wrote {written} bytes of type {type_id} where {target.nbytes} were expected")
-    if not _ggml().ggml_validate_row_data(type_id, target.ctypes.data, target.nbytes):
-        raise McError(f"weights in rows {start} to {start + len(piece) - 1} are too large for the type")
+        raise McError(f"ggml wrote {written} bytes of {kind.name} where {target.nbytes} were expected")
+    if not _ggml().ggml_validate_row_data(kind.id, target.ctypes.data, target.nbytes):
+        raise McError(f"weights in rows {start} to {start + len(piece) - 1} are too large for {kind.name}")
+
+
+def _check_weights(piece: NDArray[np.float32], type_name: str, start: int) -> None:
+    """Raises McError, with the row and the weight, for weights that the type cannot take."""
+    limit = np.finfo(np.float32).max if type_name in _UNLIMITED else MAX_WEIGHT
+    if piece.size == 0 or (piece.max() <= limit and piece.min() >= -limit):  # neither holds with a NaN
+        return
+    row, column = np.argwhere(~(np.abs(piece) <= limit))[0]
+    value = piece[row, column]
+    what = f"larger than {type_name} can take" if np.isfinite(value) else "not finite"
+    raise McError(f"row {start + row} has the weight {value:g}, which is {what}; the source is damaged")
 
 
 def _checked_imatrix(
@@ -158,7 +173,10 @@ def _checked_imatrix(
         raise McError(f"the importance matrix has shape {values.shape}, the rows have {cols} columns")
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise McError("the importance matrix has negative or non-finite values; calibrate again")
-    return values if values.any() else np.ones_like(values)
+    if not values.any():
+        return np.ones_like(values)
+    exponent = int(np.frexp(values.max())[1])
+    return np.ldexp(values, -exponent) if abs(exponent) > _MAX_EXPONENT else values
 
 
 def dequantize_rows(data: NDArray[np.uint8], type_name: str, cols: int, rows: int) -> NDArray[np.float32]:

@@ -73,6 +73,8 @@ class GgmlType:
         return n_per_row // self.block_size * self.block_bytes
 
 
+MAX_WEIGHT = 65504.0  # the largest number of F16; no trained model has a weight near it
+
 _IMATRIX, _SLOW, _EXPERTS, _ATTENTION = Use.IMATRIX, Use.SLOW, Use.EXPERTS, Use.ATTENTION
 _FALLBACK, _UNQUANTIZED, _FOREIGN, _NONE = Use.FALLBACK, Use.UNQUANTIZED, Use.FOREIGN, Use.NONE
 

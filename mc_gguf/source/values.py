@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.common.errors import SourceError
-
-MAX_WEIGHT = 65504.0  # the largest number of F16
+from mc_gguf.ggml.types import MAX_WEIGHT
 
 # As integers, IEEE numbers without their signs have the same order, and infinity and what is no number come
 # last. By type: how its bits are read, the largest weight, and the largest finite number.

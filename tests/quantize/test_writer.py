@@ -104,12 +104,13 @@ def test_what_ggml_would_abort_on_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [(np.nan, "not finite"), (np.inf, "not finite"), (1e30, "too large")]
+    ("value", "message"),
+    [(np.nan, "not finite"), (np.inf, "not finite"), (1e30, "larger than Q8_0 can take")],
 )
 def test_weights_that_do_not_fit(value: float, message: str) -> None:
     weights = gaussian(8, 256)
     weights[5, 7] = value
-    with pytest.raises(McError, match=f"rows .* {message}"):
+    with pytest.raises(McError, match=f"row 5 .* {message}"):
         quantize_rows(weights, "Q8_0", None, 2)
 
 
