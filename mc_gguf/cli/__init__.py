@@ -13,6 +13,7 @@ import importlib
 import click
 
 from mc_gguf import __version__
+from mc_gguf.common.machine import wait_briefly
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Make and run a file": ("convert", "chat", "inspect", "eval", "routing"),
@@ -51,3 +52,4 @@ def main() -> None:
 
     `convert` makes one from a Hugging Face directory or a 16-bit GGUF, and `chat` runs it.
     """
+    wait_briefly()  # before a command loads torch or the runtime

@@ -30,6 +30,11 @@ def output_option(what: str, required: bool = True, option: OptionMaker = output
 
 
 threads_option = speed("--threads", type=click.IntRange(min=1), help="Threads.  [default: all usable cores]")
+free_threads_option = speed(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads.  [default: one for each usable core that other programs leave free]",
+)
 routing_option = speed(
     "--routing",
     default="off",
