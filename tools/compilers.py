@@ -14,7 +14,8 @@ ours.
 What is compared: every configuration starts from the same blocks as the first one, gcc-native. `op` is the
 largest difference of a number in the result of MUL_MAT_ID_GROUPED, relative to the largest number of its
 type, and the type where it is; `stock` and `compensated` are the shares of bytes that differ in what ggml's
-quantizers and libmc-quantize write.
+quantizers and libmc-quantize write. `ns/weight` is the processor time of libmc-quantize, averaged over the
+types.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from tools.patches import git
 SOURCES = ROOT / "tests" / "native"
 PROGRAMS = ("test-mul-mat-id-grouped", "test-routing-ops", "test-mc-quantize")
 LAST_LINE = re.compile(r"(?:passed )?(\d+) (?:passed, 0 failed|failed 0)")
+SPEED = re.compile(r"compensation: (\d+) ns per weight")
 WARNING = re.compile(r"^(\S+?):(\d+):\d+: warning: .*")
 FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -144,15 +146,18 @@ class Outcome:
     op: str = "-"
     stock: str = "-"
     compensated: str = "-"
+    speed: str = "-"
     note: str = ""
     ok: bool = True
 
     def row(self) -> str:
         columns = f"{self.name:<16}{self.built:<9}{self.passed:<9}"
-        return f"{columns}{self.op:<18}{self.stock:<9}{self.compensated:<13}{self.note}".rstrip()
+        return (
+            f"{columns}{self.op:<18}{self.stock:<9}{self.compensated:<13}{self.speed:<11}{self.note}".rstrip()
+        )
 
 
-HEAD = Outcome("configuration", "built", "passed", "op", "stock", "compensated", "note")
+HEAD = Outcome("configuration", "built", "passed", "op", "stock", "compensated", "ns/weight", "note")
 
 
 def missing(configuration: Configuration) -> str:
@@ -214,16 +219,19 @@ def own_warnings(log: str, folder: Path, tree: Path, lines: Mapping[str, set[int
                 yield line
 
 
-def run_tests(configuration: Configuration, tree: Path, folder: Path, log: Log, reference: Path) -> int:
-    """Compile the native tests and run them; returns how many checks passed. Raises RuntimeBuildError when
-    one did not. The results to compare are in folder/results.
+def run_tests(
+    configuration: Configuration, tree: Path, folder: Path, log: Log, reference: Path
+) -> tuple[int, str]:
+    """Compile the native tests and run them; returns how many checks passed, and the nanoseconds that
+    compensation took per weight. Raises RuntimeBuildError when a check failed. The results to compare are in
+    folder/results.
     """
     results = folder / "results"
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir()
     library = folder / "build" / "bin"
     linked = ("mc-quantize", *reversed(LIBRARIES))
-    compiler, passed = configuration.compiler, 0
+    compiler, passed, speed = configuration.compiler, 0, "-"
     runner = compiler.runner if compiler.machine != platform.machine() else ()
     for name in PROGRAMS:
         program = folder / name
@@ -236,7 +244,8 @@ def run_tests(configuration: Configuration, tree: Path, folder: Path, log: Log, 
         if not (match := LAST_LINE.fullmatch(lines[-1])):
             raise RuntimeBuildError(f"{name}: {lines[-1]}")
         passed += int(match[1])
-    return passed
+        speed = next((found[1] for line in lines if (found := SPEED.fullmatch(line))), speed)
+    return passed, speed if not runner else "-"
 
 
 def largest_difference(reference: Path, results: Path) -> str:
@@ -275,21 +284,25 @@ def try_out(name: str, tree: Path, cache: Path, jobs: int, reference: Path) -> O
     if not configuration.compiler.runs:
         return Outcome(name, "yes", note=note or "a compile check", ok=not found)
     try:
-        passed = run_tests(configuration, tree, folder, log, reference)
+        passed, speed = run_tests(configuration, tree, folder, log, reference)
     except RuntimeBuildError as error:
         return Outcome(name, "yes", "failed", note=str(error), ok=False)
     results = folder / "results"
     stock, compensated = (share_of_bytes(reference, results, suffix) for suffix in ("stock", "blocks"))
     difference = largest_difference(reference, results)
-    return Outcome(name, "yes", str(passed), difference, stock, compensated, note, not found)
+    return Outcome(name, "yes", str(passed), difference, stock, compensated, speed, note, not found)
 
 
 def source_tree(given: Path | None, cache: Path) -> Path:
     """The patched llama.cpp: `given`, a checkout of tools.patches, or the one in the cache."""
     if given is not None:
         return given.resolve()
-    work = cache / f"source-{upstream.patchset_digest()[:12]}"
+    work, digest = cache / "source", upstream.patchset_digest()  # one place, so that ccache knows the paths
+    made_of = work / "digest"
+    if not made_of.is_file() or made_of.read_text() != digest:
+        shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
+    made_of.write_text(digest)
     return fetch.prepare(work, True, Log(work / "log"))
 
 

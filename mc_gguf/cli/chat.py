@@ -35,7 +35,7 @@ answers = section("Answers")
     help="Tokens of context; 0: the model's maximum.",
 )
 @o.routing_option
-@o.free_threads_option
+@o.threads_option
 @o.printed("--quiet", is_flag=True, help="Do not show on stderr what dynamic routing saved.")
 def command(
     model: Path,

@@ -47,7 +47,7 @@ tasks = section("Tasks")
 @tasks("--limit", type=click.IntRange(min=1), help="Documents of each task.  [default: all]")
 @tasks("--fewshot", type=click.IntRange(min=0), help="Examples before each document.  [default: the task's]")
 @o.routing_option
-@o.free_threads_option
+@o.threads_option
 @o.quiet_option
 @o.json_option
 def command(models: tuple[Path, ...], as_json: bool, **options: Any) -> None:

@@ -29,11 +29,10 @@ def output_option(what: str, required: bool = True, option: OptionMaker = output
     return option("-o", "--output", type=PATH, required=required, help=what)
 
 
-threads_option = speed("--threads", type=click.IntRange(min=1), help="Threads.  [default: all usable cores]")
-free_threads_option = speed(
+threads_option = speed(
     "--threads",
     type=click.IntRange(min=1),
-    help="Threads.  [default: one for each usable core that other programs leave free]",
+    help="Threads.  [default: all usable cores; chat and eval leave out those that are busy]",
 )
 routing_option = speed(
     "--routing",

@@ -2,7 +2,7 @@
 //
 // For every type that can be compensated: the error in the metric must not be larger than that of ggml's own
 // quantization, the values that the library reports must be those that ggml reads from its blocks, and a second run must
-// give the same bytes. The rows and the metric are made of integers, so all builds get the same ones.
+// give the same bytes. The time of the compensation is printed. The rows and the metric are made of integers, so all builds get the same ones.
 //
 // usage: test-mc-quantize [OUT [REFERENCE]]      exit 0: all passed
 //   OUT        a folder, for each TYPE: TYPE.stock (ggml's blocks), TYPE.blocks (compensated), TYPE.op (float32)
@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <fstream>
 #include <iterator>
 #include <string>
@@ -131,6 +132,7 @@ int main(int argc, char ** argv) {
     const auto input   = integers((size_t) COLS*N_TOKENS, 1.0f/4);
     const std::vector<float> importance(COLS, 1.0f);
 
+    double seconds = 0, n_weights = 0;  // processor time, over all types
     for (int t = 0; t < GGML_TYPE_COUNT; t++) {
         const ggml_type type = (ggml_type) t;
         if (!mc_quantize_supports(t)) continue;
@@ -154,7 +156,10 @@ int main(int argc, char ** argv) {
         auto blocks = stock, again = stock;
         std::vector<float> q(weights.size()), q_again(weights.size());
         compensate(metric, type, weights, blocks, q);
+        const clock_t start = clock();
         compensate(metric, type, weights, again, q_again);
+        seconds += (double) (clock() - start)/CLOCKS_PER_SEC;
+        n_weights += (double) weights.size();
         mc_metric_free(metric);
 
         report(blocks == again && memcmp(q.data(), q_again.data(), q.size()*sizeof(float)) == 0, "a second run differs", type);
@@ -172,6 +177,7 @@ int main(int argc, char ** argv) {
             save(out + "/" + name + ".op", product.data(), product.size()*sizeof(float));
         }
     }
+    printf("compensation: %.0f ns per weight\n", n_weights > 0 ? 1e9*seconds/n_weights : 0.0);
     printf("passed %d failed %d\n", n_passed, n_failed);
     return n_failed > 0 || n_passed == 0;
 }
