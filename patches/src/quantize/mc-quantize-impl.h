@@ -70,12 +70,12 @@ inline vi lane_numbers() {
     return x;
 }
 
-// In a mask, the elements of a lane are 0 or -1.
+// Whether any lane has any bit.
 inline bool any(vi mask) {
 #if defined(__AVX512F__)
     return _mm512_test_epi32_mask((__m512i) mask, (__m512i) mask) != 0;
 #elif defined(__AVX2__)
-    return _mm256_movemask_ps((__m256) mask) != 0;
+    return !_mm256_testz_si256((__m256i) mask, (__m256i) mask);
 #else
     int found = 0;
     for (int l = 0; l < LANES; l++) {
@@ -85,7 +85,7 @@ inline bool any(vi mask) {
 #endif
 }
 
-// The first lane that is set; there is one.
+// The first lane that is set in the result of a comparison; there is one.
 inline int first_lane(vi mask) {
 #if defined(__AVX512F__)
     return __builtin_ctz(_mm512_test_epi32_mask((__m512i) mask, (__m512i) mask));
