@@ -2,6 +2,7 @@
 # make demo    setup, then convert the bundled model and chat with it
 # make check   the checks, and the tests that need no runtime: about a minute; needs no `make setup`
 # make test    setup, then every check and every test
+# make test-compilers   the runtime with every compiler that is installed, for other CPUs too, and its native tests
 # PYTHON=python3.12 make setup   uses another Python (3.11 or newer)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # llama-cpp-python without its native part: its libraries come from `mc-gguf runtime build`.
 PURE := CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"
 
-.PHONY: setup demo check static quick test docs clean
+.PHONY: setup demo check static quick test test-compilers docs clean
 
 setup: $(VENV)/installed
 	@$(BIN)/mc-gguf runtime build
@@ -44,6 +45,9 @@ quick: $(VENV)/installed
 test: setup static
 	$(BIN)/mc-gguf runtime build --unpatched
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --numprocesses 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
+
+test-compilers: $(VENV)/installed
+	$(BIN)/python -m tools.compilers
 
 docs: setup
 	$(BIN)/python -m tools.reference.cli

@@ -23,6 +23,7 @@ from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan, expert_tensor_name
 
@@ -52,10 +53,11 @@ def make_plan(info: ModelInfo, types: Sequence[str], fixed: FixedTypes, path: Pa
 
 
 def make_calibration(info: ModelInfo, path: Path) -> Calibration:
-    """A calibration that holds random importance matrices."""
+    """A calibration that holds random importance matrices of experts that are all in use."""
     rng = np.random.default_rng(0)
     shape = len(info.expert_layers), info.n_expert
-    statistics = {
+    statistics: dict[str, NDArray[Any]] = {
+        "frequency": np.ones(shape),
         "imatrix_in": rng.random((*shape, info.n_embd), dtype=np.float32) + np.float32(0.01),
         "imatrix_mid": rng.random((*shape, info.n_ff), dtype=np.float32) + np.float32(0.01),
     }

@@ -14,6 +14,7 @@ import logging
 import click
 
 from mc_gguf import __version__
+from mc_gguf.common.machine import wait_briefly
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Make and run a file": ("convert", "chat", "inspect", "eval", "routing"),
@@ -52,6 +53,7 @@ def main() -> None:
 
     `convert` makes one from a Hugging Face directory or a 16-bit GGUF, and `chat` runs it.
     """
+    wait_briefly()  # before a command loads torch or the runtime
     _show_log()
 
 

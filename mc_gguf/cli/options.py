@@ -29,7 +29,11 @@ def output_option(what: str, required: bool = True, option: OptionMaker = output
     return option("-o", "--output", type=PATH, required=required, help=what)
 
 
-threads_option = speed("--threads", type=click.IntRange(min=1), help="Threads.  [default: all usable cores]")
+threads_option = speed(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads.  [default: all usable cores; chat and eval leave out those that are busy]",
+)
 routing_option = speed(
     "--routing",
     default="off",

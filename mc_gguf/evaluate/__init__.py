@@ -73,7 +73,7 @@ def evaluate(
         output: write a report to this file, too: one page of HTML.
         command: what the report shows as the command that made it.
         hashes: compute the models' SHA-256 (the report does so anyway).
-        threads: threads; by default all usable cores.
+        threads: threads; by default one for each core that other programs leave free.
         quiet: show no progress on stderr.
         progress: called with a ProgressState for every bit of progress, instead of showing it on stderr.
 

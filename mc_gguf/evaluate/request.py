@@ -5,13 +5,14 @@ by one, then the report is written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mc_gguf.common.arguments import to_paths
 from mc_gguf.common.errors import McError, about
 from mc_gguf.common.files import check_output
+from mc_gguf.common.machine import threads_for_now
 from mc_gguf.evaluate.cache import references
 from mc_gguf.evaluate.evaluation import evaluate_model
 from mc_gguf.evaluate.files import model_sha256
@@ -51,7 +52,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """The arguments of mc_gguf.evaluate.evaluate; n_threads 0: all usable cores."""
+    """The arguments of mc_gguf.evaluate.evaluate; n_threads 0: the cores that are free."""
 
     models: tuple[Path, ...]
     texts: tuple[Path, ...]
@@ -69,7 +70,8 @@ class EvaluationRequest:
     def run(self) -> Evaluation:
         """Check everything, evaluate, and write the report where one is wanted."""
         texts = self.check()
-        results, tasks = self._results(texts), self._tasks()
+        request = replace(self, n_threads=threads_for_now(self.n_threads or None))
+        results, tasks = request._results(texts), request._tasks()
         found = Evaluation(tuple(results), tuple(tasks))
         if self.output:
             write_report(self.output, self._report(texts, found))

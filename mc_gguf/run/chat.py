@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from mc_gguf.common.errors import McError
+from mc_gguf.common.machine import threads_for_now
 from mc_gguf.run.conversation import Conversation, Sampling
 
 if TYPE_CHECKING:
@@ -36,12 +37,16 @@ def chat(
 ) -> None:
     """Load the model and answer `prompt` on stdout; without a prompt, talk until the user leaves.
 
+    Without `n_threads`, as many threads run as cores are free now.
+
     At the end, one line on stderr says what dynamic routing saved, unless `routing` (see Routing.parse) is
     off, or `quiet` is set.
     """
-    from mc_gguf.run.llama import Llama
+    from mc_gguf.run.llama import Llama, check_file
 
-    with contextlib.closing(Llama(model, n_ctx=n_ctx, n_threads=n_threads, routing=routing)) as llm:
+    check_file(model)
+    threads = threads_for_now(n_threads)
+    with contextlib.closing(Llama(model, n_ctx=n_ctx, n_threads=threads, routing=routing)) as llm:
         conversation = Conversation(llm, sampling)
         try:
             if prompt is not None:

@@ -19,7 +19,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,7 @@ KEPT_SOURCE = (
 )
 STEP = re.compile(r"^\[\s*(\d+)(?:/(\d+)\]|%\])\s*(.*)")  # ninja's [12/78] or make's [ 15%]
 COMPILERS = ("c++", "g++", "clang++")
+PROGRAM_INCLUDES = ("ggml/include", "ggml/src", "include", "src", "mc/include")
 
 
 @dataclass(frozen=True)
@@ -298,27 +299,37 @@ def _manifest(task: Build) -> dict[str, str | bool | list[str]]:
     }
 
 
-def compile_program(runtime: Runtime, source: Path, name: str) -> Path:
-    """Compile a C++17 program against the runtime's headers and libraries; returns its path in the runtime's
-    `bin`, where it is kept under a hash of its source.
+def program_command(
+    compiler: str | Path, tree: Path, lib: Path, libraries: Sequence[str], source: Path, program: Path
+) -> list[str | Path]:
+    """The command that compiles a C++17 program against llama.cpp's headers in `tree`, private ones too, and
+    the `libraries` of the folder `lib`, each before those that it needs. The program's path is the last word.
+    """
+    includes = [f"-I{tree / folder}" for folder in PROGRAM_INCLUDES]
+    links = [f"-L{lib}", f"-Wl,-rpath,{lib}", *(f"-l{library}" for library in libraries)]
+    return [compiler, "-O2", "-std=c++17", "-pthread", *includes, source, *links, "-o", program]
+
+
+def compile_program(runtime: Runtime, source: Path, name: str, libraries: Sequence[str] = ()) -> Path:
+    """Compile a C++17 program against the runtime's headers and libraries, and `libraries` besides; returns
+    its path in the runtime's `bin`, where it is kept under a hash of its source.
 
     This is for tests and benchmarks: `source` may include ggml's and llama.cpp's headers, private ones too.
     """
-    tree, lib = runtime.source_dir, runtime.lib_dir
-    folders = ("ggml/include", "ggml/src", "include", "src", "mc/include")
-    includes = [f"-I{tree / folder}" for folder in folders]
-    options = ["-O2", "-std=c++17", "-pthread", *includes]
-    links = [f"-L{lib}", f"-Wl,-rpath,{lib}", *(f"-l{library}" for library in reversed(LIBRARIES))]
-    digest = hashlib.sha256(source.read_bytes() + " ".join([*options, *links]).encode()).hexdigest()[:12]
-    program = runtime.path / "bin" / f"{name}-{digest}"
+    folder = runtime.path / "bin"
+    linked = (*libraries, *reversed(LIBRARIES))
+    unnamed = program_command(
+        cxx_compiler(), runtime.source_dir, runtime.lib_dir, linked, source, folder / name
+    )
+    digest = hashlib.sha256(source.read_bytes() + " ".join(map(str, unnamed)).encode()).hexdigest()[:12]
+    program = folder / f"{name}-{digest}"
     if program.is_file():
         return program
-    program.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     unfinished = program.with_name(f".{program.name}.{os.getpid()}.tmp")
     log = Log(upstream.cache_dir() / "logs" / f"{program.name}.log")
     log.path.parent.mkdir(parents=True, exist_ok=True)
-    command: list[str | Path] = [cxx_compiler(), *options, source, *links, "-o", unfinished]
-    log.run(f"compiling {source.name}", command, source.parent)
+    log.run(f"compiling {source.name}", [*unnamed[:-1], unfinished], source.parent)
     unfinished.replace(program)
     return program
 

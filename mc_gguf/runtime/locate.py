@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from mc_gguf.common.errors import RuntimeBuildError
+from mc_gguf.common.machine import brief_waits
 from mc_gguf.runtime import upstream
 
 BACKENDS: tuple[str, ...] = ("cpu", "cuda", "vulkan", "metal")
@@ -162,7 +163,8 @@ def load(runtime: Runtime) -> ctypes.CDLL:
     path = runtime.library("llama")
     check_loaded(mapped_libraries(), runtime.lib_dir)
     try:
-        library = ctypes.CDLL(str(path))
+        with brief_waits():  # libggml-cpu brings OpenMP along
+            library = ctypes.CDLL(str(path))
     except OSError as error:
         raise RuntimeBuildError(f"cannot load {path} ({error}); {upstream.BUILD_HINT} --force") from error
     check_patchset(path, _patchset(library))

@@ -37,6 +37,14 @@ def test_routing_ops(runtime: Runtime) -> None:
     assert re.fullmatch(r"passed [1-9]\d+ failed 0", done.stdout.splitlines()[-1])
 
 
+def test_compensation_library(runtime: Runtime) -> None:
+    source = SOURCES / "test-mc-quantize.cpp"
+    program = compile_program(runtime, source, "test-mc-quantize", libraries=("mc-quantize",))
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert re.fullmatch(r"passed [1-9]\d+ failed 0", done.stdout.splitlines()[-1])
+
+
 def test_a_struct_of_another_size_is_refused(runtime: Runtime) -> None:
     class Params(ctypes.Structure):
         _fields_ = (("policy", ctypes.c_int32),)

@@ -15,6 +15,7 @@ import pytest
 
 from mc_gguf import runtime as runtimes
 from tests.support import ROOT, WIKITEXT
+from tools.compilers import CONFIGURATIONS
 
 SEEN = ROOT / "tests" / "tools" / "test_smoke.py", ROOT / "tests" / "tools" / "test_train_moe.py"
 NATIVE = pytest.mark.usefixtures("own_cache")  # what is stored goes away; the fixture marks the test native
@@ -62,6 +63,17 @@ def test_bench_allocate() -> None:
     found = json.loads(run("bench_allocate", "--layers", 1, "--experts", 8, "--bpw", 2.2, "--json"))
     assert found["n_item"] == 24
     run("bench_allocate", "--layers", 1, "--experts", 8, "--bpw", 2.2, "--size")
+
+
+def test_compilers(tmp_path: Path) -> None:
+    """The list, and a configuration whose compiler is missing. `make test-compilers` builds."""
+    out = run("compilers", "--list")
+    assert [line.split()[0] for line in out.splitlines()] == list(CONFIGURATIONS)
+    (tmp_path / "nothing").mkdir()
+    env = os.environ | {"PATH": str(tmp_path / "nothing"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tools.compilers", "--list", "mingw-w64"]
+    listed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    assert "x86_64-w64-mingw32-gcc-posix is not installed: apt install g++-mingw-w64-x86-64-posix" in listed
 
 
 def test_reference_cli(tmp_path: Path) -> None:
@@ -114,6 +126,12 @@ def test_bench_op(runtime: runtimes.Runtime, unpatched_runtime: runtimes.Runtime
     sizes = ("--tokens", "2", "--threads", "1", "--rounds", 1, "--seconds", 0.01, "--shape", "256,256")
     found = json.loads(run("bench_op", *sizes, "--types", "Q2_K+Q4_0", "--json"))
     assert found["median"] > 0
+    # No CPU repacks IQ1_S. With another type in a mix, it is the one that is named.
+    repacked = run("bench_op", *sizes, "--types", "IQ1_S+Q4_0", "--repack")
+    assert "not measured: this CPU does not repack IQ1_S" in repacked.splitlines()[-1]
+    assert "0.000" not in repacked
+    as_json = json.loads(run("bench_op", *sizes, "--types", "IQ1_S", "--repack", "--json"))
+    assert as_json["not_repacked"] == ["IQ1_S"]
 
 
 @NATIVE

@@ -1,4 +1,4 @@
-// The codebook entry nearest to eight columns, in their full 8 x 8 metric, for 16 rows. The choice of signs has
+// The codebook entry nearest to eight columns, in their full 8 x 8 metric, for LANES rows. The choice of signs has
 // a row in each lane; the scan over a codebook has an entry in each lane and takes the rows in turn.
 
 #include "mc-quantize-impl.h"
@@ -16,7 +16,7 @@ struct best_entry {
 };
 
 best_entry least(vf cost, vi at) {
-    const vi lane = LANE;
+    const vi lane = lane_numbers();
     vf       m    = cost;
     for (int step = LANES / 2; step; step /= 2) {
         m = lesser(m, shuffle(m, lane ^ step));

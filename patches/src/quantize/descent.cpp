@@ -1,4 +1,4 @@
-// 16 rows, one in a lane: the greedy pass over sub-blocks, then coordinate descent.
+// LANES rows, one in a lane: the greedy pass over sub-blocks, then coordinate descent.
 
 #include "mc-quantize-impl.h"
 

@@ -4,8 +4,8 @@
 //   codec.cpp     reading and writing blocks
 //   metric.cpp    the quadratic form of the columns' error, prepared: factors, inverses, prices of codebook entries
 //   codebook.cpp  the codebook entry nearest to eight columns, in the full 8 x 8 metric
-//   scales.cpp    a sub-block of 16 rows: scales tried, codes with feedback
-//   descent.cpp   16 rows: greedy pass, coordinate descent
+//   scales.cpp    a sub-block of LANES rows: scales tried, codes with feedback
+//   descent.cpp   LANES rows: greedy pass, coordinate descent
 //   api.cpp       the C API
 //
 // The lanes of a vector hold rows (descent, scales) or codebook entries (codebook, metric).
@@ -18,7 +18,7 @@
 #include <cstring>
 #include <vector>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #    include <immintrin.h>
 #endif
 
@@ -28,7 +28,14 @@ constexpr int MAX_COLS = 256;
 constexpr int MAX_SUBS = 16;
 constexpr int MAX_SUB  = 32;  // columns of a sub-block
 constexpr int GROUP    = 8;   // columns of a codebook entry (IQ3: of a pair of entries)
-constexpr int LANES    = 16;
+// As many as a register of the CPU holds: GCC takes wider vectors apart, element by element where it compares.
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 
 typedef float   vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
@@ -55,11 +62,20 @@ template <typename V> V shuffle(V x, vi at) {
 #endif
 }
 
-constexpr vi LANE = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 };
+inline vi lane_numbers() {
+    vi x = {};
+    for (int l = 0; l < LANES; l++) {
+        x[l] = l;
+    }
+    return x;
+}
 
+// Whether any lane has any bit.
 inline bool any(vi mask) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     return _mm512_test_epi32_mask((__m512i) mask, (__m512i) mask) != 0;
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256((__m256i) mask, (__m256i) mask);
 #else
     int found = 0;
     for (int l = 0; l < LANES; l++) {
@@ -69,10 +85,12 @@ inline bool any(vi mask) {
 #endif
 }
 
-// The first lane that is set; there is one.
+// The first lane that is set in the result of a comparison; there is one.
 inline int first_lane(vi mask) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     return __builtin_ctz(_mm512_test_epi32_mask((__m512i) mask, (__m512i) mask));
+#elif defined(__AVX2__)
+    return __builtin_ctz(_mm256_movemask_ps((__m256) mask));
 #else
     int l = 0;
     while (!mask[l]) {
@@ -81,6 +99,34 @@ inline int first_lane(vi mask) {
     return l;
 #endif
 }
+
+// Element at[l] of a table of floats in lane l.
+inline vf gather_floats(const float * table, vi at) {
+#if defined(__AVX512F__)  // with a source, because GCC 12 warns of that of _mm512_i32gather_ps
+    return (vf) _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, (__m512i) at, table, 4);
+#elif defined(__AVX2__)
+    return (vf) _mm256_i32gather_ps(table, (__m256i) at, 4);
+#else
+    vf x = {};
+    for (int l = 0; l < LANES; l++) {
+        x[l] = table[at[l]];
+    }
+    return x;
+#endif
+}
+
+// A table of 16 floats.
+struct small_table {
+    alignas(64) float entry[16];
+
+    vf at(vi index) const {
+#if defined(__AVX512F__)
+        return shuffle(*(const vf *) entry, index);
+#else
+        return gather_floats(entry, index);
+#endif
+    }
+};
 
 inline vf lesser(vf a, vf b) {
     return a < b ? a : b;
@@ -173,17 +219,7 @@ template <int D> struct code_grid {
     }
 
     // Column i of an entry in each lane.
-    vf gather(vi code, int i) const {
-#ifdef __AVX512F__
-        return (vf) _mm512_i32gather_ps((__m512i) (code * D + i), entry.data(), 4);
-#else
-        vf x;
-        for (int l = 0; l < LANES; l++) {
-            x[l] = entry[code[l] * D + i];
-        }
-        return x;
-#endif
-    }
+    vf gather(vi code, int i) const { return gather_floats(entry.data(), code * D + i); }
 
   private:
     static int value(const uint64_t * entry, int i) { return ((const int8_t *) entry)[i]; }

@@ -12,7 +12,14 @@ target_include_directories(mc-quantize PRIVATE ${CMAKE_CURRENT_LIST_DIR}/../../g
 target_compile_features(mc-quantize PRIVATE cxx_std_17)
 target_link_libraries(mc-quantize PRIVATE ggml-base)
 set_target_properties(mc-quantize PROPERTIES POSITION_INDEPENDENT_CODE ON)
-if (GGML_NATIVE AND NOT MSVC)
-    target_compile_options(mc-quantize PRIVATE -march=native)
+if (TARGET ggml-cpu)  # the instructions that the CPU backend is built for: native, GGML_AVX512, GGML_CPU_ARM_ARCH, ...
+    get_target_property(MC_QUANTIZE_ARCH ggml-cpu COMPILE_OPTIONS)
+    if (MC_QUANTIZE_ARCH)
+        list(FILTER MC_QUANTIZE_ARCH INCLUDE REGEX "^(-m|/arch)")
+        target_compile_options(mc-quantize PRIVATE ${MC_QUANTIZE_ARCH})
+    endif()
+endif()
+if (NOT MSVC)  # vectors wider than the registers are passed within this library only, so their ABI does not matter
+    target_compile_options(mc-quantize PRIVATE -Wno-psabi)
 endif()
 add_dependencies(llama mc-quantize)

@@ -1,4 +1,4 @@
-// A sub-block of 16 rows: the scales to try and, for each of them, the codes, column by column or group by group with feedback.
+// A sub-block of LANES rows: the scales to try and, for each of them, the codes, column by column or group by group with feedback.
 // Each lane holds a row; the search for a codebook entry uses its lanes for entries and takes the rows in turn.
 
 #define GGML_COMMON_DECL_CPP
@@ -14,20 +14,18 @@ namespace {
 
 // nearest_code and value_of for evenly spaced codes and for kvalues_iq4nl (TABLE).
 template <bool TABLE> struct scalar_codes {
-    float top, zero;
-    vf    values;     // TABLE
-    vf    threshold;  // TABLE: [k] is between the values k - 1 and k
+    float       top, zero;
+    small_table values;     // TABLE
+    small_table threshold;  // TABLE: [k] is between the values k - 1 and k
 
     explicit scalar_codes(const block_format & f) :
         top((float) f.codes - 1),
         zero((float) f.zero),
         values(),
-        threshold(splat(-INFINITY)) {
-        for (int k = 0; k < LANES; k++) {
-            values[k] = kvalues_iq4nl[k];
-            if (k > 0) {
-                threshold[k] = 0.5f * (kvalues_iq4nl[k - 1] + kvalues_iq4nl[k]);
-            }
+        threshold() {
+        for (int k = 0; k < 16; k++) {
+            values.entry[k]    = kvalues_iq4nl[k];
+            threshold.entry[k] = k > 0 ? 0.5f * (kvalues_iq4nl[k - 1] + kvalues_iq4nl[k]) : -INFINITY;
         }
     }
 
@@ -38,12 +36,12 @@ template <bool TABLE> struct scalar_codes {
         vi code = {};
         for (int step = 8; step; step /= 2) {
             const vi more = code + step;
-            code          = x > shuffle(threshold, more) ? more : code;
+            code          = x > threshold.at(more) ? more : code;
         }
         return __builtin_convertvector(code, vf);
     }
 
-    vf value(vf code) const { return TABLE ? shuffle(values, __builtin_convertvector(code, vi)) : code - zero; }
+    vf value(vf code) const { return TABLE ? values.at(__builtin_convertvector(code, vi)) : code - zero; }
 };
 
 // Chooses the codes of N columns with feedback, for one scale in each row. Returns the loss, or INFINITY as soon as every row
