@@ -6,13 +6,26 @@ Cheap to import, so names and defaults are spelled here; a test compares them wi
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mc_gguf.cli.command import Decorator, OptionMaker, section, together
 
 PATH = click.Path(path_type=Path)
+
+
+class FiniteFloat(click.FloatRange):
+    """A number in a range; NaN, which is neither below nor above anything, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
+
 
 output = section("Output")
 budget = section("Output and budget")
@@ -29,7 +42,11 @@ def output_option(what: str, required: bool = True, option: OptionMaker = output
     return option("-o", "--output", type=PATH, required=required, help=what)
 
 
-threads_option = speed("--threads", type=click.IntRange(min=1), help="Threads.  [default: all usable cores]")
+threads_option = speed(
+    "--threads",
+    type=click.IntRange(1, 512),
+    help="Threads.  [default: all usable cores]",  # as many as ggml has
+)
 routing_option = speed(
     "--routing",
     default="off",

@@ -32,7 +32,7 @@ from mc_gguf.routing import Routing, RoutingMetadata, RoutingStats, resolve
 from mc_gguf.run import routing_api
 from mc_gguf.run.arguments import check_metadata, check_options, check_sampling, to_seed
 from mc_gguf.run.closed import closed_type
-from mc_gguf.runtime.llama_library import ChatFormatter, check_tokens, listen, llama_cpp, reason
+from mc_gguf.runtime.llama_library import ChatFormatter, check_tokens, listen, llama_cpp, reason, to_utf8
 
 LogitsProcessorList = llama_cpp.LogitsProcessorList
 
@@ -136,6 +136,12 @@ class Llama(llama_cpp.Llama):
         formatter.check()
         self.chat_format = "chat_template.default"
         self._chat_handlers[self.chat_format] = formatter.to_chat_handler()
+
+    def check_template(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Raises LlamaError when the chat template does not compile, or makes no prompt of these messages."""
+        formatter = getattr(self._chat_handlers.get(self.chat_format or ""), "formatter", None)
+        if formatter is not None:
+            formatter(messages=messages)
 
     def close(self) -> None:
         """Free the model. Everything but close() raises LlamaError from now on."""
@@ -246,6 +252,8 @@ class Llama(llama_cpp.Llama):
             raise LlamaError("suffix is not supported; write the prompt in your model's format for infilling")
         if bias := options.pop("logit_bias", None):
             options["logits_processor"] = self._biased(bias, options.get("logits_processor"))
+        if isinstance(prompt, str):
+            to_utf8(prompt)
         with self._lock:
             return super().create_completion(prompt, None, *arguments, **options)
 

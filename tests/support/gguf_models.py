@@ -243,5 +243,13 @@ def write_parts(path: Path, kv: Mapping[str, Value], parts: Sequence[Part]) -> N
     writer.close()
 
 
+def changed_copy(source: Path, path: Path, changes: Mapping[str, Value | None]) -> Path:
+    """A copy of a GGUF with other metadata; None removes a key."""
+    kv, parts = take_apart(source)
+    merged = kv | dict(changes)
+    write_parts(path, {key: value for key, value in merged.items() if value is not None}, parts)
+    return path
+
+
 def renamed(part: Part, name: str) -> Part:
     return replace(part, name=name)
