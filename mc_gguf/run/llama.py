@@ -28,6 +28,7 @@ from mc_gguf.common.errors import FormatError, LlamaError, McError, SourceError
 from mc_gguf.common.machine import usable_cores
 from mc_gguf.container import expert_bytes, has_own_keys, read_routing
 from mc_gguf.ggml.gguf_file import MAGIC
+from mc_gguf.ggml.shards import check_first
 from mc_gguf.routing import Routing, RoutingMetadata, RoutingStats, resolve
 from mc_gguf.run import routing_api
 from mc_gguf.run.arguments import check_metadata, check_options, check_sampling, to_seed
@@ -364,7 +365,9 @@ def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_file(path: Path) -> None:
-    """Raises SourceError unless `path` is a readable file, FormatError unless it begins like a GGUF."""
+    """Raises SourceError unless `path` is a readable file, FormatError unless it begins like a GGUF,
+    and when it is a shard other than the first, or others are missing.
+    """
     if not path.exists():
         raise SourceError(
             f"{path}: no such file; give the path of a GGUF, for instance one made by mc-gguf convert"
@@ -382,3 +385,4 @@ def check_file(path: Path) -> None:
         raise FormatError(f"{path} {what}")
     if not head.startswith(MAGIC):
         raise FormatError(f"{path} is not a GGUF: it begins with {head[:4]!r}, not {MAGIC!r}")
+    check_first(path)
