@@ -5,7 +5,8 @@
 - sequences.py   a Llama with several sequences              - scorer.py    a loaded model that scores chunks
 - logprobs.py    numbers from logits; stored rows            - reference.py stored log-probabilities
 - cache.py       where references are kept, and made         - files.py     a model's files and their hash
-- request.py     everything that is asked, checked and run  - tasks/      tasks of lm-evaluation-harness
+- request.py     everything that is asked, checked and run  - comparable.py vocabularies compared
+- tasks/         tasks of lm-evaluation-harness
 """
 
 from __future__ import annotations

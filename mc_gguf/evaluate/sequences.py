@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from mc_gguf.common.errors import McError
 from mc_gguf.routing import Routing
 from mc_gguf.run.llama import CONTEXT_STEP, Llama  # first: it picks the libraries that llama_cpp loads
+from mc_gguf.runtime.vocabulary import token_texts, tokens_sha256
 
 import llama_cpp  # isort: skip
 from llama_cpp import _internals  # isort: skip
@@ -77,6 +79,10 @@ class Sequences(Llama):
     @property
     def adds_bos(self) -> bool:
         return bool(self._model.add_bos_token())
+
+    @cached_property
+    def vocabulary_sha256(self) -> str:
+        return tokens_sha256(token_texts(self._model))
 
     def tokens(self, text: bytes) -> NDArray[np.int32]:
         """The text's tokens, with BOS in front where the model adds one; special tokens are plain text."""
