@@ -13,6 +13,7 @@ import importlib
 import click
 
 from mc_gguf import __version__
+from mc_gguf.cli.command import SuggestingGroup
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Make and run a file": ("convert", "chat", "inspect", "eval", "routing"),
@@ -22,7 +23,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 COMMANDS: tuple[str, ...] = tuple(name for names in SECTIONS.values() for name in names)
 
 
-class CommandGroup(click.Group):
+class CommandGroup(SuggestingGroup):
     """Loads commands by name, and lists them by section."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

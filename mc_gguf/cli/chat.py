@@ -33,7 +33,7 @@ answers = section("Answers")
 @answers("--seed", type=click.IntRange(0, 2**32 - 2), help="Random seed.  [default: a new one every time]")
 @answers(
     "--ctx",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, 2**31 - 1),
     default=4096,
     show_default=True,
     help="Tokens of context; 0: the model's maximum.",

@@ -14,7 +14,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mc_gguf.common.arguments import Names, PathLike, Paths, check_at_least, to_names, to_path, to_paths
+from mc_gguf.common.arguments import (
+    Names,
+    PathLike,
+    Paths,
+    check_at_least,
+    check_at_most,
+    to_names,
+    to_path,
+    to_paths,
+)
 from mc_gguf.common.progress import ProgressListener, listening
 
 if TYPE_CHECKING:
@@ -94,6 +103,7 @@ def evaluate(
         ['wikitext-2.test.txt']
     """
     check_at_least(16, ctx=ctx)
+    check_at_most(2**31 - 1, ctx=ctx)
     check_at_least(1, tokens=tokens, limit=limit, threads=threads)
     check_at_least(0, fewshot=fewshot)
     from mc_gguf.evaluate.request import EvaluationRequest

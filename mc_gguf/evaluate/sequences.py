@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.common.errors import McError
+from mc_gguf.common.errors import McError, about
 from mc_gguf.routing import Routing
 from mc_gguf.run.llama import CONTEXT_STEP, Llama  # first: it picks the libraries that llama_cpp loads
 from mc_gguf.runtime.vocabulary import token_texts, tokens_sha256
@@ -66,12 +66,14 @@ class Sequences(Llama):
             self.close()
             raise McError(
                 f"{model_path}: llama.cpp cannot make a context of {params.n_ctx} tokens; there may be too "
-                "little memory, of which a smaller context needs less"
+                "little memory, of which a smaller context needs less",
+                parameter="ctx",
             ) from error
         self._ctx = self._stack.enter_context(contextlib.closing(context))
         self.vocabulary = int(self.n_vocab())
         try:
-            self.routing = routing
+            with about("routing"):
+                self.routing = routing
         except McError:
             self.close()
             raise

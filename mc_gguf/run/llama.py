@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from mc_gguf.artifacts import Calibration
 from mc_gguf.common.downloads import HEAD_BYTES, placeholder
-from mc_gguf.common.errors import FormatError, LlamaError, McError, SourceError
+from mc_gguf.common.errors import FormatError, LlamaError, McError, SourceError, about
 from mc_gguf.common.machine import usable_cores
 from mc_gguf.container import expert_bytes, has_own_keys, read_routing
 from mc_gguf.ggml.gguf_file import MAGIC
@@ -86,7 +86,8 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         path = Path(model_path)
         check_file(path)
-        wanted_routing = Routing.of(routing)
+        with about("routing"):
+            wanted_routing = Routing.of(routing)
         self._changes = 0  # of the context, so that a stream notices when it is not its own any more
         self._failure: BaseException | None = None  # of a logits processor, until it can be raised
         self.chat_template = chat_template
@@ -96,7 +97,8 @@ class Llama(llama_cpp.Llama):
             if chat_template is not None:
                 self._use_template(chat_template)
             self._routing = Routing("off")
-            self.routing = wanted_routing
+            with about("routing"):
+                self.routing = wanted_routing
         except McError:
             self.close()
             raise
@@ -113,6 +115,12 @@ class Llama(llama_cpp.Llama):
             is_about_the_file = str(error).startswith("Failed to ")
             if not is_about_the_file:  # but about an argument
                 raise
+            if "context" in str(error):
+                raise LlamaError(
+                    f"{path}: llama.cpp cannot make the context ({reason() or error}); there may be too "
+                    "little memory, of which a smaller context needs less",
+                    parameter="ctx",
+                ) from error
             about_adapter = adapter is not None and "LoRA" in str(error)
             raise FormatError(f"{adapter if about_adapter else path}: {reason() or error}") from error
         self._fit_arrays()

@@ -241,7 +241,7 @@ def test_the_saving_is_said_after_an_error_too(tiny_gguf: Path) -> None:
 def test_wrong_routing_is_one_line(tiny_gguf: Path) -> None:
     code, _, err = run(tiny_gguf, "-p", "x", "--routing", "odp")
     assert code == 1
-    assert err.startswith("Error: the file carries no thresholds for routing 'odp'")
+    assert err.startswith("Error: --routing: the file carries no thresholds for routing 'odp'")
     assert err.count("\n") == 1
 
 
