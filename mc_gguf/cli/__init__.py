@@ -14,6 +14,7 @@ import logging
 import click
 
 from mc_gguf import __version__
+from mc_gguf.cli.command import SuggestingGroup
 from mc_gguf.common.machine import wait_briefly
 
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -24,7 +25,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 COMMANDS: tuple[str, ...] = tuple(name for names in SECTIONS.values() for name in names)
 
 
-class CommandGroup(click.Group):
+class CommandGroup(SuggestingGroup):
     """Loads commands by name, and lists them by section."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

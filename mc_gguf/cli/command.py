@@ -5,6 +5,7 @@ Cheap to import: click and mc_gguf's light modules.
 
 from __future__ import annotations
 
+import difflib
 import errno
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -52,8 +53,32 @@ def together(*options: Decorator) -> Decorator:
     return decorate
 
 
+class SuggestingGroup(click.Group):
+    """A group that names the nearest of its commands when there is none of the name that was typed."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            near = difflib.get_close_matches(name.lower(), self.list_commands(ctx), n=1, cutoff=0.5)
+            hint = (
+                f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(self.list_commands(ctx))}."
+            )
+            ctx.fail(f"No such command {name!r}. {hint}")
+        return super().resolve_command(ctx, args)
+
+
 class Command(click.Command):
-    """A command whose help shows its options by section and whose errors are one line."""
+    """A command whose help shows its options by section and whose errors are one line. Without the arguments
+    that it needs, it shows its help.
+    """
+
+    def __init__(self, *arguments: Any, **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.no_args_is_help = any(
+            isinstance(parameter, click.Argument) and parameter.required for parameter in self.params
+        )
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The sections in the order of their first options, and options without one at the end."""

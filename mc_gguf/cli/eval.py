@@ -34,7 +34,7 @@ tasks = section("Tasks")
 @texts("--tokens", type=click.IntRange(min=1), help="Tokens to score of each text.  [default: all]")
 @texts(
     "--ctx",
-    type=click.IntRange(min=16),
+    type=click.IntRange(16, 2**31 - 1),
     default=512,
     show_default=True,
     help="Tokens per chunk; the second half of each chunk is scored.",

@@ -17,7 +17,7 @@ from mc_gguf.cli.result import show
 def command(model: Path, as_json: bool) -> None:
     """Show the experts' types in MODEL, sizes and bits.
 
-    The whole file is checked first.
+    The whole file is checked first. Of a split GGUF, give any of its shards.
     """
     from mc_gguf.container import MixedGguf, describe_model
     from mc_gguf.container.table import render_description

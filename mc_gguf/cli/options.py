@@ -6,13 +6,26 @@ Cheap to import, so names and defaults are spelled here; a test compares them wi
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mc_gguf.cli.command import Decorator, OptionMaker, section, together
 
 PATH = click.Path(path_type=Path)
+
+
+class FiniteFloat(click.FloatRange):
+    """A number in a range; NaN, which is neither below nor above anything, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
+
 
 output = section("Output")
 budget = section("Output and budget")
@@ -31,7 +44,7 @@ def output_option(what: str, required: bool = True, option: OptionMaker = output
 
 threads_option = speed(
     "--threads",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 512),  # as many as ggml has
     help="Threads.  [default: all usable cores; chat and eval leave out those that are busy]",
 )
 routing_option = speed(

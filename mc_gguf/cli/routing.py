@@ -9,7 +9,7 @@ import click
 
 from mc_gguf.cli import options as o
 from mc_gguf.cli import result
-from mc_gguf.cli.command import Command, section
+from mc_gguf.cli.command import Command, SuggestingGroup, section
 
 if TYPE_CHECKING:
     from mc_gguf.routing import RoutingMetadata
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 thresholds = section("Thresholds")
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 def command() -> None:
     """Show or set which experts a GGUF may drop.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import click
 
 from mc_gguf.cli import options as o
-from mc_gguf.cli.command import Command
+from mc_gguf.cli.command import Command, SuggestingGroup
 from mc_gguf.cli.result import show
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 def command() -> None:
     """Build the patched llama.cpp, or show what is built."""
 

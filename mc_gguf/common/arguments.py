@@ -52,3 +52,10 @@ def check_at_least(minimum: int, **arguments: int | None) -> None:
     for parameter, value in arguments.items():
         if value is not None and value < minimum:
             raise McError(f"{parameter} must be at least {minimum}, not {value}", parameter=parameter)
+
+
+def check_at_most(maximum: int, **arguments: int | None) -> None:
+    """Raises McError, about the first of `arguments` that is above `maximum`; None stands for a default."""
+    for parameter, value in arguments.items():
+        if value is not None and value > maximum:
+            raise McError(f"{parameter} must be at most {maximum}, not {value}", parameter=parameter)

@@ -15,8 +15,8 @@ from mc_gguf.common.errors import FormatError
 from mc_gguf.container.keys import KEY_CALIBRATION, KEY_PLAN, KEY_VERSION
 from mc_gguf.container.routing import parse_routing
 from mc_gguf.container.validate import Slices, Validator, average_bits
-from mc_gguf.ggml.gguf_file import GgufHeader, read_header
-from mc_gguf.ggml.shards import shard_paths
+from mc_gguf.ggml.gguf_file import GgufHeader
+from mc_gguf.ggml.shards import joined, read_shards
 from mc_gguf.ggml.types import GgmlType
 from mc_gguf.routing.metadata import RoutingMetadata
 from mc_gguf.routing.report import describe_routing
@@ -30,14 +30,19 @@ class MixedGguf:
     A plain GGUF is one without KEY_VERSION; only its stacks named gate, up and down are listed.
     """
 
-    def __init__(self, header: GgufHeader, slices: Slices) -> None:
-        self.header, self.slices = header, slices
+    def __init__(self, header: GgufHeader, slices: Slices, n_shard: int = 1) -> None:
+        self.header, self.slices, self.n_shard = header, slices, n_shard
+        self._maps: dict[Path, NDArray[np.uint8]] = {}
 
     @classmethod
     def open(cls, path: Path) -> MixedGguf:
-        """Read the header and validate it. Raises a FormatError that names what is wrong."""
-        header = read_header(path)
-        return cls(header, Validator(header).read_slices())
+        """Read the header and validate it. Raises a FormatError that names what is wrong.
+
+        Of a split GGUF, `path` may be any shard; `header` has the tensors of all, and the first one's path.
+        """
+        shards = read_shards(path)
+        header = joined(shards)
+        return cls(header, Validator(header, shards).read_slices(), len(shards))
 
     @property
     def is_ours(self) -> bool:
@@ -82,17 +87,17 @@ class MixedGguf:
     def data(self, layer: int, projection: str, expert: int) -> NDArray[np.uint8]:
         """The stored blocks of one expert, mapped: (rows, bytes of a row)."""
         part = self.slices[layer, projection][expert]
-        flat = self._mapped[part.offset : part.offset + part.n_bytes]
-        return flat.reshape(part.shape[1], -1)
+        return self._bytes(part.path, part.offset, part.n_bytes).reshape(part.shape[1], -1)
 
     def tensor_data(self, name: str) -> NDArray[np.uint8]:
         """The bytes of any tensor, mapped."""
         entry = self.header.tensors[name]
-        return self._mapped[entry.offset : entry.offset + entry.n_bytes]
+        return self._bytes(entry.path, entry.offset, entry.n_bytes)
 
-    @cached_property
-    def _mapped(self) -> NDArray[np.uint8]:
-        return np.memmap(self.header.path, dtype=np.uint8, mode="r")
+    def _bytes(self, path: Path, offset: int, n_bytes: int) -> NDArray[np.uint8]:
+        if path not in self._maps:
+            self._maps[path] = np.memmap(path, dtype=np.uint8, mode="r")
+        return self._maps[path][offset : offset + n_bytes]
 
 
 def validate(path: Path) -> MixedGguf:
@@ -122,6 +127,7 @@ def describe_model(model: MixedGguf) -> dict[str, Any]:
     return {
         "path": str(model.header.path),
         "file_bytes": model.header.file_bytes,
+        "shards": model.n_shard,
         "architecture": model.architecture,
         "format_version": model.header.get(KEY_VERSION),
         "mixed": model.is_mixed,
@@ -148,15 +154,12 @@ def expert_bytes(path: Path, n_layer: int, n_expert: int) -> NDArray[np.int64]:
     """Bytes of every expert's matrices [n_layer, n_expert], in all shards; zeros where they are not known."""
     found = np.zeros((n_layer, n_expert), dtype=np.int64)
     try:
-        for shard in shard_paths(path) if n_expert else ():
-            if not shard.is_file():
-                continue
-            for entry in read_header(shard).tensors.values():
-                if (match := _STACK_NAME.fullmatch(entry.name)) and int(match[1]) < n_layer:
-                    found[int(match[1])] += entry.n_bytes // n_expert
         mixed = MixedGguf.open(path)
     except FormatError:  # llama.cpp reads more than we do, such as GGUF version 2
-        return np.zeros_like(found)
+        return found
+    for entry in mixed.header.tensors.values() if n_expert else ():
+        if (match := _STACK_NAME.fullmatch(entry.name)) and int(match[1]) < n_layer:
+            found[int(match[1])] += entry.n_bytes // n_expert
     for (layer, projection), experts in mixed.slices.items():
         if expert_tensor_name(layer, projection) not in mixed.header.tensors and layer < n_layer:
             found[layer] += [expert.n_bytes for expert in experts]

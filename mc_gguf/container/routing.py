@@ -32,17 +32,8 @@ from mc_gguf.container.keys import (
     ROUTING_PREFIX,
     ROUTING_VERSION,
 )
-from mc_gguf.ggml.gguf_file import (
-    ARRAY,
-    FLOAT32,
-    FLOAT64,
-    STRING,
-    UINT32,
-    GgufHeader,
-    Value,
-    encode_kv,
-    read_header,
-)
+from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, FLOAT64, STRING, UINT32, GgufHeader, Value, encode_kv
+from mc_gguf.ggml.shards import read_first
 from mc_gguf.routing.metadata import RoutingMetadata, default_metadata
 from mc_gguf.routing.profile import RoutingProfile
 
@@ -65,9 +56,10 @@ class ModelShape:
 def read_routing(path: Path) -> RoutingMetadata | None:
     """The routing metadata of a GGUF, ours or plain; None when it carries none.
 
-    Only the header is read. Raises FormatError that names the key when it violates docs/reference/format.md.
+    Only the header is read, of a split GGUF that of the first shard. Raises FormatError that names the key
+    when it violates docs/reference/format.md.
     """
-    return parse_routing(read_header(path))
+    return parse_routing(read_first(path))
 
 
 def parse_routing(header: GgufHeader) -> RoutingMetadata | None:

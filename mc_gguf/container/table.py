@@ -19,7 +19,8 @@ def render_description(description: Mapping[str, Any]) -> str:
     bpw = description["expert_bpw"]
     lines = [
         f"{description['path']}: {kind}, {description['architecture']}, "
-        f"{format_size(description['file_bytes'])} ({description['file_bytes']} bytes)",
+        f"{format_size(description['file_bytes'])} ({description['file_bytes']} bytes)"
+        + (f" in {description['shards']} shards" if description["shards"] > 1 else ""),
         "no routed experts" if bpw is None else f"{bpw:.4f} bits per expert weight",
     ]
     lines += [

@@ -14,6 +14,7 @@ from mc_gguf.common.units import parse_layers, parse_share
 from mc_gguf.container.reader import MixedGguf
 from mc_gguf.container.rewrite import write_routing
 from mc_gguf.container.routing import base_metadata, read_routing
+from mc_gguf.ggml.shards import check_first
 from mc_gguf.routing.metadata import RoutingMetadata, choose_thresholds
 
 
@@ -73,6 +74,7 @@ def update_routing(
     if quantile is not None and target_drop is not None:
         both = ("quantile", "target_drop")
         raise McError("these exclude each other; give one of them", parameter=both)
+    check_first(Path(model))
     with about("output"):
         check_output(to_path(output) or Path(model), to_paths(calibration))
     header = MixedGguf.open(Path(model)).header

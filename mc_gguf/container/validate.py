@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -28,12 +29,13 @@ from mc_gguf.ggml.types import MAX_GROUPS, TYPES, GgmlType
 
 @dataclass(frozen=True)
 class ExpertSlice:
-    """Where one expert's matrix lies: its type, and its bytes in the file. Shape is (cols, rows)."""
+    """Where one expert's matrix lies: its type, and its bytes in the file `path`. Shape is (cols, rows)."""
 
     type: GgmlType
     shape: tuple[int, int]
     offset: int
     n_bytes: int
+    path: Path
 
 
 Slices = Mapping[tuple[int, str], Sequence[ExpertSlice]]
@@ -47,13 +49,14 @@ def average_bits(slices: Slices) -> float | None:
 
 
 class Validator:
-    """Applies the rules to one header, in the order of docs/reference/format.md.
+    """Applies the rules to the header of a model, in the order of docs/reference/format.md; `shards` are the
+    headers of its files.
 
     `parts[stack][suffix]` is the full name of a part: a stack's map (suffix "map") or group ("0", "1", ...).
     """
 
-    def __init__(self, header: GgufHeader) -> None:
-        self.header = header
+    def __init__(self, header: GgufHeader, shards: Sequence[GgufHeader]) -> None:
+        self.header, self.shards = header, shards
         self.architecture = str(header.get("general.architecture", ""))
         self.parts: dict[str, dict[str, str]] = {}
         for name in header.tensors:
@@ -124,7 +127,8 @@ class Validator:
             )
         size = entry.n_bytes // n_expert
         shape = entry.shape[0], entry.shape[1]
-        return tuple(ExpertSlice(entry.type, shape, entry.offset + e * size, size) for e in range(n_expert))
+        starts = (entry.offset + e * size for e in range(n_expert))
+        return tuple(ExpertSlice(entry.type, shape, start, size, entry.path) for start in starts)
 
     def grouped_slices(self, name: str) -> tuple[ExpertSlice, ...]:
         parts, n_expert = self.parts[name], self.expert_count(name)
@@ -135,7 +139,7 @@ class Validator:
             entry = self.header.tensors[groups[group]]
             size = entry.n_bytes // sizes[group]
             shape = entry.shape[0], entry.shape[1]
-            slices.append(ExpertSlice(entry.type, shape, entry.offset + position * size, size))
+            slices.append(ExpertSlice(entry.type, shape, entry.offset + position * size, size, entry.path))
         return tuple(slices)
 
     def group_names(self, name: str, parts: Mapping[str, str]) -> list[str]:
@@ -196,7 +200,7 @@ class Validator:
             raise self.violation(
                 f"tensor {name}", f"is {entry.type.name} {list(entry.shape)}, not I32 [2, {n_expert}]"
             )
-        flat = np.fromfile(self.header.path, dtype="<i4", count=2 * n_expert, offset=entry.offset)
+        flat = np.fromfile(entry.path, dtype="<i4", count=2 * n_expert, offset=entry.offset)
         places = [(int(g), int(p)) for g, p in flat.reshape(n_expert, 2)]
         filled = [0] * len(sizes)
         for expert, (group, position) in enumerate(places):
@@ -227,12 +231,17 @@ class Validator:
         actual, stated = average_bits(slices), self.header.get(KEY_EXPERT_BPW)
         if actual is None or not math.isclose(actual, stated, rel_tol=1e-6):
             raise self.violation(f"key {KEY_EXPERT_BPW}", f"says {stated}, the tensors have {actual}")
-        end = max(pad(t.offset + t.n_bytes, self.header.alignment) for t in self.header.tensors.values())
-        if self.header.file_bytes != end:
-            last = list(self.header.tensors)[-1]
-            raise self.violation(
-                f"tensor {last}", f"the file has {self.header.file_bytes} bytes; it must end at {end}"
-            )
+        for shard in self.shards:
+            self.check_end(shard)
+
+    def check_end(self, shard: GgufHeader) -> None:
+        if not shard.tensors:  # the first shard may hold metadata alone
+            return
+        last = list(shard.tensors.values())[-1]
+        end = pad(last.offset + last.n_bytes, shard.alignment)
+        if shard.file_bytes != end:
+            where = f"{shard.path}: tensor {last.name}"
+            raise FormatError(f"{where}: the file has {shard.file_bytes} bytes; it must end at {end}")
 
     def check_shapes(self, layer: int, slices: Slices) -> None:
         gate, up, down = (slices[layer, projection][0].shape for projection in PROJECTIONS)

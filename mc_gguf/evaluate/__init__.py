@@ -5,7 +5,8 @@
 - sequences.py   a Llama with several sequences              - scorer.py    a loaded model that scores chunks
 - logprobs.py    numbers from logits; stored rows            - reference.py stored log-probabilities
 - cache.py       where references are kept, and made         - files.py     a model's files and their hash
-- request.py     everything that is asked, checked and run  - tasks/      tasks of lm-evaluation-harness
+- request.py     everything that is asked, checked and run  - comparable.py vocabularies compared
+- tasks/         tasks of lm-evaluation-harness
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mc_gguf.common.arguments import Names, PathLike, Paths, check_at_least, to_names, to_path, to_paths
+from mc_gguf.common.arguments import (
+    Names,
+    PathLike,
+    Paths,
+    check_at_least,
+    check_at_most,
+    to_names,
+    to_path,
+    to_paths,
+)
 from mc_gguf.common.progress import ProgressListener, listening
 
 if TYPE_CHECKING:
@@ -93,6 +103,7 @@ def evaluate(
         ['wikitext-2.test.txt']
     """
     check_at_least(16, ctx=ctx)
+    check_at_most(2**31 - 1, ctx=ctx)
     check_at_least(1, tokens=tokens, limit=limit, threads=threads)
     check_at_least(0, fewshot=fewshot)
     from mc_gguf.evaluate.request import EvaluationRequest

@@ -24,7 +24,7 @@ from mc_gguf.evaluate.text import Text
 from mc_gguf.runtime import upstream
 
 SPARE_BYTES = 256 << 20  # beside a reference, to be left free on the disk
-FORMAT = 1  # raise it when the same inputs would give another file
+FORMAT = 2  # raise it when the same inputs would give another file
 
 
 def references(
@@ -42,10 +42,7 @@ def references(
     written. Raises ArtifactError when there is no such file, and McError, before anything is computed, when
     the disk is too full.
     """
-    if not source.is_file():
-        what = "is a directory" if source.is_dir() else "is no file" if source.exists() else "does not exist"
-        raise ArtifactError(f"{source} {what}; give a 16-bit GGUF, or stored log-probabilities")
-    if is_reference(source):
+    if is_stored(source):
         if len(texts) != 1:
             raise McError(
                 f"{source} belongs to one text, but {len(texts)} are given: evaluate on one at a time"
@@ -61,6 +58,16 @@ def references(
                 store(scorer, text, n_tokens, path, quiet)
             found.append(Reference.open(path))
     return found
+
+
+def is_stored(source: Path) -> bool:
+    """Whether the reference `source` is a file of stored log-probabilities. Raises ArtifactError when it is
+    no file.
+    """
+    if not source.is_file():
+        what = "is a directory" if source.is_dir() else "is no file" if source.exists() else "does not exist"
+        raise ArtifactError(f"{source} {what}; give a 16-bit GGUF, or stored log-probabilities")
+    return is_reference(source)
 
 
 def store(scorer: Scorer, text: Text, n_tokens: int | None, path: Path, quiet: bool = False) -> None:

@@ -63,7 +63,7 @@ class Report:
 
 def write_report(path: Path, report: Report) -> None:
     with atomic_write(path) as file:
-        file.write(render(report).encode())
+        file.write(render(report).encode("utf-8", "backslashreplace"))  # names of files need not be UTF-8
 
 
 def render(report: Report) -> str:

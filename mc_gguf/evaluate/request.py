@@ -13,7 +13,8 @@ from mc_gguf.common.arguments import to_paths
 from mc_gguf.common.errors import McError, about
 from mc_gguf.common.files import check_output
 from mc_gguf.common.machine import threads_for_now
-from mc_gguf.evaluate.cache import references
+from mc_gguf.evaluate.cache import is_stored, references
+from mc_gguf.evaluate.comparable import check_vocabularies, warn_if_quantized
 from mc_gguf.evaluate.evaluation import evaluate_model
 from mc_gguf.evaluate.files import model_sha256
 from mc_gguf.evaluate.report import Report, write_report
@@ -90,9 +91,21 @@ class EvaluationRequest:
             raise McError(NO_TEXT, parameter=("text", "tasks"))
         if self.reference and not self.texts:
             raise McError("a reference is compared on a text: give one, too", parameter="reference")
+        texts = [Text.read(path) for path in self.texts]
         if self.tasks:
             check_tasks(self.tasks)
-        return [Text.read(path) for path in self.texts]
+        if texts:
+            self._check_comparable()
+        return texts
+
+    def _check_comparable(self) -> None:
+        """Raises McError unless the models share their vocabulary with the reference, if that is a GGUF."""
+        with about("reference"):
+            is_model = self.reference is not None and not is_stored(self.reference)
+            if self.reference and is_model:
+                check_file(self.reference)
+                warn_if_quantized(self.reference)
+        check_vocabularies(self.models, self.reference if is_model else None)
 
     def _results(self, texts: Sequence[Text]) -> list[Result]:
         if not texts:

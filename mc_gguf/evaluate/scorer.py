@@ -24,7 +24,7 @@ from mc_gguf.common.errors import McError
 from mc_gguf.common.files import atomic_write
 from mc_gguf.evaluate import logprobs
 from mc_gguf.evaluate.logprobs import Float32s, by_blocks
-from mc_gguf.evaluate.reference import Reference, header
+from mc_gguf.evaluate.reference import Reference, header, trailer
 from mc_gguf.evaluate.sequences import UBATCH, Sequences
 from mc_gguf.evaluate.text import Text, cut
 from mc_gguf.routing import Routing
@@ -110,7 +110,8 @@ class Scorer:
         that are not numbers, and when the reference does not fit.
         """
         if reference:
-            reference.check(chunks, self.llm.vocabulary, str(self.model))
+            llm = self.llm
+            reference.check(chunks, llm.vocabulary, llm.vocabulary_sha256, str(self.model))
         parts: list[Float32s] = []
         for piece in self._pieces(chunks, advance):
             targets = self._targets(chunks, piece)
@@ -135,6 +136,7 @@ class Scorer:
                 rows = np.empty((len(targets), logprobs.row_words(self.llm.vocabulary)), dtype=np.uint16)
                 self._finite(by_blocks(logprobs.encode, self._pool, piece.logits, targets, rows), piece)
                 file.write(rows.data)
+            file.write(trailer(self.llm.vocabulary_sha256))
         return Reference.open(path)
 
     def _targets(self, chunks: Chunks, piece: _Piece) -> Chunks:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.common.errors import McError
+from mc_gguf.common.errors import McError, about
 from mc_gguf.routing import Routing
 from mc_gguf.run.llama import CONTEXT_STEP, Llama  # first: it picks the libraries that llama_cpp loads
+from mc_gguf.runtime.vocabulary import token_texts, tokens_sha256
 
 import llama_cpp  # isort: skip
 from llama_cpp import _internals  # isort: skip
@@ -64,12 +66,14 @@ class Sequences(Llama):
             self.close()
             raise McError(
                 f"{model_path}: llama.cpp cannot make a context of {params.n_ctx} tokens; there may be too "
-                "little memory, of which a smaller context needs less"
+                "little memory, of which a smaller context needs less",
+                parameter="ctx",
             ) from error
         self._ctx = self._stack.enter_context(contextlib.closing(context))
         self.vocabulary = int(self.n_vocab())
         try:
-            self.routing = routing
+            with about("routing"):
+                self.routing = routing
         except McError:
             self.close()
             raise
@@ -77,6 +81,10 @@ class Sequences(Llama):
     @property
     def adds_bos(self) -> bool:
         return bool(self._model.add_bos_token())
+
+    @cached_property
+    def vocabulary_sha256(self) -> str:
+        return tokens_sha256(token_texts(self._model))
 
     def tokens(self, text: bytes) -> NDArray[np.int32]:
         """The text's tokens, with BOS in front where the model adds one; special tokens are plain text."""

@@ -7,7 +7,9 @@ at least n_ctx/2 tokens before it.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +18,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.common.errors import FormatError, McError, SourceError
+from mc_gguf.common.errors import FormatError, McError
+from mc_gguf.common.texts import decode, read_bytes
 from mc_gguf.ggml.gguf_file import read_header
 
 if TYPE_CHECKING:
     from mc_gguf.evaluate.sequences import Sequences
+
+log = logging.getLogger(__name__)
 
 REMEMBERED = 8  # texts whose tokens are kept
 
@@ -36,11 +41,16 @@ class Text:
 
     @classmethod
     def read(cls, path: Path) -> Text:
-        """The file's bytes without one newline at the end, as llama.cpp's tools read a prompt file."""
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise SourceError(f"cannot read the text {path}: {error.strerror}") from error
+        """The file's bytes without one newline at the end, as llama.cpp's tools read a prompt file.
+
+        Raises SourceError when it cannot be read or is not UTF-8.
+        """
+        content = read_bytes(path)
+        decode(content, path)
+        if content.startswith(codecs.BOM_UTF8):
+            log.warning(
+                "the text %s begins with a byte order mark, which is scored as text, as in llama.cpp", path
+            )
         return cls(path.name, content.removesuffix(b"\n"))
 
     @cached_property

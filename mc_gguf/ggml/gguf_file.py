@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,14 @@ class Value:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor info: shape in ggml order (fastest first), `offset` from the start of the file."""
+    """One tensor info: shape in ggml order (fastest first), `offset` from the start of the file `path`."""
 
     name: str
     shape: tuple[int, ...]
     type: GgmlType
     offset: int
     n_bytes: int
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,7 @@ class _Parser:
         infos = self.infos(n_tensor, alignment)
         infos_span = infos_start, self.position
         data_offset = pad(self.position, alignment)
-        tensors = {
-            t.name: TensorEntry(t.name, t.shape, t.type, data_offset + t.offset, t.n_bytes) for t in infos
-        }
+        tensors = {t.name: replace(t, offset=data_offset + t.offset) for t in infos}
         for tensor in tensors.values():
             if tensor.offset + tensor.n_bytes > self.size:
                 self.where = f"tensor {tensor.name}"
@@ -252,4 +251,4 @@ class _Parser:
                 f"rows of {shape[0]} weights are not whole blocks of {kind.name} ({kind.block_size} weights)"
             )
         n_bytes = kind.row_bytes(shape[0]) * prod(shape[1:])
-        return TensorEntry(name, shape, kind, self.scalar("<Q"), n_bytes)
+        return TensorEntry(name, shape, kind, self.scalar("<Q"), n_bytes, self.path)

@@ -86,7 +86,10 @@ def _check_ranges(options: Mapping[str, Any], ranges: Mapping[str, tuple[int, in
     for name, (smallest, largest) in ranges.items():
         value = options.get(name)
         if value is not None and not (is_whole(value) and smallest <= value <= largest):
-            raise LlamaError(f"{name} must be a whole number from {smallest} to {largest}, not {value!r}")
+            raise LlamaError(
+                f"{name} must be a whole number from {smallest} to {largest}, not {value!r}",
+                parameter=name.removeprefix("n_"),
+            )
 
 
 def _check_numbers(options: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mc_gguf.common.errors import McError
+from mc_gguf.common.errors import McError, about
 
 if TYPE_CHECKING:
     from mc_gguf.run.llama import Llama
@@ -27,16 +27,34 @@ class Sampling:
 
 @dataclass
 class Conversation:
-    """One conversation with its history: as messages, or as running text when there is no chat template."""
+    """One conversation with its history: as messages, or as running text.
+
+    It is running text when the model has no chat template, or when `raw` asks for that. `system` is what the
+    model is told before the first message; it needs a template.
+    """
 
     llm: Llama
     sampling: Sampling = Sampling()
+    system: str | None = None
+    raw: bool = False
     messages: list[dict[str, str]] = field(default_factory=list)
     text: str = ""
 
     @property
     def has_template(self) -> bool:
-        return "tokenizer.chat_template" in self.llm.metadata
+        template = self.llm.chat_template or self.llm.metadata.get("tokenizer.chat_template", "")
+        return not self.raw and bool(template.strip())
+
+    def check(self) -> None:
+        """Raises McError when no message can be written: the template fails, or knows no system prompt."""
+        if self.has_template:
+            with about("template", "raw"):
+                self.llm.check_template([*self._instructions(), {"role": "user", "content": "Hello"}])
+        elif self.system is not None:
+            why = "raw text has no place for one" if self.raw else "this model has no chat template"
+            raise McError(
+                f"{why}; begin the prompt with it, or give a template", parameter=("system", "template")
+            )
 
     def reset(self) -> None:
         """Forget everything that was said."""
@@ -47,7 +65,7 @@ class Conversation:
         """The answer to `prompt`, piece by piece.
 
         The history is extended even when the iterator is closed early; after an error it is as before. Raises
-        McError when history and prompt do not fit the context.
+        McError when history and prompt do not fit the context, and what Llama raises.
         """
         pieces: list[str] = []
         stream = self._chat(prompt) if self.has_template else self._complete(self.text + prompt)
@@ -55,8 +73,13 @@ class Conversation:
             for piece in stream:
                 pieces.append(piece)
                 yield piece
-        except (ValueError, RuntimeError) as error:  # so llama_cpp says that the context is full
+        except McError:
             pieces.clear()
+            raise
+        except ValueError as error:
+            pieces.clear()
+            if "exceed context window" not in str(error):
+                raise
             raise McError(
                 f"{error}: shorten the prompt, /reset, or give a larger context", parameter="ctx"
             ) from error
@@ -64,8 +87,11 @@ class Conversation:
             if pieces:
                 self._remember(prompt, "".join(pieces))
 
+    def _instructions(self) -> list[dict[str, str]]:
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
     def _chat(self, prompt: str) -> Iterator[str]:
-        messages: Any = [*self.messages, {"role": "user", "content": prompt}]
+        messages: Any = [*self._instructions(), *self.messages, {"role": "user", "content": prompt}]
         stream: Any = self.llm.create_chat_completion(messages, stream=True, **self._options())
         for chunk in stream:
             yield chunk["choices"][0]["delta"].get("content") or ""

@@ -24,15 +24,16 @@ from numpy.typing import NDArray
 
 from mc_gguf.artifacts import Calibration
 from mc_gguf.common.downloads import HEAD_BYTES, placeholder
-from mc_gguf.common.errors import FormatError, LlamaError, McError, SourceError
+from mc_gguf.common.errors import FormatError, LlamaError, McError, SourceError, about
 from mc_gguf.common.machine import usable_cores
 from mc_gguf.container import expert_bytes, has_own_keys, read_routing
 from mc_gguf.ggml.gguf_file import MAGIC
+from mc_gguf.ggml.shards import check_first
 from mc_gguf.routing import Routing, RoutingMetadata, RoutingStats, resolve
 from mc_gguf.run import routing_api
 from mc_gguf.run.arguments import check_metadata, check_options, check_sampling, to_seed
 from mc_gguf.run.closed import closed_type
-from mc_gguf.runtime.llama_library import ChatFormatter, check_tokens, listen, llama_cpp, reason
+from mc_gguf.runtime.llama_library import ChatFormatter, check_tokens, listen, llama_cpp, reason, to_utf8
 
 LogitsProcessorList = llama_cpp.LogitsProcessorList
 
@@ -85,7 +86,8 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         path = Path(model_path)
         check_file(path)
-        wanted_routing = Routing.of(routing)
+        with about("routing"):
+            wanted_routing = Routing.of(routing)
         self._changes = 0  # of the context, so that a stream notices when it is not its own any more
         self._failure: BaseException | None = None  # of a logits processor, until it can be raised
         self.chat_template = chat_template
@@ -95,7 +97,8 @@ class Llama(llama_cpp.Llama):
             if chat_template is not None:
                 self._use_template(chat_template)
             self._routing = Routing("off")
-            self.routing = wanted_routing
+            with about("routing"):
+                self.routing = wanted_routing
         except McError:
             self.close()
             raise
@@ -112,6 +115,12 @@ class Llama(llama_cpp.Llama):
             is_about_the_file = str(error).startswith("Failed to ")
             if not is_about_the_file:  # but about an argument
                 raise
+            if "context" in str(error):
+                raise LlamaError(
+                    f"{path}: llama.cpp cannot make the context ({reason() or error}); there may be too "
+                    "little memory, of which a smaller context needs less",
+                    parameter="ctx",
+                ) from error
             about_adapter = adapter is not None and "LoRA" in str(error)
             raise FormatError(f"{adapter if about_adapter else path}: {reason() or error}") from error
         self._fit_arrays()
@@ -136,6 +145,12 @@ class Llama(llama_cpp.Llama):
         formatter.check()
         self.chat_format = "chat_template.default"
         self._chat_handlers[self.chat_format] = formatter.to_chat_handler()
+
+    def check_template(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Raises LlamaError when the chat template does not compile, or makes no prompt of these messages."""
+        formatter = getattr(self._chat_handlers.get(self.chat_format or ""), "formatter", None)
+        if formatter is not None:
+            formatter(messages=messages)
 
     def close(self) -> None:
         """Free the model. Everything but close() raises LlamaError from now on."""
@@ -246,6 +261,8 @@ class Llama(llama_cpp.Llama):
             raise LlamaError("suffix is not supported; write the prompt in your model's format for infilling")
         if bias := options.pop("logit_bias", None):
             options["logits_processor"] = self._biased(bias, options.get("logits_processor"))
+        if isinstance(prompt, str):
+            to_utf8(prompt)
         with self._lock:
             return super().create_completion(prompt, None, *arguments, **options)
 
@@ -356,7 +373,9 @@ def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_file(path: Path) -> None:
-    """Raises SourceError unless `path` is a readable file, FormatError unless it begins like a GGUF."""
+    """Raises SourceError unless `path` is a readable file, FormatError unless it begins like a GGUF,
+    and when it is a shard other than the first, or others are missing.
+    """
     if not path.exists():
         raise SourceError(
             f"{path}: no such file; give the path of a GGUF, for instance one made by mc-gguf convert"
@@ -374,3 +393,4 @@ def check_file(path: Path) -> None:
         raise FormatError(f"{path} {what}")
     if not head.startswith(MAGIC):
         raise FormatError(f"{path} is not a GGUF: it begins with {head[:4]!r}, not {MAGIC!r}")
+    check_first(path)

@@ -209,6 +209,7 @@ _TEMPLATE_ERRORS = (
     ArithmeticError,
     AttributeError,
     LookupError,
+    MemoryError,
     RecursionError,
     TypeError,
     ValueError,
@@ -232,12 +233,35 @@ class ChatFormatter(chat_format.Jinja2ChatFormatter):
         if self._error is not None:
             raise LlamaError(f"the chat template does not compile: {self._error}; {_OTHER_WAYS}")
 
+    def to_chat_handler(self) -> Any:
+        """llama_cpp's function that answers a chat, with this object as its attribute `formatter`."""
+        handler: Any = super().to_chat_handler()
+        handler.formatter = self
+        return handler
+
     def __call__(self, **options: Any) -> Any:
         self.check()
         try:
-            return super().__call__(**options)
+            found = super().__call__(**options)
         except _TEMPLATE_ERRORS as error:
             raise LlamaError(f"the chat template fails: {_one_line(error)}; {_OTHER_WAYS}") from error
+        if not found.prompt:
+            raise LlamaError(f"the chat template makes nothing of the messages; {_OTHER_WAYS}")
+        to_utf8(found.prompt)
+        found.stop = [self.eos_token] if self.eos_token else []  # "" would end every answer
+        return found
+
+
+def to_utf8(text: str) -> bytes:
+    """Raises LlamaError for a text with surrogates, which stand for bytes that were no text."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.end + 20].encode("utf-8", "backslashreplace")
+        raise LlamaError(
+            f"the text is not UTF-8 near {around.decode()!r}; set the terminal, or whatever it came from, to "
+            "UTF-8, or convert it with iconv"
+        ) from error
 
 
 _OTHER_WAYS = "give another template, or let the model continue plain text"

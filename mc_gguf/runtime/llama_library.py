@@ -25,7 +25,17 @@ ChatFormatter = guarded.ChatFormatter
 LlamaModel = guarded.Model
 check_tokens = guarded.check_tokens
 is_whole = guarded.is_whole
+to_utf8 = guarded.to_utf8
 
-__all__ = ["ChatFormatter", "LlamaModel", "check_tokens", "is_whole", "listen", "llama_cpp", "reason"]
+__all__ = [
+    "ChatFormatter",
+    "LlamaModel",
+    "check_tokens",
+    "is_whole",
+    "listen",
+    "llama_cpp",
+    "reason",
+    "to_utf8",
+]
 
 guarded.install()

@@ -236,5 +236,6 @@ def mapped_libraries() -> list[Path]:
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         return []
-    files = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if line.count("/")}
+    lines = os.fsdecode(maps.read_bytes()).splitlines()
+    files = {line.split(maxsplit=5)[5] for line in lines if line.count("/")}
     return sorted(Path(file) for file in files if Path(file).name.startswith(("libllama.", "libggml")))

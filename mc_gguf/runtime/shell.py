@@ -39,7 +39,7 @@ class Log:
         """
         words = [str(word) for word in command]
         output: list[str] = []
-        with self.path.open("a") as log:
+        with self.path.open("a", encoding="utf-8", errors="surrogateescape") as log:
             log.write(f"\n$ {shlex.join(words)}\n")
             log.flush()
             try:
@@ -50,7 +50,7 @@ class Log:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
-                    text=True,
+                    encoding="utf-8",
                     errors="replace",
                 )
             except OSError as error:

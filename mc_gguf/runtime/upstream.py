@@ -46,7 +46,7 @@ def patches_dir() -> Path:
 def pin() -> Upstream:
     """patches/UPSTREAM, read. Raises RuntimeBuildError that names a missing key."""
     path = patches_dir() / "UPSTREAM"
-    lines = [line.partition("=") for line in path.read_text().splitlines() if "=" in line]
+    lines = [line.partition("=") for line in path.read_text(encoding="utf-8").splitlines() if "=" in line]
     values = {key.strip(): value.strip() for key, _, value in lines}
     missing = [field.name for field in fields(Upstream) if field.name not in values]
     if missing:
@@ -59,7 +59,7 @@ def series() -> list[Path]:
     path = patches_dir() / "series"
     if not path.is_file():
         return []
-    names = [line.strip() for line in path.read_text().splitlines()]
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     return [path.parent / name for name in names if name and not name.startswith("#")]
 
 

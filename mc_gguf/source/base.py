@@ -62,11 +62,16 @@ class Checkpoint(Protocol):
 
 
 def select_metadata(kv: Mapping[str, Value]) -> dict[str, Value]:
-    """The metadata that an output keeps: not what mc_gguf writes itself, nor empty arrays and strings."""
+    """The metadata that an output keeps: not what mc_gguf writes itself, nor empty arrays and strings, nor
+    keys that are not ASCII, which GGUF does not allow.
+    """
     return {
         key: value
         for key, value in kv.items()
-        if key not in _NOT_COPIED and not key.startswith(_NOT_COPIED_PREFIXES) and value.value not in ("", [])
+        if key.isascii()
+        and key not in _NOT_COPIED
+        and not key.startswith(_NOT_COPIED_PREFIXES)
+        and value.value not in ("", [])
     }
 
 

@@ -57,6 +57,7 @@ def check_directory(folder: Path) -> dict[str, StoredTensor]:
     makes a conversion impossible or wrong, as far as it shows without reading weights.
     """
     _check_kind(folder)
+    _check_name(folder)
     _check_files(folder)
     config = read_config(folder)
     _check_quantization(folder, config)
@@ -70,6 +71,16 @@ def check_directory(folder: Path) -> dict[str, StoredTensor]:
         log.warning("%s: the runtime does not follow this: %s", folder / CONFIG, "; ".join(sentences))
     check_token_ids(folder, config.get("vocab_size"))
     return stored
+
+
+def _check_name(folder: Path) -> None:
+    try:
+        str(folder).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"the name {str(folder)!r} is not UTF-8, which the libraries that read a tokenizer need; rename "
+            "the directory, or give it through a link with another name"
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

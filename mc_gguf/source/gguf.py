@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from mc_gguf.artifacts import TensorSpec, expert_tensor_name
 from mc_gguf.common.errors import FormatError, SourceError
-from mc_gguf.ggml.gguf_file import GgufHeader, TensorEntry, read_header
+from mc_gguf.ggml.gguf_file import GgufHeader, TensorEntry
 from mc_gguf.ggml.gguf_writer import add_values
-from mc_gguf.ggml.shards import shard_paths
+from mc_gguf.ggml.shards import joined, read_shards
 from mc_gguf.source.base import bos_of, hparams_of, make_info, sample_offsets, select_metadata
 from mc_gguf.source.values import check_weights
 
@@ -28,19 +28,12 @@ class GgufCheckpoint:
     """The Checkpoint (mc_gguf.source) of a GGUF; `path` may be any of its shards."""
 
     def __init__(self, path: Path) -> None:
-        headers = _open_shards(path)
-        self._path = headers[0].path
-        self._entries: dict[str, tuple[Path, TensorEntry]] = {}
-        for header in headers:
-            for name, entry in header.tensors.items():
-                if name in self._entries:
-                    raise SourceError(f"{header.path}: {name} is also in another shard")
-                self._entries[name] = (header.path, entry)
-        kv = headers[0].kv
-        architecture = headers[0].get("general.architecture")
+        header = _open(path)
+        self._path, self._entries, kv = header.path, header.tensors, header.kv
+        architecture = header.get("general.architecture")
         if not isinstance(architecture, str):
             raise SourceError(f"{path} has no key general.architecture, so it is not a model")
-        specs = [TensorSpec(e.name, e.shape, e.type.name) for _, e in self._entries.values()]
+        specs = [TensorSpec(e.name, e.shape, e.type.name) for e in self._entries.values()]
         if quantized := next((s for s in specs if s.type not in _FLOATS), None):
             raise SourceError(
                 f"{path}: {quantized.name} is {quantized.type}; give the 16-bit or 32-bit model"
@@ -54,16 +47,17 @@ class GgufCheckpoint:
         add_values(writer, self._kv)
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        entry = self._entry(name)[1]
+        entry = self._entry(name)
         return _as_f32(self.raw(name), entry.type.name).reshape(tuple(reversed(entry.shape)))
 
     def expert(self, layer: int, projection: str, expert: int) -> NDArray[np.float32]:
         name = expert_tensor_name(layer, projection)
         raw = self.raw(name, expert)
-        return _as_f32(raw, self._entry(name)[1].type.name).reshape(self.info.expert_shape(projection))
+        return _as_f32(raw, self._entry(name).type.name).reshape(self.info.expert_shape(projection))
 
     def raw(self, name: str, expert: int | None = None) -> NDArray[np.uint8]:
-        path, entry = self._entry(name)
+        entry = self._entry(name)
+        path = entry.path
         n_bytes = entry.n_bytes if expert is None else entry.n_bytes // entry.shape[-1]
         data = np.fromfile(path, dtype=np.uint8, count=n_bytes, offset=entry.offset + n_bytes * (expert or 0))
         if len(data) != n_bytes:
@@ -81,17 +75,17 @@ class GgufCheckpoint:
 
         return Vocabulary(self._path)
 
-    def _entry(self, name: str) -> tuple[Path, TensorEntry]:
+    def _entry(self, name: str) -> TensorEntry:
         if name not in self._entries:
             raise SourceError(f"{self._path} has no tensor {name}")
         return self._entries[name]
 
     def _samples(self) -> Iterator[bytes]:
         for name in sorted(self._entries):
-            path, entry = self._entries[name]
+            entry = self._entries[name]
             n_part = entry.shape[-1] if len(entry.shape) == 3 else 1
             n_bytes = entry.n_bytes // n_part
-            with path.open("rb") as file:
+            with entry.path.open("rb") as file:
                 for part in range(n_part):
                     for start, length in sample_offsets(n_bytes):
                         file.seek(entry.offset + part * n_bytes + start)
@@ -106,36 +100,9 @@ def _as_f32(raw: NDArray[np.uint8], type_name: str) -> NDArray[np.float32]:
     return raw.view(np.float16 if type_name == "F16" else np.float32).astype(np.float32, copy=False)
 
 
-def _open_shards(path: Path) -> list[GgufHeader]:
-    """The headers of all shards that belong to `path`, first shard first."""
+def _open(path: Path) -> GgufHeader:
+    """The header of the whole model that `path` belongs to."""
     try:
-        header = read_header(path)
-        count = header.get("split.count", 1)
-        if not isinstance(count, int):
-            raise SourceError(f"{path}: key split.count is {count!r}, not a whole number")
-        if count <= 1:
-            return [header]
-        paths = shard_paths(path)
-        if len(paths) != count:
-            raise SourceError(
-                f"{path} is one of {count} shards, but is not named like ...-00001-of-{count:05d}.gguf"
-            )
-        if missing := [p.name for p in paths if not p.is_file()]:
-            raise SourceError(
-                f"{path.parent} lacks {len(missing)} of {count} shards: {', '.join(missing[:5])}"
-            )
-        headers = [read_header(p) for p in paths]
+        return joined(read_shards(path))
     except FormatError as error:
         raise SourceError(str(error)) from error
-    for number, shard in enumerate(headers):
-        if (shard.get("split.no"), shard.get("split.count")) != (number, count):
-            raise SourceError(
-                f"{shard.path} is not shard {number + 1} of {count} of one model: its keys split.no and "
-                f"split.count are {shard.get('split.no')} and {shard.get('split.count')}, not {number} and "
-                f"{count}; download it again"
-            )
-    expected = header.get("split.tensors.count")
-    found = sum(len(h.tensors) for h in headers)
-    if expected is not None and expected != found:
-        raise SourceError(f"{path}: the shards hold {found} tensors, key split.tensors.count says {expected}")
-    return headers

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.common.errors import SourceError
+from mc_gguf.common.texts import decode, read_bytes
 
 DEFAULT_TOKENS = 65_536
 DEFAULT_CTX = 512
@@ -98,7 +99,8 @@ def load_corpus(
             parameter=("tokens", "ctx"),
         )
     names, texts = _read(files)
-    parts = [tokenizer.tokenize(_decode(name, text)) for name, text in zip(names, texts, strict=True)]
+    paths = files or [Path(BUNDLED)]
+    parts = [tokenizer.tokenize(decode(text, path)) for text, path in zip(texts, paths, strict=True)]
     stream = np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
     rows = _windows(stream, tokens // ctx, ctx, _bos(tokenizer), seed)
     _warn(rows.size, tokens, ctx)
@@ -111,19 +113,7 @@ def _read(files: Sequence[Path]) -> tuple[tuple[str, ...], list[bytes]]:
     """
     if not files:
         return (BUNDLED,), [resources.files("mc_gguf.source").joinpath("data", BUNDLED).read_bytes()]
-    try:
-        return tuple(f.name for f in files), [f.read_bytes() for f in files]
-    except OSError as error:
-        raise SourceError(f"cannot read the text {error.filename}: {error.strerror}") from error
-
-
-def _decode(name: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"the text {name} is not UTF-8 (see byte {error.start}); convert it to UTF-8"
-        ) from error
+    return tuple(f.name for f in files), [read_bytes(f) for f in files]
 
 
 def _bos(tokenizer: Tokenizer) -> list[int]:

@@ -77,8 +77,30 @@ def test_version() -> None:
     assert run("--version").stdout == f"mc-gguf, version {mc_gguf.__version__}\n"
 
 
-def test_unknown_command_is_a_usage_error() -> None:
-    assert run("convrt").exit_code == 2
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        (["convrt"], "No such command 'convrt'. Did you mean 'convert'?"),
+        (["Chat"], "No such command 'Chat'. Did you mean 'chat'?"),
+        (["routing", "sett"], "No such command 'sett'. Did you mean 'set'?"),
+        (["runtime", "biuld"], "No such command 'biuld'. Did you mean 'build'?"),
+        (["xyz"], "No such command 'xyz'. There are convert, chat, inspect, "),
+        (["chat", "m.gguf", "--promt", "x"], "No such option"),
+        (["routing", "set", "m.gguf", "--target-dorp", "x"], "--target-drop"),
+    ],
+)
+def test_what_is_mistyped_gets_the_nearest_name(typed: list[str], hint: str) -> None:
+    result = run(*typed)
+    assert result.exit_code == 2
+    assert hint in result.stderr
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS[:-1], "routing set", "routing show"])
+def test_a_command_without_arguments_shows_its_help(name: str) -> None:
+    result = run(*name.split())
+    assert result.exit_code == 2
+    assert "--help" in result.output
+    assert "Error" not in result.output
 
 
 def _command(monkeypatch: pytest.MonkeyPatch, body: Callable[[], None]) -> None:

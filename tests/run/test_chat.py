@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from mc_gguf.cli import main
-from mc_gguf.common.errors import McError
+from mc_gguf.common.errors import LlamaError, McError
 from mc_gguf.run import chat as chats
 from mc_gguf.run.chat import HELP, say, talk
 from mc_gguf.run.conversation import Conversation, Sampling
@@ -25,6 +25,7 @@ class Parrot:
     """Answers with what it was given; remembers the calls. `trouble` is raised after the first piece."""
 
     def __init__(self, template: bool) -> None:
+        self.chat_template: str | None = None
         self.metadata = {"tokenizer.chat_template": "{{ messages }}"} if template else {}
         self.calls: list[Any] = []
         self.trouble: BaseException | None = None
@@ -80,6 +81,19 @@ def test_a_full_context_is_explained() -> None:
         list(talk_.answer("abc"))
 
 
+def test_what_the_model_is_told_comes_first() -> None:
+    talk_, parrot = conversation(template=True)
+    talk_.system = "Be brief."
+    for prompt in ("hi", "and"):
+        list(talk_.answer(prompt))
+        talk_.reset()
+    assert [[m["role"] for m in messages] for messages, _ in parrot.calls] == [["system", "user"]] * 2
+    talk_.raw = True
+    assert "".join(talk_.answer("abc")) == "<3>"
+    with pytest.raises(McError, match="raw text has no place"):
+        talk_.check()
+
+
 def test_say_writes_pieces_and_a_newline() -> None:
     talk_, _ = conversation(template=False)
     out = io.StringIO()
@@ -102,18 +116,55 @@ def _type(lines: list[str | type[BaseException]], monkeypatch: pytest.MonkeyPatc
 
 def test_the_interactive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     talk_, parrot = conversation(template=False)
-    _type(["abc", "", "/help", KeyboardInterrupt, "/reset", "de", "/exit", "never"], monkeypatch)
+    _type(["abc", "", "/help", "/reset", "de", "/exit", "never"], monkeypatch)
     out = io.StringIO()
     talk(talk_, out)
-    assert out.getvalue() == f"{HELP}\n<3>\n{HELP}\n\n<2>\n"
+    assert out.getvalue() == f"{HELP}\n<3>\n{HELP}\n<2>\n"
     assert [call[0] for call in parrot.calls] == ["abc", "de"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "sent"),
+    [
+        (["one\\", "two\\", "", "x"], ["one\ntwo\n", "x"]),
+        (['"""one', "", "/exit", 'two"""', "x"], ["one\n\n/exit\ntwo", "x"]),
+        (['"""', 'a = """b""" + c', '"""'], ['a = """b""" + c']),
+        (['"""one"""', "x"], ["one", "x"]),
+        (['"""one', "two"], ["one\ntwo"]),
+        (["one\\"], ["one\\"]),
+        (["/usr/bin/env python", " /exit", "/2"], ["/usr/bin/env python", " /exit", "/2"]),
+        (["one", KeyboardInterrupt, "never"], ["one"]),
+    ],
+)
+def test_messages(
+    typed: list[str | type[BaseException]], sent: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk_, parrot = conversation(template=True)
+    _type(typed, monkeypatch)
+    talk(talk_, io.StringIO())
+    assert [messages[-1]["content"] for messages, _ in parrot.calls] == sent
+
+
+@pytest.mark.parametrize("command", ["/foo", "/Exit", "/stat "])
+def test_unknown_commands_are_told(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk_, parrot = conversation(template=True)
+    _type([command], monkeypatch)
+    out = io.StringIO()
+    talk(talk_, out)
+    assert f"There is no {command.strip()}. /reset forgets" in out.getvalue()
+    assert not parrot.calls
 
 
 @pytest.mark.parametrize(
     ("trouble", "shown"),
     [
         (KeyboardInterrupt(), "<\n(stopped)\n"),
-        (ValueError("full"), "<\nError: full: shorten the prompt, /reset, or give a larger context\n"),
+        (
+            ValueError("300 tokens exceed context window of 256"),
+            "<\nError: 300 tokens exceed context window of 256: shorten the prompt, /reset, or give a larger "
+            "context\n",
+        ),
+        (LlamaError("the chat template fails"), "<\nError: the chat template fails\n"),
     ],
 )
 def test_trouble_ends_the_answer_but_not_the_conversation(
@@ -190,7 +241,7 @@ def test_the_saving_is_said_after_an_error_too(tiny_gguf: Path) -> None:
 def test_wrong_routing_is_one_line(tiny_gguf: Path) -> None:
     code, _, err = run(tiny_gguf, "-p", "x", "--routing", "odp")
     assert code == 1
-    assert err.startswith("Error: the file carries no thresholds for routing 'odp'")
+    assert err.startswith("Error: --routing: the file carries no thresholds for routing 'odp'")
     assert err.count("\n") == 1
 
 

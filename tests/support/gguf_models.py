@@ -227,10 +227,12 @@ def take_apart(path: Path) -> tuple[dict[str, Value], list[Part]]:
     return dict(header.kv), [part(t) for t in header.tensors.values()]
 
 
-def write_parts(path: Path, kv: Mapping[str, Value], parts: Sequence[Part]) -> None:
-    """Write a GGUF with gguf-py alone, whatever is in it."""
+def write_parts(path: Path, kv: Mapping[str, Value], parts: Sequence[Part], per_shard: int = 0) -> None:
+    """Write a GGUF with gguf-py alone, whatever is in it. `per_shard`: in shards of so many tensors, as
+    NAME-00001-of-0000N.gguf and so on.
+    """
     gguf = load_gguf()
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=per_shard)
     add_values(writer, {k: v for k, v in kv.items() if k != "general.architecture"})
     for p in parts:
         kind = gguf.GGMLQuantizationType(p.type_id)
@@ -241,6 +243,20 @@ def write_parts(path: Path, kv: Mapping[str, Value], parts: Sequence[Part]) -> N
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def changed_copy(source: Path, path: Path, changes: Mapping[str, Value | None]) -> Path:
+    """A copy of a GGUF with other metadata; None removes a key."""
+    kv, parts = take_apart(source)
+    merged = kv | dict(changes)
+    write_parts(path, {key: value for key, value in merged.items() if value is not None}, parts)
+    return path
+
+
+def split(source: Path, path: Path, per_shard: int) -> list[Path]:
+    """A GGUF in shards of `per_shard` tensors, which are named after `path`."""
+    write_parts(path, *take_apart(source), per_shard)
+    return sorted(path.parent.glob(f"{path.stem}-?????-of-?????.gguf"))
 
 
 def renamed(part: Part, name: str) -> Part:
