@@ -2,7 +2,8 @@
 //
 // For every type that can be compensated: the error in the metric must not be larger than that of ggml's own
 // quantization, the values that the library reports must be those that ggml reads from its blocks, and a second run must
-// give the same bytes. The time of the compensation is printed. The rows and the metric are made of integers, so all builds get the same ones.
+// give the same bytes. The time of the compensation is printed. The rows are scaled integers, and the metric is
+// made of integers, so all builds get the same ones.
 //
 // usage: test-mc-quantize [OUT [REFERENCE]]      exit 0: all passed
 //   OUT        a folder, for each TYPE: TYPE.stock (ggml's blocks), TYPE.blocks (compensated), TYPE.op (float32)
@@ -32,25 +33,26 @@ const int COLS = 256, ROWS = 40, N_EXPERT = 4, N_USED = 2, N_TOKENS = 3, PASSES 
 // the same on every platform, which the distributions of <random> are not
 uint32_t state = 1;
 
-float small_integer() {  // -8 .. 8, most often near 0
+// the sum of four integers from -largest to largest
+float random_integer(int largest) {
     int sum = 0;
     for (int i = 0; i < 4; i++) {
         state = state*1664525u + 1013904223u;
-        sum += (int) (state >> 24) % 5 - 2;
+        sum += (int) (state >> 12) % (2*largest + 1) - largest;
     }
     return (float) sum;
 }
 
-std::vector<float> integers(size_t n, float scale) {
+std::vector<float> numbers(size_t n, int largest, float scale) {
     std::vector<float> v(n);
-    for (auto & x : v) x = small_integer()*scale;
+    for (auto & x : v) x = random_integer(largest)*scale;
     return v;
 }
 
 // a a' + diagonal, in integers below 2^24: exact
 std::vector<float> make_metric() {
     const int inputs = 2*COLS;
-    const auto a = integers((size_t) COLS*inputs, 1.0f);
+    const auto a = numbers((size_t) COLS*inputs, 2, 1.0f);
     std::vector<float> s((size_t) COLS*COLS);
     for (int i = 0; i < COLS; i++) {
         for (int j = 0; j < COLS; j++) {
@@ -128,8 +130,8 @@ void report(bool ok, const char * what, ggml_type type) {
 int main(int argc, char ** argv) {
     const std::string out = argc > 1 ? argv[1] : "", reference = argc > 2 ? argv[2] : "";
     const auto s       = make_metric();
-    const auto weights = integers((size_t) ROWS*COLS, 1.0f/64);
-    const auto input   = integers((size_t) COLS*N_TOKENS, 1.0f/4);
+    const auto weights = numbers((size_t) ROWS*COLS, 500, 1e-4f);
+    const auto input   = numbers((size_t) COLS*N_TOKENS, 500, 1e-3f);
     const std::vector<float> importance(COLS, 1.0f);
 
     double seconds = 0, n_weights = 0;  // processor time, over all types
