@@ -80,6 +80,8 @@ class EvaluationRequest:
         """The texts, read. Raises McError for whatever can be known before hours of computing."""
         with about("routing"):
             Routing.of(self.routing)
+        if not self.models:
+            raise McError("there is nothing to evaluate: give a model", parameter="models")
         for model in self.models:
             check_file(model)
         if not self.texts and not self.tasks:
