@@ -104,6 +104,7 @@ def evaluate(
     """
     check_at_least(16, ctx=ctx)
     check_at_most(2**31 - 1, ctx=ctx)
+    check_at_most(512, threads=threads)
     check_at_least(1, tokens=tokens, limit=limit, threads=threads)
     check_at_least(0, fewshot=fewshot)
     from mc_gguf.evaluate.request import EvaluationRequest

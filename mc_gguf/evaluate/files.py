@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 
+from mc_gguf.common.errors import McError
 from mc_gguf.common.files import atomic_write, sha256_of
 from mc_gguf.ggml.shards import shard_paths
 from mc_gguf.runtime import upstream
@@ -53,7 +55,7 @@ def _sha256(path: Path) -> str:
     settled = time.time() - max(before["changed_ns"], before["modified_ns"]) / 1e9 > SETTLED_SECONDS
     if settled and _state(path) == before:
         entry = {"path": str(path.resolve()), "state": before, "sha256": found}
-        with atomic_write(memo) as file:
+        with suppress(OSError, McError), atomic_write(memo) as file:  # it only saves time
             file.write(json.dumps(entry).encode())
     return found
 

@@ -85,6 +85,8 @@ class EvaluationRequest:
                 check_output(self.output, (*self.models, *self.texts, *to_paths(self.reference)))
         with about("routing"):
             Routing.of(self.routing)
+        if not self.models:
+            raise McError("there is nothing to evaluate: give a model", parameter="models")
         for model in self.models:
             check_file(model)
         if not self.texts and not self.tasks:

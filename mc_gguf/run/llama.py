@@ -384,6 +384,8 @@ def check_file(path: Path) -> None:
         raise SourceError(
             f"{path} is a directory; give the path of a GGUF, for instance one made by mc-gguf convert"
         )
+    if not path.is_file():
+        raise SourceError(f"{path} is not a regular file; give the path of a GGUF")
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mc_gguf.common.errors import McError
+from mc_gguf.evaluate import evaluate
 from mc_gguf.evaluate.cache import references
 from mc_gguf.evaluate.evaluation import evaluate_model
 from mc_gguf.evaluate.reference import Reference, rows_end
@@ -105,3 +106,12 @@ def test_a_quantized_reference_is_warned_of(
     assert invoke("eval", tiny_gguf, "--text", text, *SMALL, "--reference", quantized).exit_code == 0
     [warning] = caplog.messages
     assert "quantized.gguf is quantized itself (Q8_0)" in warning
+
+
+def test_nothing_to_evaluate(text: Path) -> None:
+    with pytest.raises(McError, match="give a model"):
+        evaluate([], text=text)
+    with pytest.raises(McError, match="ctx must be at most"):
+        evaluate("m.gguf", text=text, ctx=10**12)
+    with pytest.raises(McError, match="threads must be at most 512"):
+        evaluate("m.gguf", text=text, threads=10**6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -357,3 +358,13 @@ def test_a_user_without_a_home(tiny_gguf: Path, tiny_model: Path, repo_root: Pat
         assert run_child(words, environment={"MC_GGUF_CACHE": str(cache_dir())}).code == 0
     inspected = run_child([*NOBODY, sys.executable, "-m", "mc_gguf", "inspect", str(tiny_gguf)])
     assert inspected.code == 0
+
+
+def test_what_is_no_regular_file(tmp_path: Path) -> None:
+    """Nobody writes into this pipe, so that reading it would never end."""
+    pipe = tmp_path / "pipe.gguf"
+    os.mkfifo(pipe)
+    for command in (("inspect",), ("routing", "show"), ("chat",), ("eval", "--text", pipe)):
+        refused = run_command(*command, pipe, timeout=60)
+        assert refused.code == 1
+        assert refused.stderr.startswith(f"Error: {pipe} is not a regular file")
