@@ -55,9 +55,7 @@ def chat(
     if template is not None and raw:
         raise McError("these exclude each other; give one of them", parameter=("template", "raw"))
     prompt, system = _texts(prompt, system)
-    source = (
-        None if template is None else decode(read_bytes(template, "the template"), template, "the template")
-    )
+    source = None if template is None else _read_template(template)
     from mc_gguf.run.llama import Llama, check_file
 
     check_file(model)
