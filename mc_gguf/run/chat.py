@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from mc_gguf.common.errors import McError
+from mc_gguf.common.errors import McError, about
 from mc_gguf.common.machine import threads_for_now
 from mc_gguf.common.texts import decode, read_bytes
 from mc_gguf.run.conversation import Conversation, Sampling
@@ -83,13 +83,14 @@ def _texts(prompt: str | None, system: str | None) -> tuple[str | None, str | No
         )
     if sys.stdin is None and (prompt in (None, STDIN) or system == STDIN):
         raise McError("stdin is closed, so nothing can be typed; give a prompt", parameter="prompt")
-    return _text(prompt), _text(system)
+    return _text(prompt, "prompt"), _text(system, "system")
 
 
-def _text(argument: str | None) -> str | None:
+def _text(argument: str | None, parameter: str) -> str | None:
     if argument is None:
         return None
-    return read_all() if argument == STDIN else as_text(argument)
+    with about(parameter):
+        return read_all() if argument == STDIN else as_text(argument)
 
 
 def _read_template(path: Path) -> str:

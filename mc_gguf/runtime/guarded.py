@@ -257,9 +257,9 @@ def to_utf8(text: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        around = text[max(0, error.start - 20) : error.end + 20].encode("utf-8", "backslashreplace")
+        around = text[max(0, error.start - 20) : error.end + 20]
         raise LlamaError(
-            f"the text is not UTF-8 near {around.decode()!r}; set the terminal, or whatever it came from, to "
+            f"the text is not UTF-8 near {around!r}; set the terminal, or whatever it came from, to "
             "UTF-8, or convert it with iconv"
         ) from error
 
