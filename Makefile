@@ -2,6 +2,7 @@
 # make demo    setup, then convert the bundled model and chat with it
 # make check   the checks, and the tests that need no runtime: about a minute; needs no `make setup`
 # make test    setup, then every check and every test
+# make test-upstream    the tests of llama.cpp and llama-cpp-python with our patches
 # make test-compilers   the runtime with every compiler that is installed, for other CPUs too, and its native tests
 # PYTHON=python3.12 make setup   uses another Python (3.11 or newer)
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # llama-cpp-python without its native part: its libraries come from `mc-gguf runtime build`.
 PURE := CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"
 
-.PHONY: setup demo check static quick test test-compilers docs clean
+.PHONY: setup demo check static quick test test-upstream test-compilers docs clean
 
 setup: $(VENV)/installed
 	@$(BIN)/mc-gguf runtime build
@@ -45,6 +46,9 @@ quick: $(VENV)/installed
 test: setup static
 	$(BIN)/mc-gguf runtime build --unpatched
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --numprocesses 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
+
+test-upstream: setup
+	$(BIN)/python -m tools.upstream_tests
 
 test-compilers: $(VENV)/installed
 	$(BIN)/python -m tools.compilers
