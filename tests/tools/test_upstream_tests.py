@@ -24,11 +24,11 @@ from tools.upstream_tests import REASONS, _test, left_out_of_python
 def test_what_ctest_leaves_out(properties: dict[str, Any], reason: str) -> None:
     entry = {
         "name": "test-x",
-        "command": ["/build/bin/test-y", "-m", "z"],
         "properties": [{"name": name, "value": value} for name, value in properties.items()],
     }
-    found = _test(entry)
+    found = _test(entry, Path("/build/bin/test-y"), Path("/build/bin"))
     assert (found.name, found.target, found.reason) == ("test-x", "test-y", reason)
+    assert _test(entry, Path("/source/tests/x.sh"), Path("/build/bin")).reason
 
 
 def test_what_llama_cpp_python_leaves_out(tmp_path: Path) -> None:
