@@ -26,7 +26,7 @@ def place(layer: int, step: str) -> Iterator[None]:
     except SourceError:
         raise  # of a tensor, which it names
     except McError as error:
-        raise SourceError(f"layer {layer}, {step}: {error}") from error
+        raise SourceError(f"layer {layer}, {step}: {error}", parameter=error.parameters) from error
 
 
 def check_finite(values: Tensor | NDArray[np.float64] | float, what: str) -> None:

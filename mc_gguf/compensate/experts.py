@@ -27,6 +27,7 @@ from torch import Tensor
 from mc_gguf import __version__
 from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, ModelInfo, Plan
 from mc_gguf.artifacts.matching import check_inputs
+from mc_gguf.calibrate.finite import place
 from mc_gguf.common.arrays import write_array
 from mc_gguf.common.errors import ArtifactError, about
 from mc_gguf.common.files import atomic_write, check_space
@@ -275,7 +276,8 @@ class _Pass:
         for projection, name in sorted(kinds):
             assert collector is not None
             inputs = collector.inputs(projection == "down")
-            blocks = self._matrix(layer, number, projection, name, expert, inputs)
+            with place(layer, f"expert {number}, {projection}"):
+                blocks = self._matrix(layer, number, projection, name, expert, inputs)
             self.bank.put(layer, projection, number, name, blocks)
 
     def _matrix(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mc_gguf import runtime
 from mc_gguf.common.errors import McError
-from mc_gguf.ggml.quantizers import thread_pool
+from mc_gguf.ggml.quantizers import check_rows, thread_pool
 from mc_gguf.ggml.types import ggml_type
 
 BLOCK = 256
@@ -103,10 +103,12 @@ class Metric:
 
         target [rows, n]; blocks [rows, bytes of n columns], in: where to start (its scales; its codes too
         unless `greedy`), out: the result; values [rows, n], out: the weights that the blocks stand for. All
-        may be column ranges of wider arrays. `passes` of coordinate descent follow.
+        may be column ranges of wider arrays. `passes` of coordinate descent follow. Raises McError for
+        targets that the type cannot take.
         """
         for array in (target, blocks, values):
             assert array.strides[1] == array.itemsize
+        check_rows(target, self.kind.name)
 
         def work(start: int) -> None:
             end = min(start + _PIECE_ROWS, len(target))

@@ -107,6 +107,8 @@ def quantize_rows(
     """
     kind = ggml_type(type_name)
     rows, cols = weights.shape
+    if cols == 0:
+        raise McError(f"rows without weights cannot be {kind.name}; the source is damaged")
     source = np.ascontiguousarray(weights, dtype=np.float32)
     output = np.empty((rows, kind.row_bytes(cols)), dtype=np.uint8)
     importance = _checked_imatrix(kind.name, kind.needs_imatrix, imatrix, cols)
@@ -131,7 +133,7 @@ def _quantize_piece(
     start: int,
 ) -> None:
     piece, target = source[start : start + step], output[start : start + step]
-    _check_weights(piece, kind.name, start)
+    check_rows(piece, kind.name, start)
     if kind.id == 0:
         target[:] = piece.view(np.uint8)
         return
@@ -150,8 +152,10 @@ def _quantize_piece(
         raise McError(f"weights in rows {start} to {start + len(piece) - 1} are too large for {kind.name}")
 
 
-def _check_weights(piece: NDArray[np.float32], type_name: str, start: int) -> None:
-    """Raises McError, with the row and the weight, for weights that the type cannot take."""
+def check_rows(piece: NDArray[np.float32], type_name: str, start: int = 0) -> None:
+    """Raises McError, with the row (`start` is the number of the first) and the weight, for weights that the
+    type cannot take.
+    """
     limit = np.finfo(np.float32).max if type_name in _UNLIMITED else MAX_WEIGHT
     if piece.size == 0 or (piece.max() <= limit and piece.min() >= -limit):  # neither holds with a NaN
         return

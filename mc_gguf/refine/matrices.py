@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf.artifacts import Calibration
+from mc_gguf.calibrate.finite import place
 from mc_gguf.compensate.bank import Bank
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.ggml.types import ggml_type
@@ -33,7 +34,8 @@ class GgmlQuantizer:
     def __call__(self, layer: int, projection: str, expert: int, type_name: str) -> NDArray[np.uint8]:
         weights = self.checkpoint.expert(layer, projection, expert)
         imatrix = self.calibration.imatrix(layer, projection, expert)
-        return quantize_rows(weights, type_name, imatrix, self.threads)
+        with place(layer, f"expert {expert}, {projection}"):
+            return quantize_rows(weights, type_name, imatrix, self.threads)
 
 
 class Matrices:
