@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -255,6 +256,30 @@ def test_other_plans_use_the_same_calibration(converted: Path, tiny_model: Path)
         result = convert(tiny_model, "-o", converted, "--bpw", "2.2", *quick, *options, "--dry-run")
         assert result.exit_code == 0, result.output
     assert calibration.stat().st_mtime_ns == written
+
+
+def test_the_range_of_sizes_is_the_same_before_and_after_calibration(
+    converted: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """What convert says without a calibration, plan says with it; one byte less is refused at once."""
+    calibration, types = (
+        converted.with_name("model.calib.safetensors"),
+        ("--types", "IQ1_S,IQ2_XXS,Q2_K,Q3_K"),
+    )
+    for more in ((), ("--embd-type", "Q4_K", "--output-type", "Q8_0"), ("--attention", "Q4_K,Q6_K")):
+        early = convert(tiny_model, "--size", "1KiB", *types, *more, "-o", tmp_path / "m.gguf")
+        plan = ["plan", calibration, "--size", "1KiB", *types, *more, "-o", tmp_path / "m.plan.json"]
+        late = CliRunner().invoke(main, [*map(str, plan)])
+        bounds = [re.search(r"reach from (\d+) bytes .* to (\d+) bytes", x.stderr) for x in (early, late)]
+        assert bounds[0] is not None
+        assert bounds[1] is not None
+        assert bounds[0].groups() == bounds[1].groups()
+        smallest = int(bounds[0][1])
+        plan[3] = str(smallest)
+        assert CliRunner().invoke(main, [*map(str, plan)]).exit_code == 0
+        refused = convert(tiny_model, "--size", str(smallest - 1), *types, *more, "-o", tmp_path / "m.gguf")
+        assert "is not feasible" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["m.plan.json"]
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
