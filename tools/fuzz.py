@@ -5,14 +5,15 @@
     python -m tools.fuzz /tmp/m.gguf --runs 1 --seed 4711        # run 4711 again
 
 Every run has a seed of its own, seed + number, which decides what is changed: the header, the metadata, our
-maps and routing keys, the tensor infos, the weights, the file's length, or the options of the intact file. A
-run is a fork of a process that has loaded the libraries, but no model, under limits of memory
+keys and routing, the maps of experts, the tensor infos, the weights, the file's length, or the options of the
+intact file. A run is a fork of a process that has loaded the libraries, but no model, under limits of memory
 and time. It may end with an McError, or generate. Anything else is a fault: another exception, a signal, a
 hang. Files that led to one are kept.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -30,7 +31,7 @@ from typing import Any
 import click
 import numpy as np
 
-from mc_gguf import Llama
+import mc_gguf
 from mc_gguf.common.errors import McError
 from mc_gguf.ggml.gguf_file import GgufHeader, read_header
 
@@ -68,7 +69,8 @@ class Mutator:
         self.kinds: dict[str, Callable[[np.random.Generator, bytearray], None]] = {
             "header": self._in([(0, header.data_offset)]),
             "metadata": self._in([*header.kv_spans.values()]),
-            "maps": self._in(_spans(header, "mc_gguf.", but="mc_gguf.routing.")),
+            "keys": self._in(_spans(header, "mc_gguf.", but="mc_gguf.routing.")),
+            "maps": self._in(_maps(header)),
             "routing": self._in(_spans(header, "mc_gguf.routing.")),
             "architecture": self._in(_spans(header, f"{header.get('general.architecture')}.")),
             "tensor infos": self._in([header.infos_span]),
@@ -95,6 +97,14 @@ class Mutator:
                 _change(rng, data, start, end)
 
         return change
+
+
+def _maps(header: GgufHeader) -> list[Span]:
+    """Where the maps from experts to groups are."""
+    found = [(t.offset, t.offset + t.n_bytes) for t in header.tensors.values() if t.name.endswith(".map")]
+    if not found:
+        raise click.ClickException(f"{header.path} has no maps of experts: give a mixed file")
+    return found
 
 
 def _spans(header: GgufHeader, prefix: str, but: str = "\0") -> list[Span]:
@@ -207,7 +217,7 @@ def _try(path: Path, options: dict[str, Any], limits: Limits) -> tuple[str, str]
     os.environ["GGML_NO_BACKTRACE"] = "1"
     defaults: dict[str, Any] = {"n_ctx": 256, "n_batch": 32, "n_threads": 1, "routing": "odp"}
     try:
-        llama = Llama(path, **(defaults | options))
+        llama = mc_gguf.Llama(path, **(defaults | options))
         llama.create_completion("The house on the hill, ", max_tokens=3, seed=1)
         llama.close()
     except McError as error:
@@ -246,6 +256,7 @@ def fuzz(
     model: Path, runs: int, seed: int, memory: int, seconds: int, keep: Path | None = None
 ) -> tuple[Counter[tuple[str, str]], int]:
     """(how often each mutation ended in which way, number of faults). Faults are told on stderr."""
+    importlib.import_module("mc_gguf.run.llama")  # loads the libraries, so that the forks have them
     mutator, counts, faults = Mutator(model), Counter[tuple[str, str]](), 0
     own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits, began = Limits(own + memory * MEBIBYTE, seconds), time.monotonic()

@@ -44,7 +44,8 @@ FLAGS = (
     "-DLLAMA_BUILD_APP=OFF",
     "-DLLAMA_OPENSSL=OFF",
 )
-OPS = ("MUL_MAT_ID", "MUL_MAT_ID_GROUPED", "MC_ROUTE", "MC_COUNT")
+# By the op that a case ends in; the cases of the last three have our other ops inside.
+OPS = ("MUL_MAT_ID", "MUL_MAT_ID_GROUPED", "MC_COUNT", "MC_MASK_WEIGHTS", "MC_QK_RECEIVED")
 DOWNLOAD = "test-download-model"  # the fixture of tests that need a model
 REASONS = {  # of ctest's labels
     "model": "needs a model that it would download",
@@ -111,8 +112,10 @@ def _test(entry: dict[str, Any], program: Path, built: Path) -> Test:
 
 
 def run_ctest(build: Build, tests: Sequence[Test]) -> bool:
-    """Run the tests that are not left out."""
+    """Run the tests that are not left out; there must be some."""
     chosen = "|".join(re.escape(test.name) for test in tests if not test.reason)
+    if not chosen:
+        return False
     command = ["ctest", "--test-dir", str(build.folder), "--output-on-failure", "-R", f"^({chosen})$"]
     return subprocess.run([*command, "--timeout", "1200"], check=False).returncode == 0
 

@@ -359,7 +359,7 @@ def test_the_disk_is_measured_and_the_lock_taken_before_the_work(
     with Workdir(output, {}), pytest.raises(McError, match=r"another process .* is writing .*calib"):
         calibrate_to_file(checkpoint, corpus(), output, options, quiet=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(McError, match="has 1000 B free, but making calib takes"):
+    with pytest.raises(McError, match="has 1000 B free, but the work on calib takes"):
         calibrate_to_file(checkpoint, corpus(), output, options, quiet=True)
     assert checkpoint.n_reads == 0
     assert not list(tmp_path.iterdir())

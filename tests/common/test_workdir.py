@@ -225,7 +225,9 @@ def test_a_full_disk_is_told_before_the_work(output: Path, monkeypatch: pytest.M
         work.check_space(8 << 20, part)
         work.check_space(16 << 20)
         for n_bytes, folder in ((10 << 20, part), (20 << 20, None)):
-            with pytest.raises(McError, match=r"has 1.00 MiB free, but making out takes .* MiB; make room"):
+            with pytest.raises(
+                McError, match=r"has 1.00 MiB free, but the work on out takes .* MiB; make room"
+            ):
                 work.check_space(n_bytes, folder)
 
 

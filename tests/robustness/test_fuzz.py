@@ -26,7 +26,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_no_mutation_ends_the_process(mixed: Path, tmp_path: Path) -> None:
-    code = "from tools.fuzz import main; main()"
+    code = "from tools import fuzz; fuzz.main()"
     done = run_python(code, mixed, "--runs", 200, "--keep", tmp_path, "--json", timeout=300, memory=32 << 30)
     assert done.code == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
@@ -39,11 +39,12 @@ def test_no_mutation_ends_the_process(mixed: Path, tmp_path: Path) -> None:
 def test_a_fault_is_told_kept_and_counted(mixed: Path, tmp_path: Path) -> None:
     code = """
 import os, sys
+import mc_gguf
 from tools import fuzz
 class Dying:
     def __init__(self, path, **options):
         raise {"0": RuntimeError, "1": os.abort}[sys.argv.pop()]()
-fuzz.Llama = Dying
+mc_gguf.Llama = Dying
 fuzz.main()
 """
     arguments = (mixed, "--runs", 3, "--keep", tmp_path, "--json")

@@ -377,7 +377,7 @@ def test_a_full_disk_is_said_before_anything_is_written(ours: Path, monkeypatch:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 100))
     before = ours.read_bytes()
-    with pytest.raises(McError, match=r"has 100 B free, but the copy takes .*; make room"):
+    with pytest.raises(McError, match=r"has 100 B free, but the work on ours.gguf takes .*; make room"):
         container.write_routing(ours, ours, default_metadata(profile()))
     assert ours.read_bytes() == before
 

@@ -17,7 +17,10 @@ from mc_gguf import runtime as runtimes
 from tests.support import ROOT, WIKITEXT
 from tools.compilers import CONFIGURATIONS
 
-SEEN = ROOT / "tests" / "tools" / "test_smoke.py", ROOT / "tests" / "tools" / "test_train_moe.py"
+SEEN = [
+    *(ROOT / "tests" / "tools" / f"test_{name}.py" for name in ("smoke", "train_moe", "upstream_tests")),
+    ROOT / "tests" / "robustness" / "test_fuzz.py",
+]
 NATIVE = pytest.mark.usefixtures("own_cache")  # what is stored goes away; the fixture marks the test native
 
 
@@ -74,6 +77,11 @@ def test_compilers(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.compilers", "--list", "mingw-w64"]
     listed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
     assert "x86_64-w64-mingw32-gcc-posix is not installed: apt install g++-mingw-w64-x86-64-posix" in listed
+
+
+@NATIVE
+def test_kill() -> None:
+    run("kill", "--kills", 2, "--verb", "calibrate")
 
 
 def test_reference_cli(tmp_path: Path) -> None:

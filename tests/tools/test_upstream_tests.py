@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from tools import upstream_tests
 from tools.upstream_tests import REASONS, _test, left_out_of_python
 
 
@@ -38,3 +40,9 @@ def test_what_llama_cpp_python_leaves_out(tmp_path: Path) -> None:
         "def test_three(\n    request,\n    model_path_fixture,\n):\n    pass\n"
     )
     assert left_out_of_python(tmp_path) == ["tests/test_a.py::test_two", "tests/test_a.py::test_three"]
+
+
+def test_an_unknown_suite_is_refused() -> None:
+    result = CliRunner().invoke(upstream_tests.main, ["--only", "pytest"])
+    assert result.exit_code == 2
+    assert "is not one of 'ctest', 'ops', 'python'" in result.stderr
