@@ -100,7 +100,9 @@ class Routing:
 
     @classmethod
     def of(cls, routing: Routing | str) -> Routing:
-        """`routing` itself, or what its text stands for."""
+        """`routing` itself, or what its text stands for. Raises McError for anything else."""
+        if not isinstance(routing, str | Routing):
+            raise McError(f"routing is {routing!r}; give a policy as text, like 'odp', or a Routing")
         return cls.parse(routing) if isinstance(routing, str) else routing
 
     def settled(self, metadata: RoutingMetadata | None) -> Routing:

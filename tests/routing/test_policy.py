@@ -281,3 +281,9 @@ def test_the_other_policies_get_their_numbers() -> None:
     found = resolve(Routing("random", rate=0.3, seed=7), metadata(), SHAPE)
     assert (found.rate, found.seed) == (0.3, 7)
     assert active(found) == [1, 3]
+
+
+@pytest.mark.parametrize("routing", [5, None, ["odp"], b"odp"])
+def test_what_is_no_routing_is_refused(routing: Any) -> None:
+    with pytest.raises(McError, match="give a policy as text"):
+        Routing.of(routing)
