@@ -30,6 +30,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which shells ignore in what they run with &
             os.execve(sys.executable, words, os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb"})
         self.seen = b""
 
