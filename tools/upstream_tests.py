@@ -175,7 +175,7 @@ def lines_of_list(tests: Sequence[Test], folder: Path) -> Iterator[str]:
     for op in OPS:
         yield f"ops     {op}"
     for name in left_out_of_python(folder):
-        yield f"python  {name:<70}left out: {REASONS['model']}"
+        yield f"python  {name:<84}left out: {REASONS['model']}"
 
 
 @click.command(help=__doc__)
