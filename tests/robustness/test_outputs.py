@@ -31,6 +31,7 @@ VERBS = {
     "eval": "eval model --text text --reference source -o {out}",
     "routing set": "routing set model --calibration calib -o {out}",
 }
+NATIVE = {"eval": pytest.mark.native}  # it imports the runtime before it looks at a file
 INPUTS = {"source", "text", "calib", "plan", "model"}
 
 
@@ -49,7 +50,11 @@ def _invoke(line: str, out: str, folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("verb", "name"),
-    [(verb, name) for verb, line in VERBS.items() for name in sorted(INPUTS & {*line.split()} - {verb})],
+    [
+        pytest.param(verb, name, marks=NATIVE.get(verb, ()))
+        for verb, line in VERBS.items()
+        for name in sorted(INPUTS & {*line.split()} - {verb})
+    ],
 )
 def test_no_input_is_an_output(verb: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not under another name either, except that routing set changes its model."""
@@ -64,7 +69,7 @@ def test_no_input_is_an_output(verb: str, name: str, tmp_path: Path, monkeypatch
     assert "write to another file" in _invoke(VERBS[verb], "hard", tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [pytest.param(verb, marks=NATIVE.get(verb, ())) for verb in VERBS])
 @pytest.mark.parametrize(
     ("out", "words"),
     [
