@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+
+from mc_gguf.common.errors import McError
+
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "tiny-mixtral"  # the bundled model
 WIKITEXT = ROOT / "tests" / "data" / "wikitext-2.test.txt"
@@ -31,6 +35,17 @@ RELATIVE_ERROR = {
     "Q6_K": 0.0003,
     "Q8_0": 0.00003,
 }
+
+
+def run_tool(main: click.Command, name: str) -> None:
+    """Run a script's command; an error ends it with one line and an exit code."""
+    try:
+        main(standalone_mode=False)
+    except McError as error:
+        sys.exit(f"{name}: {error}")
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
 
 
 def copy_tokenizer(folder: Path) -> None:

@@ -24,7 +24,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from mc_gguf.runtime import fetch, upstream
 from mc_gguf.runtime.builder import program_command
 from mc_gguf.runtime.locate import LIBRARIES
 from mc_gguf.runtime.shell import Log
-from tools.common import ROOT
+from tools.common import ROOT, run_tool
 from tools.patches import git
 
 SOURCES = ROOT / "tests" / "native"
@@ -341,10 +340,4 @@ def main(names: tuple[str, ...], only_list: bool, source: Path | None, jobs: int
 
 
 if __name__ == "__main__":
-    try:
-        main(standalone_mode=False)
-    except McError as error:
-        sys.exit(f"compilers: {error}")
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+    run_tool(main, "compilers")

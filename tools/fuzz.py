@@ -18,13 +18,13 @@ import json
 import os
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ import numpy as np
 import mc_gguf
 from mc_gguf.common.errors import McError
 from mc_gguf.ggml.gguf_file import GgufHeader, read_header
+from tools.forks import Limits, forked
 
 MEBIBYTE = 1 << 20
 Span = tuple[int, int]
@@ -50,14 +51,6 @@ class Outcome:
     @property
     def is_fault(self) -> bool:
         return self.kind not in ("generated", "refused")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of a run: bytes of memory that it may take, and seconds."""
-
-    memory: int
-    seconds: int
 
 
 class Mutator:
@@ -186,31 +179,10 @@ def _options(rng: np.random.Generator) -> dict[str, Any]:
 
 def run(path: Path, options: dict[str, Any], mutation: str, limits: Limits) -> Outcome:
     """Open the file and generate from it, in a fork."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        os.write(writer, json.dumps(_try(path, options, limits)).encode()[:4000])
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        answer = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        return Outcome(mutation, "hang" if number == signal.SIGALRM else signal.Signals(number).name)
-    try:
-        kind, text = json.loads(answer)
-    except ValueError:
-        return Outcome(mutation, "exit", f"status {os.WEXITSTATUS(status)}: {answer[-200:]!r}")
-    return Outcome(mutation, kind, text)
+    return Outcome(mutation, *forked(partial(_try, path, options), limits))
 
 
-def _try(path: Path, options: dict[str, Any], limits: Limits) -> tuple[str, str]:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(limits.seconds)
-    resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def _try(path: Path, options: dict[str, Any]) -> tuple[str, str]:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
@@ -220,8 +192,8 @@ def _try(path: Path, options: dict[str, Any], limits: Limits) -> tuple[str, str]
         llama = mc_gguf.Llama(path, **(defaults | options))
         llama.create_completion("The house on the hill, ", max_tokens=3, seed=1)
         llama.close()
-    except McError as error:
-        return "refused", str(error)
+    except McError:
+        return "refused", ""
     except Exception as error:  # noqa: BLE001  whatever it is, it is a fault
         return type(error).__name__, str(error)[:500]
     return "generated", ""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from mc_gguf.common.errors import McError
 from mc_gguf.runtime import fetch as source
 from mc_gguf.runtime import upstream
 from mc_gguf.runtime.shell import Log, git_env
-from tools.common import ROOT
+from tools.common import ROOT, run_tool
 
 PATCHES = ROOT / "patches"
 TRAILERS = ("Why", "Test", "Upstream", "Drop-when")
@@ -152,10 +151,4 @@ def bump(folder: Path, commit: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(standalone_mode=False)
-    except McError as error:
-        sys.exit(f"patches: {error}")
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+    run_tool(main, "patches")

@@ -32,6 +32,7 @@ from mc_gguf.common.errors import McError
 from mc_gguf.runtime import fetch, upstream
 from mc_gguf.runtime.builder import cxx_compiler
 from mc_gguf.runtime.shell import Log
+from tools.common import run_tool
 from tools.compilers import source_tree
 
 FLAGS = (
@@ -216,10 +217,4 @@ def main(suites: tuple[str, ...], only_list: bool, jobs: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(standalone_mode=False)
-    except McError as error:
-        sys.exit(f"upstream_tests: {error}")
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+    run_tool(main, "upstream_tests")

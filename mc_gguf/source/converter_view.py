@@ -37,7 +37,9 @@ def converter_view(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mc-gguf-") as temporary:
         view = Path(temporary) / (folder.resolve().name or "model")
         view.mkdir()
-        left_out = [f"{_CARD}: {', '.join(names)}" for names in _write_card(folder, view) if names]
+        card, keys = usable_card(folder / _CARD)
+        (view / _CARD).write_text(card, encoding="utf-8")
+        left_out = [f"{_CARD}: {', '.join(keys)}"] if keys else []
         left_out += _write_templates(folder, view)
         (view / _GENERATION).write_text(usable_generation_config(folder / _GENERATION), encoding="utf-8")
         for path in folder.iterdir():
@@ -51,44 +53,45 @@ def converter_view(folder: Path) -> Iterator[Path]:
         yield view
 
 
-def _write_card(folder: Path, view: Path) -> Iterator[list[str]]:
-    card, left_out = usable_card(folder / _CARD)
-    (view / _CARD).write_text(card, encoding="utf-8")
-    yield left_out
-
-
 def _write_templates(folder: Path, view: Path) -> list[str]:
-    """tokenizer_config.json and the files of chat templates, without those that are no templates; their names
-    are returned.
-    """
+    """Give the view what is a chat template; the names of what is none are returned."""
     left_out = []
-    if (folder / _TOKENIZER).is_file():
-        config = json.loads((folder / _TOKENIZER).read_text(encoding="utf-8"))
-        if not _is_template(config.get("chat_template")):
-            del config["chat_template"]
-            left_out.append(f"chat_template of {_TOKENIZER}")
-            (view / _TOKENIZER).write_text(json.dumps(config), encoding="utf-8")
+    config = _read_json(folder / _TOKENIZER)
+    if config is not None and not _is_template(config.get("chat_template")):
+        del config["chat_template"]
+        (view / _TOKENIZER).write_text(json.dumps(config), encoding="utf-8")
+        left_out.append(f"chat_template of {_TOKENIZER}")
     for path in (folder / _TEMPLATE, *sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))):
-        if path.is_file():
-            try:
-                text = path.read_text(encoding="utf-8")
-            except (OSError, ValueError):
-                left_out.append(str(path.relative_to(folder)))
-                continue
+        if path.is_file() and _is_text(path):
             target = view / path.relative_to(folder)
             target.parent.mkdir(exist_ok=True)
-            target.write_text(text, encoding="utf-8")
-    if (folder / _TEMPLATE_JSON).is_file():
-        try:
-            found = json.loads((folder / _TEMPLATE_JSON).read_text(encoding="utf-8"))
-            template = found["chat_template"]
-        except (OSError, ValueError, RecursionError, KeyError, TypeError):
-            template = None
-        if template is not None and _is_template(template):
-            (view / _TEMPLATE_JSON).write_text(json.dumps({"chat_template": template}), encoding="utf-8")
-        elif (folder / _TEMPLATE_JSON).stat().st_size:
-            left_out.append(_TEMPLATE_JSON)
+            target.symlink_to(path.resolve())
+        elif path.is_file():
+            left_out.append(str(path.relative_to(folder)))
+    path = folder / _TEMPLATE_JSON
+    found = _read_json(path)
+    if found is not None and _is_template(found.get("chat_template", 0)):
+        (view / _TEMPLATE_JSON).symlink_to(path.resolve())
+    elif path.is_file() and path.stat().st_size:
+        left_out.append(_TEMPLATE_JSON)
     return left_out
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _is_template(value: Any) -> bool:

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tests.support import ROOT
+from tools.forks import Limits, forked
 
-TIMEOUT_S = 60
-MEMORY_BYTES = 16 << 30  # of address space
+LIMITS = Limits(memory=16 << 30, seconds=60)
 
 
 @dataclass(frozen=True)
@@ -70,25 +69,11 @@ def serve(model: str) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     for line in sys.stdin:
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reader)
-            os.write(writer, json.dumps(_try(json.loads(line), names)).encode())
-            os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader, "rb") as pipe:
-            answer = pipe.read()
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            answer = json.dumps([signal.Signals(os.WTERMSIG(status)).name, ""]).encode()
-        os.write(out, answer + b"\n")
+        answer = forked(partial(_try, json.loads(line), names), LIMITS)
+        os.write(out, json.dumps(answer).encode() + b"\n")
 
 
 def _try(code: str, names: dict[str, Any]) -> tuple[str, str]:
-    signal.alarm(TIMEOUT_S)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     *before, last = code.strip().splitlines()
     try:
         exec("\n".join(before), names)
