@@ -44,7 +44,7 @@ def command(source: Path, output: Path, dry_run: bool, as_json: bool, **options:
     command continues a killed run and gives the same bytes. (With --refine the result depends on how far
     the search got in its time; the plan that it found is kept, too.)
     """
-    from mc_gguf.pipeline import Conversion, ConversionRequest
+    from mc_gguf.conversion import Conversion, ConversionRequest
     from mc_gguf.plan.summary import summarize_plan
 
     work = Conversion(source, output, ConversionRequest(**options))

@@ -15,8 +15,9 @@ from mc_gguf.calibrate.expert_errors import MAX_ROWS
 from mc_gguf.cli import COMMANDS, main
 from mc_gguf.common.errors import McError
 from mc_gguf.container import update_routing
+from mc_gguf.conversion import Conversion, ConversionRequest
 from mc_gguf.evaluate import evaluate
-from mc_gguf.pipeline import Conversion, ConversionRequest, convert, make_plan
+from mc_gguf.pipeline import convert, make_plan
 from mc_gguf.plan.request import PlanRequest
 from mc_gguf.quantize import quantize
 from mc_gguf.refine import refine

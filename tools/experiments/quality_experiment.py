@@ -159,7 +159,7 @@ class Workshop:
         return path
 
     def _plan(self, budget: Any, strategy: str, seed: int, calibration: Any, types: Any = None) -> Any:
-        from mc_gguf.pipeline import file_bytes_for
+        from mc_gguf.conversion import file_bytes_for
         from mc_gguf.plan.request import PlanRequest
 
         base = strategy.removesuffix("-attention")
