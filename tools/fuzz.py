@@ -34,9 +34,11 @@ import numpy as np
 import mc_gguf
 from mc_gguf.common.errors import McError
 from mc_gguf.ggml.gguf_file import GgufHeader, read_header
+from tools.common import run_tool
 from tools.forks import Limits, forked
 
 MEBIBYTE = 1 << 20
+DEFAULTS: dict[str, Any] = {"n_ctx": 256, "n_batch": 32, "n_threads": 1, "routing": "odp"}
 Span = tuple[int, int]
 
 
@@ -187,9 +189,8 @@ def _try(path: Path, options: dict[str, Any]) -> tuple[str, str]:
     os.dup2(null, 1)
     os.dup2(null, 2)
     os.environ["GGML_NO_BACKTRACE"] = "1"
-    defaults: dict[str, Any] = {"n_ctx": 256, "n_batch": 32, "n_threads": 1, "routing": "odp"}
     try:
-        llama = mc_gguf.Llama(path, **(defaults | options))
+        llama = mc_gguf.Llama(path, **(DEFAULTS | options))
         llama.create_completion("The house on the hill, ", max_tokens=3, seed=1)
         llama.close()
     except McError:
@@ -203,7 +204,9 @@ def _try(path: Path, options: dict[str, Any]) -> tuple[str, str]:
 @click.argument("model", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--runs", default=1000, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the first run.")
-@click.option("--memory", default=4096, show_default=True, help="MiB of address space that a run may add.")
+@click.option(
+    "--memory", default=4096, show_default=True, help="MiB of address space that a run may add; 0: any number."
+)
 @click.option("--seconds", default=20, show_default=True, help="After which a run counts as a hang.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder for the files that led to a fault.")
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
@@ -231,7 +234,10 @@ def fuzz(
     importlib.import_module("mc_gguf.run.llama")  # loads the libraries, so that the forks have them
     mutator, counts, faults = Mutator(model), Counter[tuple[str, str]](), 0
     own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits, began = Limits(own + memory * MEBIBYTE, seconds), time.monotonic()
+    limits = Limits(own + memory * MEBIBYTE if memory else resource.RLIM_INFINITY, seconds)
+    if not (intact := run(model, {}, "", limits)).kind == "generated":
+        raise McError(f"{model}, not mutated, is {intact.kind} {intact.text}".rstrip())
+    began = time.monotonic()
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
         changed = Path(folder) / "mutated.gguf"
@@ -257,4 +263,4 @@ def fuzz(
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main, "fuzz")

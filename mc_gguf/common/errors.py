@@ -7,9 +7,13 @@ Anything that is not an McError is a bug in mc_gguf.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+_MAX_CHARACTERS = 2000  # of a message, which may cite what a damaged file says
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
 
 
 class McError(Exception):
@@ -22,8 +26,16 @@ class McError(Exception):
     exit_code = 1  # of the command line
 
     def __init__(self, message: str, *, parameter: str | Sequence[str] = ()) -> None:
-        super().__init__(message)
+        super().__init__(_readable(message))
         self.parameters = (parameter,) if isinstance(parameter, str) else tuple(parameter)
+
+
+def _readable(message: str) -> str:
+    """`message` with control characters as escapes, and without the middle of what is very long."""
+    if (extra := len(message) - _MAX_CHARACTERS) > 0:
+        half = _MAX_CHARACTERS // 2
+        message = f"{message[:half]} [{extra} characters left out] {message[-half:]}"
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], message)
 
 
 @contextmanager

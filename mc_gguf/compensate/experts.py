@@ -37,7 +37,7 @@ from mc_gguf.compensate.bank import Bank, bank_key, matrix_bytes
 from mc_gguf.compensate.hessian import Collector, HessianTokens, Inputs, held_out_tokens, run_expert
 from mc_gguf.compensate.matrix import DEFAULT, CompensationOptions, quantize_compensated, supports
 from mc_gguf.compensate.products import exact_products, fast_products
-from mc_gguf.ggml.quantizers import dequantize_rows, init, quantize_rows
+from mc_gguf.ggml.quantizers import dequantize_rows, init, quantize_rows, warn_if_lost
 from mc_gguf.runtime.upstream import patchset_digest
 from mc_gguf.source import Checkpoint
 from mc_gguf.source.decoder import Decoder, Expert, RouterOutput
@@ -278,6 +278,8 @@ class _Pass:
             inputs = collector.inputs(projection == "down")
             with place(layer, f"expert {number}, {projection}"):
                 blocks = self._matrix(layer, number, projection, name, expert, inputs)
+            stack, weights = f"blk.{layer}.ffn_{projection}_exps.weight", getattr(expert, projection).numpy()
+            warn_if_lost(f"{stack}, expert {number}", weights, blocks, name)
             self.bank.put(layer, projection, number, name, blocks)
 
     def _matrix(

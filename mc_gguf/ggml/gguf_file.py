@@ -24,6 +24,10 @@ VERSION = 3
 DEFAULT_ALIGNMENT = 32
 MAX_NAME_BYTES = 63
 MAX_DIMS = 4
+MAX_KEY_BYTES = 65_535  # as the GGUF specification has it
+# More than any vocabulary, merge list, tokenizer or template needs; llama.cpp's own limits are 2^30.
+MAX_STRING_BYTES = 1 << 26
+MAX_ITEMS = 1 << 24
 
 STRING, ARRAY, UINT32, FLOAT32, FLOAT64 = 8, 9, 4, 6, 12
 _SCALARS = {
@@ -150,8 +154,10 @@ class _Parser:
         (value,) = struct.unpack_from(code, self.data, self.take(struct.calcsize(code)))
         return value
 
-    def string(self) -> str:
+    def string(self, max_bytes: int = MAX_STRING_BYTES) -> str:
         length = self.scalar("<Q")
+        if length > max_bytes:
+            raise self.fail(f"a text of {length} bytes; at most {max_bytes} are possible")
         start = self.take(length)
         return self.data[start : start + length].decode("utf-8", "surrogateescape")
 
@@ -187,7 +193,7 @@ class _Parser:
         for index in range(n_kv):
             self.where = f"key number {index}"
             start = self.position
-            key = self.string()
+            key = self.string(MAX_KEY_BYTES)
             self.where = f"key {key}"
             if key in kv:
                 raise self.fail("appears twice")
@@ -203,6 +209,8 @@ class _Parser:
         if type_id != ARRAY:
             raise self.fail(f"unknown value type {type_id}")
         item_type, length = self.scalar("<I"), self.scalar("<Q")
+        if length > MAX_ITEMS:
+            raise self.fail(f"an array of {length} items; at most {MAX_ITEMS} are possible")
         if item_type == STRING:
             return Value(ARRAY, [self.string() for _ in range(length)], item_type)
         if item_type not in _SCALARS:
@@ -223,12 +231,10 @@ class _Parser:
         expected = 0
         for index in range(n_tensor):
             self.where = f"tensor number {index}"
-            name = self.string()
+            name = self.string(MAX_NAME_BYTES)
             self.where = f"tensor {name}"
             if name in found:
                 raise self.fail("appears twice")
-            if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
-                raise self.fail(f"the name is longer than {MAX_NAME_BYTES} bytes")
             entry = self.info(name)
             if entry.offset != expected:
                 raise self.fail(f"offset {entry.offset}, but the tensors before it end at {expected}")

@@ -12,6 +12,7 @@ Importance matrices with very large or small values are scaled: only their ratio
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,11 @@ from mc_gguf.ggml.types import MAX_WEIGHT, GgmlType, ggml_type
 _PIECE_WEIGHTS = 1 << 20
 # The largest importance is scaled into this range unless it lies there. A power of two changes no result.
 _MAX_EXPONENT = 10
+# Where a matrix has no larger weight, ggml's scales, which are F16, become coarse and at last zero.
+_SMALL = 2.0**-10
 _UNLIMITED = ("F32", "BF16")  # types that hold all that float32 does
 
+log = logging.getLogger(__name__)
 _initialised: set[str] = set()
 _init_lock = threading.Lock()
 
@@ -163,6 +167,26 @@ def check_rows(piece: NDArray[np.float32], type_name: str, start: int = 0) -> No
     value = piece[row, column]
     what = f"larger than {type_name} can take" if np.isfinite(value) else "not finite"
     raise McError(f"row {start + row} has the weight {value:g}, which is {what}; the source is damaged")
+
+
+def warn_if_lost(
+    matrix: str, weights: NDArray[np.float32], blocks: NDArray[np.uint8], type_name: str
+) -> None:
+    """Warns where most of `weights` (rows, cols) is lost in their `blocks` because they are too small for the
+    type: the squared error is more than half of the squared weights. `matrix` is its name for the message.
+    """
+    largest = max(weights.max(), -weights.min())
+    if not 0 < largest < _SMALL:
+        return
+    off = dequantize_rows(blocks, type_name, weights.shape[1], len(weights)) - weights
+    if np.square(off, dtype=np.float64).sum() > 0.5 * np.square(weights, dtype=np.float64).sum():
+        log.warning(
+            "%s: its weights, at most %.2g, are too small for the scales of %s and are lost; "
+            "if they matter, choose another type for them",
+            matrix,
+            largest,
+            type_name,
+        )
 
 
 def _checked_imatrix(

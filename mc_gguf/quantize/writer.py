@@ -26,7 +26,7 @@ from mc_gguf.common.progress import Progress
 from mc_gguf.common.workdir import Workdir
 from mc_gguf.compensate.bank import Bank
 from mc_gguf.container import OutputTensor
-from mc_gguf.ggml.quantizers import init, quantize_rows
+from mc_gguf.ggml.quantizers import init, quantize_rows, warn_if_lost
 from mc_gguf.ggml.types import ggml_type
 from mc_gguf.quantize.pieces import Pieces
 from mc_gguf.routing.metadata import routing_metadata_from
@@ -145,10 +145,11 @@ def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[O
             )
     if calibration is None:
         return
-    has_imatrix = calibration.imatrix_in.any(axis=-1) & calibration.imatrix_mid.any(axis=-1)
     reached = calibration.frequency > 0
+    has_input, has_middle = calibration.imatrix_in.any(axis=-1), calibration.imatrix_mid.any(axis=-1)
     _warn_about(calibration, ~reached, "no token of the calibration's text reached them")
-    _warn_about(calibration, reached & ~has_imatrix, "their weights or their inputs are zero")
+    _warn_about(calibration, reached & ~has_input, "their inputs are zero")
+    _warn_about(calibration, reached & has_input & ~has_middle, "their gate or their up weights are zero")
 
 
 def _warn_about(calibration: Calibration, which: NDArray[np.bool_], reason: str) -> None:
@@ -214,11 +215,13 @@ def _make(
     if piece.expert is not None and calibration is not None:
         layer, projection = _place(t.source.name)
         imatrix = calibration.imatrix(layer, projection, piece.expert)
+    which = t.source.name if piece.expert is None else f"{t.source.name}, expert {piece.expert}"
     try:
-        return quantize_rows(loaded, t.type.name, imatrix, threads)
+        blocks = quantize_rows(loaded, t.type.name, imatrix, threads)
     except McError as error:
-        which = t.source.name if piece.expert is None else f"{t.source.name}, expert {piece.expert}"
         raise SourceError(f"{which}: {error}") from error
+    warn_if_lost(which, loaded, blocks, t.type.name)
+    return blocks
 
 
 def _place(name: str) -> tuple[int, str]:

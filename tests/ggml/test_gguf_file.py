@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,14 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "boolean": (_header(_string("k"), struct.pack("<IB", 7, 2), n_kv=1), "key k: a boolean"),
     "booleans": (_header(_string("k"), struct.pack("<IIQBB", 9, 7, 2, 1, 2), n_kv=1), "key k: a boolean"),
     "key twice": (_header((_string("k") + struct.pack("<IB", 7, 1)) * 2, n_kv=2), "key k: appears twice"),
-    "long string": (_header(struct.pack("<Q", 1 << 60), n_kv=1), "key number 0: the file ends"),
-    "long array": (
-        _header(_string("k"), struct.pack("<IIQ", 9, 4, 1 << 61), n_kv=1),
+    "long key": (_header(struct.pack("<Q", 1 << 60), n_kv=1), "key number 0: a text of 1152921504606846976 b"),
+    "a key past the end": (_header(struct.pack("<Q", 1 << 10), n_kv=1), "key number 0: the file ends"),
+    "long text": (
+        _header(_string("k"), struct.pack("<IQ", 8, 1 << 31), n_kv=1),
+        "key k: a text of 2147483648 bytes; at most",
+    ),
+    "array past the end": (
+        _header(_string("k"), struct.pack("<IIQ", 9, 4, 1 << 24), n_kv=1),
         "key k: the file ends at byte",
     ),
     "alignment": (
@@ -104,7 +110,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
         _header(_tensor(), _tensor(offset=128), bytes(512), n_tensor=2),
         "tensor t: appears twice",
     ),
-    "long name": (_header(_tensor("n" * 64), bytes(512), n_tensor=1), "longer than 63"),
+    "long name": (_header(_tensor("n" * 64), bytes(512), n_tensor=1), "a text of 64 bytes; at most 63"),
     "no dimensions": (_header(_tensor(shape=()), bytes(512), n_tensor=1), "tensor t: 0 dimensions"),
     "five dimensions": (_header(_tensor(shape=(1,) * 5), bytes(512), n_tensor=1), "tensor t: 5 dimensions"),
     "zero rows": (_header(_tensor(shape=(32, 0)), bytes(512), n_tensor=1), "tensor t: impossible shape"),
@@ -131,6 +137,31 @@ def test_damage_is_named(tmp_path: Path, case: str) -> None:
     (tmp_path / "bad.gguf").write_bytes(data)
     with pytest.raises(FormatError, match=message):
         read_header(tmp_path / "bad.gguf")
+
+
+@pytest.mark.parametrize("item_type", [8, 0, 7, 12])
+def test_huge_arrays_are_refused_at_once(tmp_path: Path, item_type: int) -> None:
+    """2^27 empty texts took a minute, 2^30 bytes or booleans all of the memory. The file is sparse."""
+    path = tmp_path / "huge.gguf"
+    path.write_bytes(_header(_string("k"), struct.pack("<IIQ", 9, item_type, 1 << 27), n_kv=1))
+    with path.open("r+b") as file:
+        file.truncate(2 << 30)
+    began = time.monotonic()
+    with pytest.raises(FormatError, match="key k: an array of 134217728 items; at most"):
+        read_header(path)
+    assert time.monotonic() - began < 1
+
+
+def test_what_a_file_says_does_not_flood_the_message(tmp_path: Path) -> None:
+    key = "k\x1b[31m" * 9000
+    (tmp_path / "bad.gguf").write_bytes(_header(_string(key), struct.pack("<I", 99), n_kv=1))
+    with pytest.raises(FormatError, match=r"\d+ characters left out") as caught:
+        read_header(tmp_path / "bad.gguf")
+    message = str(caught.value)
+    assert message.endswith("unknown value type 99")
+    assert len(message) < 6000
+    assert "\x1b" not in message
+    assert r"\x1b[31m" in message
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -102,3 +102,33 @@ for kind in ("IQ1_S", "IQ2_XXS", "IQ3_S", "Q2_K", "Q4_K", "IQ4_XS"):
 """
     done = run_python(code, timeout=120)
     assert done.code == 0, done.stderr[-2000:]
+
+
+def test_what_is_too_small_for_a_type_is_said() -> None:
+    """A warning where, and only where, most of a matrix is lost."""
+    code = """
+import logging
+import numpy as np
+from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows, warn_if_lost
+from mc_gguf.ggml.types import TYPES
+
+said = []
+logging.getLogger("mc_gguf").addHandler(type("H", (logging.Handler,), {"emit": lambda self, r: said.append(r)})())
+plain = np.random.default_rng(0).standard_normal((4, 512)).astype(np.float32)
+lost = kept = 0
+for kind in TYPES:
+    for factor in (1, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 0):
+        rows = plain * np.float32(factor)
+        blocks = quantize_rows(rows, kind, np.ones(512, np.float32), 1)
+        found = dequantize_rows(blocks, kind, 512, 4).astype(np.float64)
+        said.clear()
+        warn_if_lost("a.weight", rows, blocks, kind)
+        wrong = ((found - rows) ** 2).sum() > 0.5 * (rows.astype(np.float64) ** 2).sum()
+        assert len(said) == wrong, (kind, factor)
+        if wrong:
+            assert "a.weight: its weights, at most" in said[0].getMessage()
+        lost, kept = lost + wrong, kept + (not wrong)
+assert lost > 20 and kept > 50, (lost, kept)
+"""
+    done = run_python(code, timeout=120)
+    assert done.code == 0, done.stderr[-2000:]

@@ -5,6 +5,7 @@ weights that are absurd end no process.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,10 +191,12 @@ def test_small_weights_zeros_and_the_largest_are_fine(tiny_tensors: dict[str, An
     done = _convert(_model(tmp_path / "m", tiny_tensors, **changed), "IQ1_S,IQ3_XXS,Q3_K")
     assert (done.code, done.is_clean) == (0, True)
     assert "experts give zeros for every token" in done.stderr
-    assert (
-        "without an importance matrix, because their weights or their inputs are zero: layer 1 expert"
-        in done.stderr
-    )
+    reason = "because their gate or their up weights are zero: layer 1 expert"
+    assert f"without an importance matrix, {reason}" in done.stderr
+    for expert in (1, 2):
+        where = rf"blk\.1\.ffn_gate_exps\.weight, expert {expert}: its weights, at most \S+, are too small for"
+        assert len(re.findall(where, done.stderr)) == 1
+    assert "expert 3: its weights" not in done.stderr  # zeros are no loss
 
 
 @pytest.mark.native
