@@ -4,6 +4,7 @@
 # make test    setup, then every check and every test
 # make test-upstream    the tests of llama.cpp and llama-cpp-python with our patches
 # make test-compilers   the runtime with every compiler that is installed, for other CPUs too, and its native tests
+# make test-sanitizers  our native tests, mutated files and a fuzzer with address, undefined-behavior and thread sanitizers
 # PYTHON=python3.12 make setup   uses another Python (3.11 or newer)
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 # llama-cpp-python without its native part: its libraries come from `mc-gguf runtime build`.
 PURE := CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"
 
-.PHONY: setup demo check static quick test test-upstream test-compilers docs clean
+.PHONY: setup demo check static quick test test-upstream test-compilers test-sanitizers docs clean
 
 setup: $(VENV)/installed
 	@$(BIN)/mc-gguf runtime build
@@ -52,6 +53,9 @@ test-upstream: setup
 
 test-compilers: $(VENV)/installed
 	$(BIN)/python -m tools.compilers
+
+test-sanitizers: setup
+	$(BIN)/python -m tools.sanitizers
 
 docs: setup
 	$(BIN)/python -m tools.reference.cli

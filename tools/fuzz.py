@@ -5,10 +5,10 @@
     python -m tools.fuzz /tmp/m.gguf --runs 1 --seed 4711        # run 4711 again
 
 Every run has a seed of its own, seed + number, which decides what is changed: the header, the metadata, our
-keys and routing, the maps of experts, the tensor infos, the weights, the file's length, or the options of the
-intact file. A run is a fork of a process that has loaded the libraries, but no model, under limits of memory
-and time. It may end with an McError, or generate. Anything else is a fault: another exception, a signal, a
-hang. Files that led to one are kept.
+keys and routing, the maps of experts, the tensor infos, the type of a tensor, the weights, the file's length,
+or the options of the intact file. A run is a fork of a process that has loaded the libraries, but no model,
+under limits of memory and time. It may end with an McError, or generate. Anything else is a fault: another
+exception, a signal, a hang. Files that led to one are kept.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import os
 import resource
 import shutil
+import struct
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ import numpy as np
 
 import mc_gguf
 from mc_gguf.common.errors import McError
-from mc_gguf.ggml.gguf_file import GgufHeader, read_header
+from mc_gguf.ggml.gguf_file import GgufHeader, pad, read_header
+from mc_gguf.ggml.types import TYPES_BY_ID, GgmlType
 from tools.common import run_tool
 from tools.forks import Limits, forked
 
@@ -69,6 +72,7 @@ class Mutator:
             "routing": self._in(_spans(header, "mc_gguf.routing.")),
             "architecture": self._in(_spans(header, f"{header.get('general.architecture')}.")),
             "tensor infos": self._in([header.infos_span]),
+            "types": self._retype,
             "weights": self._in([(header.data_offset, header.file_bytes)]),
             "length": _cut,
         }
@@ -83,6 +87,12 @@ class Mutator:
         self.kinds[name](rng, data)
         return name, bytes(data), {}
 
+    def _retype(self, rng: np.random.Generator, data: bytearray) -> None:
+        tensors, types = [*self.header.tensors.values()], [*TYPES_BY_ID.values()]
+        tensor = tensors[rng.integers(len(tensors))]
+        fitting = [kind for kind in types if kind.fits(tensor.shape[0])]
+        data[:] = retyped(self.header, self.data, tensor.name, fitting[rng.integers(len(fitting))])
+
     def _in(self, spans: list[Span]) -> Callable[[np.random.Generator, bytearray], None]:
         """Changes bytes in one of the spans, or a number that may be there."""
 
@@ -92,6 +102,21 @@ class Mutator:
                 _change(rng, data, start, end)
 
         return change
+
+
+def retyped(header: GgufHeader, data: bytes, name: str, kind: GgmlType) -> bytes:
+    """The file `data` with another type for the tensor `name`, whose bytes are repeated or cut to fit."""
+    infos, weights = bytearray(), bytearray()
+    for t in header.tensors.values():
+        type_id, content = t.type.id, data[t.offset : t.offset + t.n_bytes]
+        if t.name == name:
+            type_id, n_bytes = kind.id, kind.row_bytes(t.shape[0]) * prod(t.shape[1:])
+            content = (content * -(-n_bytes // len(content)))[:n_bytes]
+        infos += struct.pack("<Q", len(t.name.encode())) + t.name.encode()
+        infos += struct.pack(f"<I{len(t.shape)}QIQ", len(t.shape), *t.shape, type_id, len(weights))
+        weights += content + bytes(pad(len(content), header.alignment) - len(content))
+    head = data[: header.infos_span[0]] + infos
+    return head + bytes(pad(len(head), header.alignment) - len(head)) + weights
 
 
 def _maps(header: GgufHeader) -> list[Span]:
@@ -205,7 +230,7 @@ def _try(path: Path, options: dict[str, Any]) -> tuple[str, str]:
 @click.option("--runs", default=1000, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the first run.")
 @click.option(
-    "--memory", default=4096, show_default=True, help="MiB of address space that a run may add; 0: any number."
+    "--memory", default=4096, show_default=True, help="MiB of address space that a run may add; 0: no limit."
 )
 @click.option("--seconds", default=20, show_default=True, help="After which a run counts as a hang.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder for the files that led to a fault.")

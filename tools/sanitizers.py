@@ -3,7 +3,8 @@
     python -m tools.sanitizers address               AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
     python -m tools.sanitizers thread                ThreadSanitizer (GCC)
     python -m tools.sanitizers fuzzer --time 1h      libFuzzer on the loader of expert groups (clang)
-    python -m tools.sanitizers                       all three
+    python -m tools.sanitizers                       all three; make test-sanitizers
+    python -m tools.sanitizers --list                the builds, and whether this machine can do them
 
 address: the programs of tests/native; then a small mixed file generates in Python, and --runs mutations of it
 load or are refused (tools.fuzz), all with the sanitized libraries. thread: the programs that compute with
@@ -94,9 +95,7 @@ class Sanitized:
         command = program_command(
             compiler, self.tree, self.libraries, linked, SOURCES / f"{name}.cpp", program
         )
-        self.log.run(
-            f"compiling {name}", [command[0], *self._flags(sanitizers), *command[1:]], self.folder
-        )
+        self.log.run(f"compiling {name}", [command[0], *self._flags(sanitizers), *command[1:]], self.folder)
         return program
 
     def run_programs(self) -> None:
@@ -118,7 +117,16 @@ class Sanitized:
         # Python itself leaves memory to the end of the process, and the forks that are refused do.
         options = {name: f"{value}:detect_leaks=0:log_path={reports}/r" for name, value in OPTIONS.items()}
         env = os.environ | options | {"MC_GGUF_RUNTIME": str(self.libraries), "LD_PRELOAD": preload}
-        words = [sys.executable, "-m", "tools.fuzz", model, "--runs", str(runs), "--memory", "0"]
+        words: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "tools.fuzz",
+            model,
+            "--runs",
+            str(runs),
+            "--memory",
+            "0",
+        ]
         output = self.log.run("tools.fuzz", [*words, "--seconds", "200"], ROOT, env)
         click.echo(output.splitlines()[-1])
         if found := sorted(reports.iterdir()):
@@ -173,13 +181,18 @@ def try_out(name: str, jobs: int, runs: int, seconds: float) -> None:
 
 @click.command(help=__doc__)
 @click.argument("names", metavar="[NAME...]", nargs=-1, type=click.Choice([*KINDS]))
+@click.option("--list", "only_list", is_flag=True, help="List the builds.")
 @click.option("--runs", default=1000, show_default=True, help="Mutated files that are loaded.")
 @click.option("--time", "duration", default="1m", show_default=True, help="Of the fuzzer, such as 1h.")
 @click.option("--jobs", default=2, show_default=True, help="Files compiled at once.")
-def main(names: tuple[str, ...], runs: int, duration: str, jobs: int) -> None:
+def main(names: tuple[str, ...], only_list: bool, runs: int, duration: str, jobs: int) -> None:
     seconds, failed = to_seconds(duration, "time"), False
     for name in names or KINDS:
-        if why := missing(KINDS[name].configuration):
+        why = missing(KINDS[name].configuration)
+        if only_list:
+            click.echo(f"{name:<9} {KINDS[name].sanitizers:<18} {why or 'can be built here'}")
+            continue
+        if why:
             click.echo(f"{name}: skipped, {why}")
             continue
         try:

@@ -14,7 +14,17 @@ import click
 
 from mc_gguf.cli.command import Decorator, OptionMaker, section, together
 
-PATH = click.Path(path_type=Path)
+
+class _PathName(click.Path):
+    """A path; an empty text, which Path takes for the current directory, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not value:
+            self.fail("an empty text is no path; is a variable of the shell not set?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _PathName(path_type=Path)
 
 
 class FiniteFloat(click.FloatRange):

@@ -60,6 +60,8 @@ def scale_rows(blocks: NDArray[np.uint8], type_name: str, cols: int, factors: ND
     values = np.ascontiguousarray(factors, dtype=np.float32)
     assert blocks.flags.c_contiguous
     assert values.shape == (len(blocks),)
+    if not np.isfinite(values).all():
+        raise McError("a factor of a row's scales is not a number")
     _library().mc_scale_rows(
         ggml_type(type_name).id, len(blocks), cols, blocks.ctypes.data, blocks.strides[0], values.ctypes.data
     )
@@ -73,7 +75,9 @@ class Metric:
         self.kind = ggml_type(type_name)
         self.n = len(s)
         matrix = np.ascontiguousarray(s, dtype=np.float32)
-        self._handle = _library().mc_metric_create(self.kind.id, self.n, matrix.ctypes.data)
+        # The library factors the matrix: what is infinite there, or no number, is not positive definite.
+        is_finite = bool(np.isfinite(matrix).all())
+        self._handle = is_finite and _library().mc_metric_create(self.kind.id, self.n, matrix.ctypes.data)
         if not self._handle:
             raise McError(
                 f"no metric of {self.n} columns for {self.kind.name}: the Hessian is not positive definite, "

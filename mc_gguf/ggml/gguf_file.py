@@ -97,7 +97,9 @@ def pad(n: int, alignment: int) -> int:
 def read_header(path: Path) -> GgufHeader:
     """Parse and check the header of `path`. Raises FormatError (OSError becomes one too)."""
     try:
-        if path.exists() and not path.is_dir() and not path.is_file():
+        if path.is_dir():
+            raise FormatError(f"{path} is a directory; give the path of a GGUF")
+        if path.exists() and not path.is_file():
             raise FormatError(f"{path} is not a regular file")  # opening a pipe would wait
         with path.open("rb") as file:
             if what := placeholder(file.read(HEAD_BYTES)):

@@ -115,14 +115,17 @@ class Llama(llama_cpp.Llama):
             is_about_the_file = str(error).startswith("Failed to ")
             if not is_about_the_file:  # but about an argument
                 raise
+            why = reason() or str(error)
+            if "context" in str(error) and "GGML_ASSERT" in why:  # memory that is missing asserts nothing
+                raise FormatError(f"{path}: llama.cpp cannot compute with such a model ({why})") from error
             if "context" in str(error):
                 raise LlamaError(
-                    f"{path}: llama.cpp cannot make the context ({reason() or error}); there may be too "
+                    f"{path}: llama.cpp cannot make the context ({why}); there may be too "
                     "little memory, of which a smaller context needs less",
                     parameter="ctx",
                 ) from error
             about_adapter = adapter is not None and "LoRA" in str(error)
-            raise FormatError(f"{adapter if about_adapter else path}: {reason() or error}") from error
+            raise FormatError(f"{adapter if about_adapter else path}: {why}") from error
         self._fit_arrays()
 
     def _fit_arrays(self) -> None:

@@ -15,6 +15,8 @@ from mc_gguf.common.files import check_output
 from mc_gguf.ggml.shards import shard_stem
 from mc_gguf.source.base import Checkpoint
 
+_OURS = {".calib.safetensors": "a calibration", ".plan.json": "a plan"}
+
 __all__ = ["Checkpoint", "open_checkpoint", "refuse_to_overwrite"]
 
 
@@ -27,6 +29,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file():
         from mc_gguf.source.gguf import GgufCheckpoint
 
+        for suffix, what in _OURS.items():
+            if path.name.endswith(suffix):
+                raise SourceError(f"{path} is {what}, not a model; give the directory or the GGUF of a model")
         if path.suffix in (".safetensors", ".json", ".bin"):
             raise SourceError(f"{path} is one file of a checkpoint; give the directory that it is in")
         return GgufCheckpoint(path)

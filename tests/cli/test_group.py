@@ -174,3 +174,14 @@ def test_runtime_info_works_without_a_runtime(tmp_path: Path, monkeypatch: pytes
     assert len(facts["patch_digest"]) == 64
     assert facts["backends"] == {"cpu": False, "cuda": False, "vulkan": False, "metal": False}
     assert "not built; run: mc-gguf runtime build" in run("runtime", "info").stdout
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_an_empty_text_is_no_path(name: str) -> None:
+    """What a shell makes of "$MODEL" where MODEL is not set: elsewhere it would be the current directory."""
+    command = cli.main.get_command(click.Context(cli.main), name)
+    assert command is not None
+    for sub in command.commands.values() if isinstance(command, click.Group) else (command,):
+        for parameter in [p for p in sub.params if isinstance(p.type, click.Path)]:
+            with pytest.raises(click.BadParameter, match="an empty text is no path; is a variable"):
+                parameter.type.convert("", parameter, None)

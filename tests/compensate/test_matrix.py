@@ -16,7 +16,7 @@ from mc_gguf.compensate.matrix import (
     upper_factor,
 )
 from mc_gguf.compensate.products import add_squares, mirror
-from mc_gguf.ggml.compensation_library import Metric
+from mc_gguf.ggml.compensation_library import Metric, scale_rows
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.ggml.types import TYPES
 
@@ -58,6 +58,20 @@ def test_blocks_survive_unpacking_and_mean_what_ggml_says(name: str) -> None:
         np.testing.assert_allclose(values, dequantize_rows(blocks, name, 256, 9), rtol=1e-6, atol=1e-7)
         metric.quantize(weights, again, values, passes=2, threads=1)
     np.testing.assert_allclose(values, dequantize_rows(again, name, 256, 9), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1.0, 0.0])
+def test_what_is_no_metric_or_no_factor_is_refused(value: float) -> None:
+    form = np.eye(256, dtype=np.float32)
+    form[3, 3] = value
+    with pytest.raises(McError, match="no metric of 256 columns for Q2_K: the Hessian is not positive"):
+        Metric("Q2_K", form)
+    if not np.isfinite(value):
+        blocks = quantize_rows(make_weights(2, 256), "Q2_K", np.ones(256, dtype=np.float32), 1)
+        before = blocks.copy()
+        with pytest.raises(McError, match="is not a number"):
+            scale_rows(blocks, "Q2_K", 256, np.array([1, value], dtype=np.float32))
+        np.testing.assert_array_equal(blocks, before)
 
 
 @pytest.mark.parametrize("name", ROUNDED)

@@ -113,7 +113,9 @@ from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows, warn_if_lost
 from mc_gguf.ggml.types import TYPES
 
 said = []
-logging.getLogger("mc_gguf").addHandler(type("H", (logging.Handler,), {"emit": lambda self, r: said.append(r)})())
+handler = logging.Handler()
+handler.emit = said.append
+logging.getLogger("mc_gguf").addHandler(handler)
 plain = np.random.default_rng(0).standard_normal((4, 512)).astype(np.float32)
 lost = kept = 0
 for kind in TYPES:

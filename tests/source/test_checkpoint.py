@@ -321,6 +321,10 @@ def test_refused_paths(tmp_path: Path) -> None:
         open_checkpoint(Path("/dev/null"))
     with pytest.raises(SourceError, match="is one file of a checkpoint; give the directory"):
         open_checkpoint(TINY / "model.safetensors")
+    for name, what in {"m.calib.safetensors": "a calibration", "m.plan.json": "a plan"}.items():
+        (tmp_path / name).write_bytes(b"{}")
+        with pytest.raises(SourceError, match=f"{name} is {what}, not a model; give the directory or"):
+            open_checkpoint(tmp_path / name)
     (tmp_path / "empty.gguf").write_bytes(b"")
     with pytest.raises(SourceError, match="is empty; download"):
         open_checkpoint(tmp_path / "empty.gguf")

@@ -68,6 +68,16 @@ def test_bench_allocate() -> None:
     run("bench_allocate", "--layers", 1, "--experts", 8, "--bpw", 2.2, "--size")
 
 
+def test_sanitizers() -> None:
+    """The list. `make test-sanitizers` builds, and runs what is there."""
+    builds = run("sanitizers", "--list").splitlines()
+    assert [line.split()[:2] for line in builds] == [
+        ["address", "address,undefined"],
+        ["thread", "thread"],
+        ["fuzzer", "address,undefined"],
+    ]
+
+
 def test_compilers(tmp_path: Path) -> None:
     """The list, and a configuration whose compiler is missing. `make test-compilers` builds."""
     out = run("compilers", "--list")
