@@ -56,18 +56,19 @@ FLAGS = (
     "-DLLAMA_BUILD_TOOLS=OFF",
     "-DLLAMA_OPENSSL=OFF",
 )
-PLAIN = "-DGGML_NATIVE=OFF"  # and then upstream's defaults: nothing on x86-64, armv8-a on aarch64
-SSE42 = (PLAIN, "-DGGML_SSE42=ON")
-AVX2 = (
-    *SSE42,
-    "-DGGML_AVX=ON",
-    "-DGGML_AVX2=ON",
-    "-DGGML_BMI2=ON",
-    "-DGGML_FMA=ON",
-    "-DGGML_F16C=ON",
-)  # x86-64-v3
-AVX512 = (*AVX2, "-DGGML_AVX512=ON")  # x86-64-v4
-AARCH64 = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", PLAIN)
+# For x86-64, every set of instructions by name: without -march=native, upstream's default is AVX2.
+INSTRUCTIONS = ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C", "AVX512")
+
+
+def with_instructions(last: str) -> tuple[str, ...]:
+    """CMake's flags for the instruction sets up to `last`, and none of those after it."""
+    on = INSTRUCTIONS.index(last)
+    flags = (f"-DGGML_{name}={'ON' if i <= on else 'OFF'}" for i, name in enumerate(INSTRUCTIONS))
+    return ("-DGGML_NATIVE=OFF", *flags)
+
+
+SSE42, AVX2, AVX512 = map(with_instructions, ("SSE42", "F16C", "AVX512"))  # x86-64-v2, -v3, -v4
+AARCH64 = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DGGML_NATIVE=OFF")
 # mingw-w64 11 (Debian 12) has no THREAD_POWER_THROTTLING_STATE, which ggml uses from Windows 8 on.
 WINDOWS = (
     "-DCMAKE_SYSTEM_NAME=Windows",

@@ -15,7 +15,7 @@ from tests.support.random_models import write_random_model
 pytestmark = pytest.mark.native
 
 # Prints [tensor, type, how it ended, message], of a tensor of every kind with every type that fits its rows.
-TRY = """
+TRY = r"""
 import json, re, sys
 from functools import partial
 from pathlib import Path

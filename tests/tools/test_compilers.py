@@ -53,6 +53,15 @@ def test_warnings_about_our_lines_only(tmp_path: Path) -> None:
     assert found == log[:2]
 
 
+def test_instructions_that_are_not_wanted_are_off() -> None:
+    """Upstream turns AVX2 on by itself where -march=native is off."""
+    flags = CONFIGURATIONS["gcc-sse42"].flags
+    assert [flag for flag in flags if flag.endswith("=ON")] == ["-DGGML_SSE42=ON"]
+    assert {"-DGGML_AVX=OFF", "-DGGML_AVX2=OFF", "-DGGML_FMA=OFF", "-DGGML_AVX512=OFF"} < {*flags}
+    assert "-DGGML_AVX512=OFF" in CONFIGURATIONS["clang-avx2"].flags
+    assert "OFF" not in "".join(CONFIGURATIONS["gcc-avx512"].flags[1:])
+
+
 def test_names_are_checked_and_the_reference_comes_first() -> None:
     assert chosen(["mingw-w64"]) == ["gcc-native", "mingw-w64"]
     assert chosen([]) == list(CONFIGURATIONS)
