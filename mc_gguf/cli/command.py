@@ -101,6 +101,8 @@ class Command(click.Command):
             _fail(error.exit_code, f"Error: {self._described(error)}", *lines)
         except KeyboardInterrupt:
             _fail(130, "\nInterrupted")
+        except MemoryError as error:
+            _fail(1, f"Error: there is too little memory{f': {error}' if str(error) else ''}")
         except OSError as error:
             if error.errno not in USER_ERRNOS:  # click deals with EPIPE
                 raise

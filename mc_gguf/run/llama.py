@@ -111,6 +111,13 @@ class Llama(llama_cpp.Llama):
         listen()
         try:
             super().__init__(str(path), verbose=verbose, **options)
+            self._fit_arrays()
+        except MemoryError as error:  # numpy's, for scores
+            raise LlamaError(
+                f"{path}: there is too little memory for the logits ({error}); take a smaller context, or do "
+                "without logits_all and speculative decoding",
+                parameter="ctx",
+            ) from error
         except (ValueError, RuntimeError) as error:
             is_about_the_file = str(error).startswith("Failed to ")
             if not is_about_the_file:  # but about an argument
@@ -126,7 +133,6 @@ class Llama(llama_cpp.Llama):
                 ) from error
             about_adapter = adapter is not None and "LoRA" in str(error)
             raise FormatError(f"{adapter if about_adapter else path}: {why}") from error
-        self._fit_arrays()
 
     def _fit_arrays(self) -> None:
         """llama_cpp sizes its arrays by the context that was asked for, which llama.cpp rounds up to a

@@ -123,6 +123,8 @@ def _command(monkeypatch: pytest.MonkeyPatch, body: Callable[[], None]) -> None:
         ),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "Error: No space left on device"),
         (KeyboardInterrupt(), 130, "\nInterrupted"),
+        (MemoryError("16 GiB"), 1, "Error: there is too little memory: 16 GiB"),
+        (MemoryError(), 1, "Error: there is too little memory"),
     ],
 )
 def test_expected_errors_are_one_line(

@@ -17,7 +17,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <map>
 #include <string>
 #include <vector>
@@ -210,8 +209,8 @@ void add(FuzzedDataProvider & input, gguf_file & file, stack & s) {
     if (s.is_stored_whole) {
         file.add(s.name, { s.n_cols, s.n_rows, (int64_t) s.map.size() });
     }
+    append(s.map_tensor.data, s.map.data(), s.map.size()*sizeof(expert_place));
     s.map_tensor.data.resize(s.map_tensor.n_bytes());
-    memcpy(s.map_tensor.data.data(), s.map.data(), std::min(s.map_tensor.data.size(), s.map.size()*sizeof(expert_place)));
     file.tensors.emplace_back(s.name + ".map", s.map_tensor);
     const uint8_t seed = input.ConsumeIntegral<uint8_t>();
     for (size_t g = 0; g < s.groups.size(); ++g) {

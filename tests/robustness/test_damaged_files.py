@@ -1,9 +1,12 @@
-"""Files whose tensors have types that the CPU does not compute with: refused by name when they are loaded."""
+"""Files with tensors of types that the CPU does not compute with, or with odd numbers in their metadata: they are
+refused when they are loaded, not when they run.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,13 +17,12 @@ from tests.support.random_models import write_random_model
 
 pytestmark = pytest.mark.native
 
-# Prints [tensor, type, how it ended, message], of a tensor of every kind with every type that fits its rows.
-TRY = r"""
-import json, re, sys
+START = r"""
+import json, math, re, struct, sys
 from functools import partial
 from pathlib import Path
 from mc_gguf.common.errors import McError
-from mc_gguf.ggml.gguf_file import read_header
+from mc_gguf.ggml.gguf_file import Value, encode_kv, read_header
 from mc_gguf.ggml.types import TYPES_BY_ID
 from mc_gguf import Llama
 from tools.forks import Limits, forked
@@ -37,12 +39,27 @@ def run():
     except McError as error:
         return "refused", str(error)
 
+def attempt(*what):
+    print(json.dumps([*what, *forked(run, Limits(32 << 30, 60))]), flush=True)
+"""
+# Prints [tensor, type, how it ended, message], of a tensor of every kind with every type that fits its rows.
+TYPES = r"""
 kinds_of_tensors = {re.sub(r"[.]\d+", "", name): tensor for name, tensor in header.tensors.items()}
 for tensor in kinds_of_tensors.values():
     for kind in TYPES_BY_ID.values():
         if kind.fits(tensor.shape[0]):
             changed.write_bytes(retyped(header, data, tensor.name, kind))
-            print(json.dumps([tensor.name, kind.name, *forked(run, Limits(32 << 30, 60))]), flush=True)
+            attempt(tensor.name, kind.name)
+"""
+# Prints [key, value, how it ended, message], of every number of the architecture with odd values.
+NUMBERS = r"""
+odd = {4: (0, 1, 3, 1 << 20, (1 << 31) - 1, (1 << 32) - 1), 6: (0.0, -1.0, -1e-15, 1e38, math.inf, math.nan)}
+for key, value in header.kv.items():
+    if key.startswith(header.get("general.architecture")) and value.type in odd:
+        start, end = header.kv_spans[key]
+        for number in odd[value.type]:
+            changed.write_bytes(data[:start] + encode_kv(key, Value(value.type, number)) + data[end:])
+            attempt(key, number)
 """
 # What only activations have, or no matrix.
 NO_WEIGHTS = {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
@@ -59,12 +76,16 @@ def mixed(folder: Path, source: Path) -> Path:
     return folder / "m.gguf"
 
 
-def check(model: Path, changed: Path) -> None:
-    done = run_python(TRY, model, changed, timeout=300, memory=64 << 30)
+def results(code: str, model: Path, changed: Path) -> list[list[Any]]:
+    done = run_python(START + code, model, changed, timeout=300, memory=64 << 30)
     assert done.code == 0, done.stderr[-2000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) > 200
-    for tensor, kind, end, message in results:
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(model: Path, changed: Path) -> None:
+    found = results(TYPES, model, changed)
+    assert len(found) > 200
+    for tensor, kind, end, message in found:
         case = (tensor, kind, end, message)
         if tensor.endswith(".map"):
             assert end == ("ran" if kind == "I32" else "refused"), case
@@ -76,12 +97,18 @@ def check(model: Path, changed: Path) -> None:
             assert tensor in message or (
                 tensor.endswith(UNNAMED) and "cannot compute with such" in message
             ), case
+    found = results(NUMBERS, model, changed)
+    assert len(found) > 50
+    for key, number, end, message in found:
+        assert end in ("ran", "refused"), (key, number, end, message)
+        if key.endswith("epsilon"):
+            assert end == ("ran" if number >= 0 else "refused"), (key, number, end, message)
 
 
-def test_every_type_in_every_tensor_of_a_mixed_file(tmp_path: Path) -> None:
+def test_every_type_and_odd_numbers_in_a_mixed_file(tmp_path: Path) -> None:
     check(mixed(tmp_path, first_layers(TINY, 1, tmp_path / "source")), tmp_path / "changed.gguf")
 
 
 @pytest.mark.parametrize("architecture", ["qwen3moe", "gpt-oss", "dots1"])
-def test_every_type_in_every_tensor_of_other_architectures(architecture: str, tmp_path: Path) -> None:
+def test_every_type_and_odd_numbers_in_other_architectures(architecture: str, tmp_path: Path) -> None:
     check(write_random_model(tmp_path / "m.gguf", architecture), tmp_path / "changed.gguf")
