@@ -1,5 +1,5 @@
-"""Files with tensors of types that the CPU does not compute with, or with odd numbers in their metadata: they are
-refused when they are loaded, not when they run.
+"""Files with tensors of types that the CPU does not compute with, or with odd numbers in their metadata: they
+are refused when they are loaded, not when they run.
 """
 
 from __future__ import annotations
