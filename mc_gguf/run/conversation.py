@@ -48,8 +48,13 @@ class Conversation:
     def check(self) -> None:
         """Raises McError when no message can be written: the template fails, or knows no system prompt."""
         if self.has_template:
-            with about("template", "raw"):
-                self.llm.check_template([*self._instructions(), {"role": "user", "content": "Hello"}])
+            hello = {"role": "user", "content": "Hello"}
+            try:
+                self.llm.check_template([*self._instructions(), hello])
+            except McError as error:
+                with about("template", "raw"):
+                    self.llm.check_template([hello])
+                raise McError(str(error), parameter=("system", "template")) from error
         elif self.system is not None:
             why = "raw text has no place for one" if self.raw else "this model has no chat template"
             raise McError(

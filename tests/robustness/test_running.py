@@ -68,8 +68,9 @@ def chat(model: Path, *arguments: object, typed: bytes | None = b"", **environme
 def test_a_template_that_fails_is_one_line_with_a_way_out(
     templates: Mapping[str, Path], name: str, options: tuple[str, ...], message: str
 ) -> None:
+    about = "--system, --template" if options else "--template, --raw"
     for prompt in ((), ("-p", "hi")):
-        fails_with(rf"--template, --raw: ({message})", "chat", templates[name], *SMALL, *options, *prompt)
+        fails_with(rf"{about}: ({message})", "chat", templates[name], *SMALL, *options, *prompt)
     assert invoke("chat", templates[name], *SMALL, "-p", "hi", "--raw").stdout.strip()
 
 
