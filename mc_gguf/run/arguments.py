@@ -5,10 +5,11 @@ What llama.cpp itself reports is left to it.
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mc_gguf.common.errors import LlamaError
@@ -30,7 +31,18 @@ _RANGES = {
     "yarn_orig_ctx": (0, INT32 - 1),
 }
 _SAMPLING_RANGES = {"mirostat_mode": (0, 2), "top_k": (-INT32, INT32 - 1)}
+_FROM_SERVER = ("mul_mat_q", "rpc_servers")  # which llama_cpp.server gives, and nothing uses
 _NOT_NUMBERS = {"penalize_nl", "logits_processor", "grammar"}
+
+
+def check_names(options: Iterable[str], known: Iterable[str]) -> None:
+    """Raises LlamaError for an option of the constructor that there is not."""
+    for name in options:
+        if name not in (*known, *_FROM_SERVER):
+            close = difflib.get_close_matches(name, known, 1)
+            raise LlamaError(
+                f"Llama has no option {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -100,7 +112,7 @@ def _check_numbers(options: Mapping[str, Any], names: Sequence[str]) -> None:
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Raises LlamaError for values with which llama.cpp loads a model and then aborts in the first token."""
+    """Raises LlamaError for a value with which llama.cpp makes no graph, and which it does not name."""
     for key, value in metadata.items():
         if key.endswith("_epsilon") and not float(value) >= 0:
             raise LlamaError(f"{key} is {value}; a norm needs a number from 0 on")

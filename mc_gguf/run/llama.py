@@ -13,6 +13,7 @@ that fails.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property, partial
@@ -27,11 +28,11 @@ from mc_gguf.common.downloads import HEAD_BYTES, placeholder
 from mc_gguf.common.errors import FormatError, LlamaError, McError, SourceError, about
 from mc_gguf.common.machine import usable_cores
 from mc_gguf.container import expert_bytes, has_own_keys, read_routing
-from mc_gguf.ggml.gguf_file import MAGIC
+from mc_gguf.ggml.gguf_file import MAGIC, read_header
 from mc_gguf.ggml.shards import check_first
 from mc_gguf.routing import Routing, RoutingMetadata, RoutingStats, resolve
 from mc_gguf.run import routing_api
-from mc_gguf.run.arguments import check_metadata, check_options, check_sampling, to_seed
+from mc_gguf.run.arguments import check_metadata, check_names, check_options, check_sampling, to_seed
 from mc_gguf.run.closed import closed_type
 from mc_gguf.runtime.llama_library import ChatFormatter, check_tokens, listen, llama_cpp, reason, to_utf8
 
@@ -91,9 +92,9 @@ class Llama(llama_cpp.Llama):
         self._changes = 0  # of the context, so that a stream notices when it is not its own any more
         self._failure: BaseException | None = None  # of a logits processor, until it can be raised
         self.chat_template = chat_template
+        check_names(options, inspect.signature(super().__init__).parameters)  # llama_cpp ignores others
         self._open(path, verbose, _with_defaults(options))
         try:
-            check_metadata(self.metadata | (self.kv_overrides or {}))
             if chat_template is not None:
                 self._use_template(chat_template)
             self._routing = Routing("off")
@@ -124,6 +125,8 @@ class Llama(llama_cpp.Llama):
                 raise
             why = reason() or str(error)
             if "context" in str(error) and "GGML_ASSERT" in why:  # memory that is missing asserts nothing
+                stored = {key: found.value for key, found in read_header(path).kv.items()}
+                check_metadata(stored | (options.get("kv_overrides") or {}))
                 raise FormatError(f"{path}: llama.cpp cannot compute with such a model ({why})") from error
             if "context" in str(error):
                 raise LlamaError(
@@ -201,6 +204,8 @@ class Llama(llama_cpp.Llama):
         with self._lock:
             if state.scores.shape[1] != self._n_vocab or state.input_ids.shape != self.input_ids.shape:
                 raise LlamaError("this state is of another model, or of a context of another size")
+            if state.scores.shape != self.scores[: state.n_tokens].shape or state.n_tokens < 0:
+                raise LlamaError("this state is damaged: it has not the logits of its tokens")
             self._changes += 1
             try:
                 super().load_state(state)
@@ -369,7 +374,7 @@ class Llama(llama_cpp.Llama):
 
 def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """`options`, checked, with our defaults for those that are not given."""
-    checked = dict(options)
+    checked = {name: value for name, value in options.items() if value is not None}
     for name in ("n_threads", "n_threads_batch"):
         checked[name] = checked.get(name) or (checked.get("n_threads") or usable_cores())
     check_options(checked)

@@ -56,6 +56,9 @@ REFUSED = {  # code: what the error says
     "llm(type_v=26, flash_attn=True)": "type_v must be one of 0 (F32)",
     "llm(type_v=8)": "requires flash_attn",
     "llm(rope_freq_base=nan)": "rope_freq_base",
+    "llm(n_gpu_layer=5)": "no option 'n_gpu_layer'; did you mean 'n_gpu_layers'",
+    "llm(embeddings=True)": "did you mean 'embedding'",
+    "llm(what=None)": "no option 'what'",
     "llm(pooling_type=9, embedding=True)": "unknown pooling type",
     "llm(seed=-5)": "seed",
     "llm(lora_path='/nonexistent/adapter.gguf')": "/nonexistent/adapter.gguf: no such file",
@@ -93,6 +96,8 @@ REFUSED = {  # code: what the error says
     "llm(embedding=True, pooling_type=4).embed('x')": "RANK",
     # states
     "llm().load_state(llm(n_ctx=512).save_state())": "another model",
+    "l = llm(); l.eval([1, 2]); s = l.save_state(); s.n_tokens = 10**9\nl.load_state(s)": "not the logits",
+    "l = llm(); l.eval([1, 2]); s = l.save_state(); s.n_tokens = -5\nl.load_state(s)": "not the logits",
     "l = llm(); l.eval([1, 2]); s = l.save_state(); s.llama_state = b'\\xff' * len(s.llama_state)\n"
     "l.load_state(s)": "damaged",
 }
