@@ -50,8 +50,8 @@ class Kind:
     """One sanitized build: what -fsanitize= is given, the programs of tests/native that it runs, and what
     -fno-sanitize= is given.
 
-    llama.cpp reads types from files into enums, and only then looks at them; it reads words from blocks at odd
-    addresses; it calls C functions by pointers whose type has other qualifiers in C++, which clang tells apart.
+    llama.cpp reads types from files into enums, and only then looks at them; it reads words from blocks at
+    odd addresses; it calls C functions by pointers with other qualifiers in C++, which clang tells apart.
     """
 
     configuration: Configuration
