@@ -43,7 +43,7 @@ SOURCES = ROOT / "tests" / "native"
 PROGRAMS = ("test-mul-mat-id-grouped", "test-routing-ops", "test-mc-quantize")
 LAST_LINE = re.compile(r"(?:passed )?(\d+) (?:passed, 0 failed|failed 0)")
 SPEED = re.compile(r"compensation: (\d+) ns per weight")
-WARNING = re.compile(r"^(\S+?):(\d+):\d+: warning: .*")
+FINDING = re.compile(r"^(\S+?):(\d+):\d+: (?:warning|runtime error): .*")  # a compiler's, a sanitizer's
 FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=ON",
@@ -208,12 +208,12 @@ def own_lines(tree: Path) -> dict[str, set[int]]:
     return lines
 
 
-def own_warnings(log: str, folder: Path, tree: Path, lines: Mapping[str, set[int]]) -> Iterator[str]:
-    """The compiler's warnings in `log` about our own files of `tree` and about our `lines` of upstream's.
-    The compiler ran in `folder`.
+def own_findings(log: str, folder: Path, tree: Path, lines: Mapping[str, set[int]]) -> Iterator[str]:
+    """The warnings of the compiler, or the errors of UndefinedBehaviorSanitizer, in `log` about our own files
+    of `tree` and about our `lines` of upstream's. The compiler ran in `folder`.
     """
     for line in log.splitlines():
-        if match := WARNING.match(line):
+        if match := FINDING.match(line):
             name = os.path.relpath(folder / match[1], tree)
             if name.startswith(f"{fetch.OWN_SOURCES}/") or int(match[2]) in lines.get(name, ()):
                 yield line
@@ -279,7 +279,7 @@ def try_out(name: str, tree: Path, cache: Path, jobs: int, reference: Path) -> O
     except RuntimeBuildError as error:
         return Outcome(name, "failed", note=str(error), ok=False)
     text = log.path.read_text(errors="replace")
-    found = sorted(set(own_warnings(text, folder / "build", tree, own_lines(tree))))
+    found = sorted(set(own_findings(text, folder / "build", tree, own_lines(tree))))
     note = f"{len(found)} warnings, the first: {found[0]}" if found else ""
     if not configuration.compiler.runs:
         return Outcome(name, "yes", note=note or "a compile check", ok=not found)

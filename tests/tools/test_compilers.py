@@ -13,7 +13,7 @@ from tools.compilers import (
     LAST_LINE,
     chosen,
     largest_difference,
-    own_warnings,
+    own_findings,
     share_of_bytes,
 )
 
@@ -49,8 +49,10 @@ def test_warnings_about_our_lines_only(tmp_path: Path) -> None:
         "../source/src/llama-model.cpp:7:1: warning: upstream's file",
         "../source/mc/cpu/routing.cpp:3:1: note: more about it",
     ]
-    found = list(own_warnings("\n".join(log), folder, tree, {"src/llama-graph.cpp": {7}}))
+    found = list(own_findings("\n".join(log), folder, tree, {"src/llama-graph.cpp": {7}}))
     assert found == log[:2]
+    reports = [line.replace("warning", "runtime error") for line in log]
+    assert list(own_findings("\n".join(reports), folder, tree, {"src/llama-graph.cpp": {7}})) == reports[:2]
 
 
 def test_instructions_that_are_not_wanted_are_off() -> None:
