@@ -51,7 +51,7 @@ def test_warnings_about_our_lines_only(tmp_path: Path) -> None:
     ]
     found = list(own_findings("\n".join(log), folder, tree, {"src/llama-graph.cpp": {7}}))
     assert found == log[:2]
-    reports = [line.replace("warning", "runtime error") for line in log]
+    reports = [line.replace(": warning:", ": runtime error:") for line in log]
     assert list(own_findings("\n".join(reports), folder, tree, {"src/llama-graph.cpp": {7}})) == reports[:2]
 
 
