@@ -76,7 +76,6 @@ def test_no_input_is_an_output(verb: str, name: str, tmp_path: Path, monkeypatch
         ("folder", "is a directory"),
         ("fifo", "is not a regular file"),
         ("/dev/null", "is not a regular file"),
-        ("", "is empty"),
         ("x" * 250, "has 250 bytes"),
         ("text/out", "cannot be written: Not a directory"),
     ],
@@ -89,6 +88,16 @@ def test_what_cannot_be_an_output(
     line = _invoke(VERBS[verb], out, tmp_path, monkeypatch)
     assert words in line
     assert {path.name for path in tmp_path.iterdir()} == INPUTS | {"folder", "fifo"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_output_has_an_empty_name(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Path("") is the current directory."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, [word.format(out="") for word in VERBS[verb].split(" ")])
+    assert result.exit_code == 2
+    assert "'-o' / '--output': an empty text is no path" in result.stderr
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_convert_writes_beside_its_output_is_checked_too(
