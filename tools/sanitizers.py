@@ -148,7 +148,7 @@ class Sanitized:
         corpus = self.folder / "corpus"
         corpus.mkdir(exist_ok=True)
         program = self.program(TARGET, f"{self.kind.sanitizers},fuzzer")
-        options = [f"-max_total_time={seconds:.0f}", "-max_len=256", "-print_final_stats=1", "-verbosity=1"]
+        options = [f"-max_total_time={seconds:.0f}", "-max_len=256", "-len_control=0", "-print_final_stats=1"]
         output = self._run(TARGET, [program, *options, corpus], self.folder, os.environ | OPTIONS)
         for line in output.splitlines():
             if line.startswith(("stat::number_of_executed_units", "Done")) or " DONE " in line:
