@@ -124,8 +124,8 @@ class Sanitized:
         reports.mkdir(exist_ok=True)
         for old in reports.iterdir():
             old.unlink()
-        command = [self.kind.configuration.compiler.c, "-print-file-name=libasan.so"]
-        preload = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        # Without libstdc++, the sanitizer's library finds no function behind its own __cxa_throw.
+        preload = " ".join(self._library(name) for name in ("libasan.so", "libstdc++.so"))
         # Python itself leaves memory to the end of the process, and the forks that are refused do.
         options = {name: f"{value}:detect_leaks=0:log_path={reports}/r" for name, value in OPTIONS.items()}
         env = os.environ | options | {"MC_GGUF_RUNTIME": str(self.libraries), "LD_PRELOAD": preload}
@@ -143,6 +143,10 @@ class Sanitized:
         for report in sorted(reports.iterdir()):
             self._judge(f"tools.fuzz, {report}", report.read_text(errors="replace"))
         click.echo(output.splitlines()[-1])
+
+    def _library(self, name: str) -> str:
+        command = [self.kind.configuration.compiler.c, f"-print-file-name={name}"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     def run_fuzzer(self, seconds: float) -> None:
         corpus = self.folder / "corpus"

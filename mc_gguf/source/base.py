@@ -15,7 +15,7 @@ from mc_gguf.artifacts import PROJECTIONS, ModelInfo, TensorSpec, expert_tensor_
 from mc_gguf.common.errors import SourceError
 from mc_gguf.ggml.gguf_file import Value
 from mc_gguf.ggml.gguf_writer import add_values
-from mc_gguf.source.architecture import MAX_EXPERTS
+from mc_gguf.source.architecture import MAX_EXPERTS, MAX_LAYERS
 from mc_gguf.source.tensors import check_layout, check_tensors, count_of, n_vocab_of
 
 SAMPLE_BYTES = 4096
@@ -117,7 +117,7 @@ def make_info(
     if not hparams.get("expert_count"):
         raise SourceError(f"{path} is no Mixture-of-Experts model ({architecture} without an expert count)")
     check_layout(path, tensors)
-    n_layer = count_of(path, hparams, "block_count")
+    n_layer = count_of(path, hparams, "block_count", MAX_LAYERS)
     n_expert = count_of(path, hparams, "expert_count", MAX_EXPERTS)
     n_used = count_of(path, hparams, "expert_used_count", n_expert)
     specs = {t.name: t for t in tensors}

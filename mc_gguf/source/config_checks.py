@@ -4,6 +4,7 @@ library only.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mc_gguf.common.errors import SourceError
-from mc_gguf.source.architecture import MAX_EXPERTS
+from mc_gguf.source.architecture import MAX_EXPERTS, MAX_LAYERS
 from mc_gguf.source.safetensors_files import StoredTensor
 
 Stored = Mapping[str, StoredTensor]
@@ -19,7 +20,10 @@ Stored = Mapping[str, StoredTensor]
 _N_EXPERT = ("num_local_experts", "num_experts", "n_routed_experts")
 _N_USED = ("num_experts_per_tok", "num_experts_per_token")
 _N_LAYER = ("num_hidden_layers", "n_layers", "n_layer")
-_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_SIZES = ("hidden_size", "head_dim")
+_SIZES_OF_LAYERS = ("intermediate_size", "num_attention_heads", "num_key_value_heads")  # or a list of them
+_NUMBERS = ("rms_norm_eps", "layer_norm_eps", "rope_theta")
+_SWITCHES = ("tie_word_embeddings", "norm_topk_prob", "use_sliding_window")
 _EXPERT = re.compile(r"(?P<block>.*\blayers\.\d+\..*\bexperts)\.(?P<number>\d+)\.(?P<part>.+)")
 _FUSED = re.compile(
     r".*\blayers\.\d+\..*\bexperts\.(gate_up_proj|gate_proj|up_proj|down_proj|w[123])(\.weight)?"
@@ -34,9 +38,7 @@ _UNTIED = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
 
 def check_config(path: Path, config: Mapping[str, Any], stored: Stored) -> None:
     """Raises SourceError when config.json (`path`) and the tensors that are stored do not fit together."""
-    for key in _SIZES:
-        if not isinstance(config.get(key), list):  # one number per layer
-            _count(path, config, (key,))
+    _check_values(path, config)
     n_expert = _count(path, config, _N_EXPERT, MAX_EXPERTS)
     _check_used(path, config, n_expert)
     _check_fused(stored)
@@ -45,6 +47,34 @@ def check_config(path: Path, config: Mapping[str, Any], stored: Stored) -> None:
         _check_experts(path, n_expert, stored)
     _check_output(path, config, stored)
     _check_vocabulary(path, config, stored)
+
+
+def _check_values(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises SourceError for a value that is not of its key's kind."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        wrong = "is missing" if names is None else f"is {names!r}, not a list with the name of a class"
+        raise SourceError(f"{path}: architectures {wrong}; download config.json again")
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        if key in config and config[key] is None:
+            raise SourceError(f"{path}: {key} is null, not a whole number above 0; correct it")
+    for key in _SIZES:
+        _count(path, config, (key,))
+    for key in _SIZES_OF_LAYERS:
+        values = config.get(key)
+        for value in values if isinstance(values, list) else [values]:
+            _count(path, {key: value}, (key,))
+    for key in _NUMBERS:
+        value = config.get(key)
+        if value is not None and not (_is_number(value) and 0 < value < math.inf):
+            raise SourceError(f"{path}: {key} is {value!r}, not a number above 0; correct it")
+    for key, kind, words in (("model_type", str, "a name"), *((x, bool, "true or false") for x in _SWITCHES)):
+        if not isinstance(config.get(key), kind | None):
+            raise SourceError(f"{path}: {key} is {config[key]!r}, not {words}; correct it")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _find(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any] | None:
@@ -86,7 +116,7 @@ def _check_fused(stored: Stored) -> None:
 
 
 def _check_layers(path: Path, config: Mapping[str, Any], stored: Stored) -> None:
-    n_layer, found = _count(path, config, _N_LAYER), _find(config, _N_LAYER)
+    n_layer, found = _count(path, config, _N_LAYER, MAX_LAYERS), _find(config, _N_LAYER)
     layers = {int(match[1]) for name in stored if (match := _LAYER.match(name))}
     if n_layer is None or found is None or not layers:
         return

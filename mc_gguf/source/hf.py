@@ -60,7 +60,7 @@ class HfCheckpoint:
             raise SourceError(f"llama.cpp's converter cannot read {path}: {_one_line(error)}") from error
         writer = model.gguf_writer
         architecture = writer.arch
-        kv = {key: _plain_value(value) for key, value in writer.kv_data[0].items()}
+        kv = {key: _stored_value(path, key, value, writer) for key, value in writer.kv_data[0].items()}
         infos: dict[str, Any] = writer.tensors[0]
         unknown = [name for name in infos if name not in self._lazy]
         if unknown:
@@ -216,6 +216,20 @@ def _evaluate_f32(node: Any, name: str) -> NDArray[np.float32]:
         raise SourceError(f"cannot read the weights of {name}: {_one_line(error)}") from error
     array: NDArray[np.float32] = np.ascontiguousarray(value.to(torch.float32).numpy())
     return array
+
+
+def _stored_value(path: Path, key: str, value: Any, writer: Any) -> Value:
+    """A GGUFValue of gguf-py as our Value. Raises SourceError for what a GGUF cannot hold: the converter
+    copies numbers of config.json unseen.
+    """
+    try:
+        writer._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)
+        return _plain_value(value)
+    except _CONVERTER_ERRORS as error:
+        raise SourceError(
+            f"{path}: the metadata would have {value.value!r} as {key}, which is no {value.type.name}; "
+            "correct config.json"
+        ) from error
 
 
 def _plain_value(value: Any) -> Value:

@@ -16,7 +16,7 @@ from typing import Any
 from mc_gguf.artifacts import PROJECTIONS, TensorSpec
 from mc_gguf.common.errors import SourceError
 from mc_gguf.ggml.gguf_file import Value
-from mc_gguf.source.architecture import ARCHITECTURES
+from mc_gguf.source.architecture import ARCHITECTURES, MAX_LAYERS
 
 Shape = tuple[int, ...]
 
@@ -26,6 +26,11 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 # Architectures that may use the embeddings as the output matrix, and norms of Q and K.
 _TIED = ("llama", "qwen3moe")
 _QK_NORMS = ("qwen3moe", "olmoe")
+# Keys that may have a number for every layer.
+_MAY_DIFFER = (
+    *("attention.head_count", "attention.head_count_kv", "feed_forward_length"),
+    "expert_feed_forward_length",
+)
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,11 @@ def check_tensors(
     `hparams` are as in Checkpoint, `n_vocab` as from n_vocab_of().
     """
     found = {t.name: t.shape for t in tensors}
-    n_layer = count_of(path, hparams, "block_count")
+    n_layer = count_of(path, hparams, "block_count", MAX_LAYERS)
     _check_layers(path, n_layer, found)
     count_of(path, hparams, "embedding_length")
     _check_vocabulary(path, n_vocab, found)
-    sizes = _sizes(architecture, hparams, n_vocab, n_layer)
+    sizes = _sizes(path, architecture, hparams, n_vocab, n_layer)
     if sizes is None:
         return
     required, optional = dict(_required(architecture, sizes, found)), dict(_optional(architecture, sizes))
@@ -125,29 +130,45 @@ def n_vocab_of(kv: Mapping[str, Value]) -> int | None:
     return len(tokens.value) if tokens and isinstance(tokens.value, list) and tokens.value else None
 
 
-def _sizes(architecture: str, hparams: Mapping[str, Any], n_vocab: int | None, n_layer: int) -> _Sizes | None:
+def _sizes(
+    path: Path, architecture: str, hparams: Mapping[str, Any], n_vocab: int | None, n_layer: int
+) -> _Sizes | None:
     """None where the table does not describe the model: another architecture, or layers that differ."""
     if architecture not in ARCHITECTURES:
         return None
-    n_embd, n_head = (_number(hparams, key) for key in ("embedding_length", "attention.head_count"))
-    if not n_embd or not n_head:
+    if any(len(set(_of_layers(hparams, key, n_layer))) > 1 for key in _MAY_DIFFER):
         return None
-    n_head_kv = _number(hparams, "attention.head_count_kv", n_head)
-    head, head_v = (_number(hparams, f"attention.{x}_length", n_embd // n_head) for x in ("key", "value"))
-    n_ff = _number(hparams, "feed_forward_length")
-    shared = _number(hparams, "expert_shared_feed_forward_length", n_ff)
+
+    def number(key: str, default: int = 0) -> int:
+        """A whole number above 0, for all layers; `default`, unless it is 0, where there is none."""
+        values = _of_layers(hparams, key, n_layer)
+        value = values[0] if values else hparams.get(key)
+        return default if default and not value else count_of(path, {key: value}, key)
+
+    n_embd, n_head, n_expert = map(number, ("embedding_length", "attention.head_count", "expert_count"))
+    n_head_kv = number("attention.head_count_kv", n_head)
+    if n_head % n_head_kv != 0:
+        raise SourceError(
+            f"{path}: attention.head_count is {n_head}, and attention.head_count_kv, {n_head_kv}, does not "
+            "divide it"
+        )
+    head, head_v = (number(f"attention.{x}_length", n_embd // n_head) for x in ("key", "value"))
     if architecture in ("qwen3moe", "qwen2moe"):
-        n_ff = _number(hparams, "expert_feed_forward_length", n_ff // hparams["expert_used_count"])
-    if not n_head_kv or not head or not head_v or not n_ff or not shared:
-        return None
+        n_ff = number("expert_feed_forward_length") if hparams.get("expert_feed_forward_length") else 0
+        n_ff = n_ff or number("feed_forward_length") // number("expert_used_count")
+    else:
+        n_ff = number("feed_forward_length")
+    shared = number("expert_shared_feed_forward_length", number("feed_forward_length", n_ff))
     q, k, v = head * n_head, head * n_head_kv, head_v * n_head_kv
-    return _Sizes(n_layer, n_embd, n_vocab, q, k, v, head, hparams["expert_count"], n_ff, shared)
+    return _Sizes(n_layer, n_embd, n_vocab, q, k, v, head, n_expert, n_ff, shared)
 
 
-def _number(hparams: Mapping[str, Any], key: str, default: int = 0) -> int:
-    """A number of the metadata; 0 where it is something else, such as a list with a number per layer."""
-    value = hparams.get(key) or default
-    return value if isinstance(value, int) else 0
+def _of_layers(hparams: Mapping[str, Any], key: str, n_layer: int) -> list[Any]:
+    """The values of a key that has a list of one per layer; an empty list for anything else."""
+    values = hparams.get(key)
+    if key not in _MAY_DIFFER or not isinstance(values, list) or len(values) != n_layer:
+        return []
+    return values if all(isinstance(x, int) for x in values) else []
 
 
 def _required(architecture: str, s: _Sizes, found: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -319,6 +320,39 @@ MISFITS: dict[str, tuple[Tensors | None, dict[str, Any], str]] = {
     "output rows": (_rows("lm_head.weight", 4160), {}, "lm_head.weight has 4160 rows"),
     "too few rows": (_rows("model.embed_tokens.weight", 4000), {}, "has only 4000 rows"),
 }
+
+
+ODD: list[Any] = [True, 0, -1, 1.5, 2**63, math.inf, math.nan, "", "x", "4", [], [4], {}, {"a": 1}, [[None]]]
+# Keys of config.json, and which of these values (and null) are accepted for them.
+ACCEPTED: dict[str, list[Any]] = {
+    "architectures": [],
+    "model_type": [None, "", "x", "4"],
+    "vocab_size": [],
+    "num_hidden_layers": [],
+    "hidden_size": [2**63],  # compared with the shapes of tensors later, as the next
+    "head_dim": [None, 2**63],
+    "intermediate_size": [None, 2**63, [], [4]],  # in some families a list, with a size per layer
+    "num_attention_heads": [None, 2**63, [], [4]],
+    "num_key_value_heads": [None, 2**63, [], [4]],
+    "num_local_experts": [None],
+    "num_experts_per_tok": [None],
+    "rms_norm_eps": [None, 1.5, 2**63],
+    "rope_theta": [None, 1.5, 2**63],
+    "tie_word_embeddings": [None, True],  # both matrices are zeros
+    "norm_topk_prob": [None, True],
+}
+
+
+@pytest.mark.parametrize("key", ACCEPTED)
+def test_odd_values_in_config_are_named(tmp_path: Path, key: str) -> None:
+    folder = write_directory(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for value in [None, *ODD]:
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+        if value in ACCEPTED[key]:
+            check_directory(folder)
+        else:
+            assert f"config.json: {key} is " in refused(folder), value
 
 
 @pytest.mark.parametrize("case", MISFITS)

@@ -16,7 +16,7 @@ from mc_gguf.common.errors import SourceError
 from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, STRING, UINT32, Value
 from mc_gguf.runtime import packages
 from mc_gguf.source import open_checkpoint
-from mc_gguf.source.architecture import MAX_EXPERTS
+from mc_gguf.source.architecture import MAX_EXPERTS, MAX_LAYERS
 from mc_gguf.source.base import make_info
 from tests.support.gguf_models import Part, model_kv, model_tensors, take_apart, write_parts
 from tests.support.hf_directories import EXPERT, N_EMBD, mixtral_tensors, write_directory
@@ -62,6 +62,24 @@ REFUSED: dict[str, tuple[Callable[[Model], Model], str]] = {
     ),
     "1025 experts": (_set("expert_count", 1025), "expert_count is 1025, not a whole number from 1 to 1024"),
     "no layers": (_set("block_count", 0), "block_count is 0"),
+    "2^40 layers": (
+        _set("block_count", 1 << 40),
+        "block_count is 1099511627776, not a whole number from 1 to",
+    ),
+    "no heads": (_set("attention.head_count", 0), "head_count is 0, not a whole number above 0"),
+    "a list for a width": (
+        _set("attention.key_length", [8, 8], ARRAY),
+        r"attention.key_length is \[8, 8\], not a whole number",
+    ),
+    "a list that is too short": (
+        _set("feed_forward_length", [64], ARRAY),
+        r"feed_forward_length is \[64\], not a whole number",
+    ),
+    "no width of experts": (
+        lambda m: ({k: v for k, v in m[0].items() if not k.endswith("feed_forward_length")}, m[1]),
+        "feed_forward_length is missing",
+    ),
+    "heads that do not share": (_set("attention.head_count_kv", 3), "head_count_kv, 3, does not divide it"),
     "more layers": (_set("block_count", 3), "block_count is 3, but there is no tensor of layer 2"),
     "fewer layers": (_set("block_count", 1), "block_count is 1, but there are tensors of layer 1"),
     "no experts in a layer": (_without("blk.1.ffn_gate_exps"), "expected blk.1.ffn_gate_exps"),
@@ -108,6 +126,16 @@ def test_what_llama_cpp_would_not_load(model: Model, case: str) -> None:
 def test_limit_of_the_runtime() -> None:
     text = (packages.source_dir() / "src" / "llama-hparams.h").read_text()
     assert f"#define LLAMA_MAX_EXPERTS {MAX_EXPERTS} " in text
+    assert f"#define LLAMA_MAX_LAYERS  {MAX_LAYERS}\n" in text
+
+
+@pytest.mark.parametrize("key", ["attention.head_count", "attention.head_count_kv", "feed_forward_length"])
+def test_numbers_may_be_given_per_layer(model: Model, key: str) -> None:
+    value = model[0][f"llama.{key}"].value
+    kv, tensors = _set(key, [value] * 2, ARRAY)(model)
+    make_info(Path("m.gguf"), kv, "llama", tensors, [])
+    with pytest.raises(SourceError, match=r"ask for|does not divide it"):
+        make_info(Path("m.gguf"), _set(key, [2 * value] * 2, ARRAY)(model)[0], "llama", tensors, [])
 
 
 def test_what_is_optional(model: Model) -> None:
