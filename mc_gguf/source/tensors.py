@@ -26,6 +26,7 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 # Architectures that may use the embeddings as the output matrix, and norms of Q and K.
 _TIED = ("llama", "qwen3moe")
 _QK_NORMS = ("qwen3moe", "olmoe")
+_EPSILON = "attention.layer_norm_rms_epsilon"
 # Keys that may have a number for every layer.
 _MAY_DIFFER = (
     *("attention.head_count", "attention.head_count_kv", "feed_forward_length"),
@@ -81,11 +82,14 @@ def check_tensors(
     found = {t.name: t.shape for t in tensors}
     n_layer = count_of(path, hparams, "block_count", MAX_LAYERS)
     _check_layers(path, n_layer, found)
-    count_of(path, hparams, "embedding_length")
+    for key in ("embedding_length", "context_length"):
+        count_of(path, hparams, key)
     _check_vocabulary(path, n_vocab, found)
     sizes = _sizes(path, architecture, hparams, n_vocab, n_layer)
     if sizes is None:
         return
+    if _EPSILON not in hparams:
+        raise SourceError(f"{path}: {_EPSILON} is missing, so llama.cpp cannot load the model")
     required, optional = dict(_required(architecture, sizes, found)), dict(_optional(architecture, sizes))
     if missing := next((name for name in required if name not in found), None):
         raise SourceError(

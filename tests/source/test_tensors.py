@@ -39,6 +39,10 @@ def _set(key: str, value: Any, kind: int = UINT32) -> Callable[[Model], Model]:
     return lambda model: ({**model[0], f"llama.{key}": Value(kind, value)}, model[1])
 
 
+def _without_key(key: str) -> Callable[[Model], Model]:
+    return lambda model: ({k: v for k, v in model[0].items() if k != f"llama.{key}"}, model[1])
+
+
 def _without(part: str) -> Callable[[Model], Model]:
     return lambda model: (model[0], [t for t in model[1] if part not in t.name])
 
@@ -75,10 +79,9 @@ REFUSED: dict[str, tuple[Callable[[Model], Model], str]] = {
         _set("feed_forward_length", [64], ARRAY),
         r"feed_forward_length is \[64\], not a whole number",
     ),
-    "no width of experts": (
-        lambda m: ({k: v for k, v in m[0].items() if not k.endswith("feed_forward_length")}, m[1]),
-        "feed_forward_length is missing",
-    ),
+    "no width of experts": (_without_key("feed_forward_length"), "feed_forward_length is missing"),
+    "no context": (_without_key("context_length"), "context_length is missing"),
+    "no epsilon": (_without_key("attention.layer_norm_rms_epsilon"), "rms_epsilon is missing, so llama.cpp"),
     "heads that do not share": (_set("attention.head_count_kv", 3), "head_count_kv, 3, does not divide it"),
     "more layers": (_set("block_count", 3), "block_count is 3, but there is no tensor of layer 2"),
     "fewer layers": (_set("block_count", 1), "block_count is 1, but there are tensors of layer 1"),
