@@ -26,6 +26,8 @@ from tools.common import ROOT, run_tool
 
 PATCHES = ROOT / "patches"
 TRAILERS = ("Why", "Test", "Upstream", "Drop-when")
+# The author and the date of every patch: they say nothing, and a rebase would change them.
+AUTHOR = "From: mc_gguf <mc_gguf@localhost>\nDate: Sun, 22 Nov 2026 00:00:00 +0000\n"
 # These options make format -> am -> format byte-identical.
 FORMAT = ("format-patch", "--quiet", "--zero-commit", "--no-signature", "--no-numbered", "--full-index")
 
@@ -53,10 +55,12 @@ def check_names() -> None:
             raise McError(f"patches/{what} names {names}, the directory holds {files}: make them the same")
 
 
-def check_trailers() -> None:
-    """Check that every patch has all TRAILERS, and that the tests that they name exist."""
+def check_heads() -> None:
+    """Check that every patch has AUTHOR and all TRAILERS, and that the tests that they name exist."""
     for path in upstream.series():
         head = path.read_text(encoding="utf-8").partition("\n---\n")[0]
+        if AUTHOR not in head:
+            raise McError(f"{path.name} is by somebody or of some day; refresh writes {AUTHOR!r}")
         for trailer in TRAILERS:
             if not re.search(rf"^{trailer}: \S", head, re.M):
                 raise McError(f"{path.name} lacks the trailer '{trailer}:'; amend the commit and refresh")
@@ -77,7 +81,11 @@ def patched_tree(folder: Path) -> Path:
 
 def format_series(tree: Path, base: str, out: Path) -> list[Path]:
     git(tree, *FORMAT, "--output-directory", str(out), f"{base}..HEAD")
-    return sorted(out.glob("*.patch"))
+    paths = sorted(out.glob("*.patch"))
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(re.sub(r"^From: .*\n(?: .*\n)*Date: .*\n", AUTHOR, text, count=1, flags=re.M))
+    return paths
 
 
 @click.group(help=__doc__)
@@ -88,7 +96,7 @@ def main() -> None: ...
 def verify() -> None:
     """Check names, trailers and trees; that the patches apply strictly and format to the same bytes again."""
     check_names()
-    check_trailers()
+    check_heads()
     with tempfile.TemporaryDirectory() as temporary:
         tree = patched_tree(Path(temporary))
         again = format_series(tree, upstream.pin().commit, Path(temporary) / "again")

@@ -25,8 +25,9 @@ LLAMA_API size_t mc_sizeof(const char * name);
 typedef void (*mc_function)(void);
 
 // A function of the same type as the one with this name in llama.h. When an exception or a failed GGML_ASSERT ends it, it returns 0,
-// and mc_error() says why. NULL for functions that need no guard. A failed assertion while a graph is computed ends the process, as it
-// does without a guard.
+// which may also be a result: mc_error() says whether it failed, and why. NULL for functions that are not guarded: those that cannot
+// fail, deprecated ones, and some that no model is run with. A failed assertion while a graph is computed ends the process, as it does
+// without a guard.
 LLAMA_API mc_function mc_guarded(const char * name);
 
 // Why the last guarded call of this thread failed; NULL when it did not. Valid until the next one.

@@ -9,6 +9,7 @@
 #include <exception>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 static thread_local std::string error;
 static thread_local bool        has_failed  = false;
@@ -34,7 +35,7 @@ static void fail(const char * what) {
 namespace {
 
 struct guarded_scope {
-    guarded_scope()  { n_guarded++; has_failed = false; }
+    guarded_scope()  { n_guarded++; }
     ~guarded_scope() { n_guarded--; }
 };
 
@@ -45,13 +46,26 @@ struct guard<function> {
     static result call(arguments... args) {
         guarded_scope scope;
         try {
-            return function(args...);
+            return finished(args...);
         } catch (const std::exception & err) {
             fail(err.what());
         } catch (...) {
             fail("unknown exception");
         }
         return result();
+    }
+
+private:
+    // Callbacks may make guarded calls of their own, whose failures are not this one's.
+    static result finished(arguments... args) {
+        if constexpr (std::is_void_v<result>) {
+            function(args...);
+            has_failed = false;
+        } else {
+            const result r = function(args...);
+            has_failed = false;
+            return r;
+        }
     }
 };
 
@@ -66,7 +80,9 @@ struct entry {
 
 static const entry FUNCTIONS[] = {
     GUARDED(llama_model_load_from_file),
+    GUARDED(llama_model_load_from_splits),
     GUARDED(llama_model_desc),
+    GUARDED(llama_model_cls_label),
     GUARDED(llama_model_meta_key_by_index),
     GUARDED(llama_model_meta_val_str),
     GUARDED(llama_model_meta_val_str_by_index),
@@ -83,6 +99,13 @@ static const entry FUNCTIONS[] = {
     GUARDED(llama_get_embeddings),
     GUARDED(llama_get_embeddings_ith),
     GUARDED(llama_get_embeddings_seq),
+    GUARDED(llama_get_sampled_token_ith),
+    GUARDED(llama_get_sampled_probs_ith),
+    GUARDED(llama_get_sampled_probs_count_ith),
+    GUARDED(llama_get_sampled_logits_ith),
+    GUARDED(llama_get_sampled_logits_count_ith),
+    GUARDED(llama_get_sampled_candidates_ith),
+    GUARDED(llama_get_sampled_candidates_count_ith),
     GUARDED(llama_memory_clear),
     GUARDED(llama_memory_seq_rm),
     GUARDED(llama_memory_seq_cp),
@@ -99,6 +122,9 @@ static const entry FUNCTIONS[] = {
     GUARDED(llama_state_seq_get_size),
     GUARDED(llama_state_seq_get_data),
     GUARDED(llama_state_seq_set_data),
+    GUARDED(llama_state_seq_get_size_ext),
+    GUARDED(llama_state_seq_get_data_ext),
+    GUARDED(llama_state_seq_set_data_ext),
     GUARDED(llama_state_seq_load_file),
     GUARDED(llama_state_seq_save_file),
     GUARDED(llama_tokenize),
@@ -120,6 +146,7 @@ static const entry FUNCTIONS[] = {
     GUARDED(llama_sampler_init_typical),
     GUARDED(llama_sampler_init_temp),
     GUARDED(llama_sampler_init_temp_ext),
+    GUARDED(llama_sampler_init_adaptive_p),
     GUARDED(llama_sampler_init_xtc),
     GUARDED(llama_sampler_init_top_n_sigma),
     GUARDED(llama_sampler_init_mirostat),

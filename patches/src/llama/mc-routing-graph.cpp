@@ -136,7 +136,7 @@ ggml_tensor * rows_of(const llm_graph_context & graph, const ggml_tensor * cur, 
         return nullptr;
     }
     if (!graph.mc.out_ids || graph.mc.out_ids->ne[0] != cur->ne[1]) {
-        GGML_ABORT("expert routing: the MoE block of layer %d has %lld rows, which are neither all tokens nor the outputs\n",
+        GGML_ABORT("expert routing: the MoE block of layer %d has %lld rows, which are neither all tokens nor the outputs",
                 il, (long long) cur->ne[1]);
     }
     return graph.mc.out_ids;
