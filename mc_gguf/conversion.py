@@ -68,6 +68,10 @@ class ConversionRequest(PlanRequest, CalibrationRequest):
     resume: bool = True
     quiet: bool = False
 
+    def __post_init__(self) -> None:
+        PlanRequest.__post_init__(self)
+        CalibrationRequest.__post_init__(self)
+
     def refinement(self) -> RefinementOptions | None:
         """A search on the calibration's text, cut into other rows. None: no search.
 

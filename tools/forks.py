@@ -8,6 +8,7 @@ import resource
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 HANG = "hang"
 
@@ -27,11 +28,7 @@ def forked(work: Callable[[], tuple[str, str]], limits: Limits) -> tuple[str, st
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(reader)
-        _limit(limits)
-        with os.fdopen(writer, "w") as answer:
-            json.dump(work(), answer)
-        os._exit(0)
+        become(lambda: _answer(reader, writer, work, limits))
     os.close(writer)
     with os.fdopen(reader) as pipe:
         text = pipe.read()
@@ -43,6 +40,24 @@ def forked(work: Callable[[], tuple[str, str]], limits: Limits) -> tuple[str, st
         return "exit", str(os.WEXITSTATUS(status))
     kind, words = json.loads(text)
     return kind, words
+
+
+def become(work: Callable[[], None]) -> NoReturn:
+    """Do `work` in a fork and end it, whatever happens: its parent's frames must not clean up twice."""
+    try:
+        work()
+        os._exit(0)
+    except BaseException as error:  # noqa: BLE001  it has no one else to tell
+        os.write(2, f"{error!r}\n".encode(errors="replace"))
+    finally:
+        os._exit(1)
+
+
+def _answer(reader: int, writer: int, work: Callable[[], tuple[str, str]], limits: Limits) -> None:
+    os.close(reader)
+    _limit(limits)
+    with os.fdopen(writer, "w") as answer:
+        json.dump(work(), answer)
 
 
 def _limit(limits: Limits) -> None:

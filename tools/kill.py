@@ -27,8 +27,10 @@ import torch
 
 from mc_gguf.artifacts import Plan
 from mc_gguf.cli import main as command
-from tools.common import CALIBRATION_TEXT
+from mc_gguf.common.errors import McError
+from tools.common import CALIBRATION_TEXT, run_tool
 from tools.experiments.make_model import Sizes, make_model
+from tools.forks import become
 
 MAX_KILLS = 4  # of one resumed run
 SIZES = Sizes(layers=2, embd=256, ff=256, experts=4, top_k=2, heads=4, kv_heads=2, vocab=4096)
@@ -69,7 +71,7 @@ CASES = {
 }
 
 
-class Failure(Exception):
+class Failure(McError):
     """A run that left what it must not leave."""
 
 
@@ -86,7 +88,7 @@ def main(kills: int, verbs: tuple[str, ...], seed: int) -> None:
         prepare(folder / "inputs")
         for verb in chosen:
             done = Tries(verb, folder, rng).kill(-(-kills // len(chosen)))
-            result = "same bytes" if CASES[verb].is_exact else "valid plans of the same size"
+            result = "same bytes" if CASES[verb].is_exact else "valid plans, no larger than before"
             _say(f"{verb}: {done.kills} kills, {done.finished} runs that were resumed: {result}\n")
 
 
@@ -164,11 +166,12 @@ class Tries:
                 raise Failure(f"{name} has {len(found)} bytes that are not those of an undisturbed run")
 
     def _is_valid(self, path: Path) -> bool:
-        """Of a plan that a search found: whether it is a plan of the size of the one it began with."""
+        """Of what a search wrote: whether it is a plan that is no larger than the one it began with."""
         if self.case.is_exact:
             return False
-        start = Plan.load(self.folder / "inputs" / "m.plan.json")
-        return (Plan.load(path).file_bytes or 0) <= (start.file_bytes or 0)
+        start, found = Plan.load(self.folder / "inputs" / "m.plan.json"), Plan.load(path)
+        assert start.file_bytes is not None
+        return found.file_bytes is not None and found.file_bytes <= start.file_bytes
 
 
 def run(arguments: str, folder: Path, after: float | None = None) -> bool:
@@ -178,7 +181,7 @@ def run(arguments: str, folder: Path, after: float | None = None) -> bool:
     """
     child = os.fork()
     if child == 0:
-        _become(arguments, folder)
+        become(lambda: _command(arguments, folder))
     if after is not None:
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
@@ -190,20 +193,16 @@ def run(arguments: str, folder: Path, after: float | None = None) -> bool:
     return False
 
 
-def _become(arguments: str, folder: Path) -> None:
-    """Turns a fork into `mc-gguf ARGUMENTS`."""
+def _command(arguments: str, folder: Path) -> None:
+    """`mc-gguf ARGUMENTS` in `folder`, which ends this process."""
     log = os.open(folder.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(folder)
-    code = 1
     try:
         command([*arguments.split(), "--quiet"])
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    except BaseException as error:  # noqa: BLE001 - the parent prints it
-        os.write(2, repr(error).encode())
-    os._exit(code)
+        os._exit(end.code if isinstance(end.code, int) else end.code is not None)
 
 
 def _names(folder: Path) -> set[str]:
@@ -216,4 +215,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main, "kill")

@@ -21,6 +21,7 @@ from mc_gguf.artifacts.header import check_header, check_kind, why
 from mc_gguf.artifacts.model import ATTENTION, PROJECTIONS, ModelInfo
 from mc_gguf.artifacts.published import NOMINAL_BITS, PublishedStatistics, is_published
 from mc_gguf.artifacts.statistics import Statistics, check_statistics
+from mc_gguf.common.arguments import PathLike
 from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.files import atomic_write, sha256_of
 
@@ -127,7 +128,7 @@ class Calibration(Statistics):
             tool="published",
         )
 
-    def save(self, path: Path) -> Calibration:
+    def save(self, path: PathLike) -> Calibration:
         """Write the file; returns this calibration with `fingerprint` set to the file's SHA-256."""
         from safetensors.numpy import save
 
@@ -148,16 +149,17 @@ class Calibration(Statistics):
             for line in self.table()
         }
         data = save(arrays, metadata={"mc_gguf": json.dumps(header, sort_keys=True)})
-        with atomic_write(path) as file:
+        with atomic_write(Path(path)) as file:
             file.write(data)
         return replace(self, fingerprint=hashlib.sha256(data).hexdigest())
 
     @classmethod
-    def load(cls, path: Path) -> Calibration:
+    def load(cls, path: PathLike) -> Calibration:
         """Read a calibration, or the published statistics (JSON).
 
         Raises ArtifactError when the file is damaged, of another version, or has an array of the wrong shape.
         """
+        path = Path(path)
         check_kind(path, ("JSON", "a safetensors file"), "a calibration", "calibrate")
         fingerprint = sha256_of(path)
         if is_published(path):

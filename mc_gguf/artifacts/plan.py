@@ -13,7 +13,8 @@ from pathlib import Path
 from mc_gguf import __version__
 from mc_gguf.artifacts.header import check_header, check_kind, why
 from mc_gguf.artifacts.model import ATTENTION, PROJECTIONS
-from mc_gguf.common.errors import ArtifactError
+from mc_gguf.common.arguments import PathLike
+from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.common.files import atomic_write, sha256_of
 
 PLAN_VERSION = 1
@@ -103,8 +104,15 @@ class Plan:
     fingerprint: str = ""
 
     def type_of(self, layer: int, expert: int, projection: str) -> str:
-        """The type of one expert's matrix; `layer` is the number of the layer in the model."""
-        return self.experts[projection][self.layers.index(layer)][expert]
+        """The type of one expert's matrix; `layer` is the number of the layer in the model.
+
+        Raises McError for an expert that the plan does not have.
+        """
+        rows = self.experts.get(projection, ())
+        types = rows[self.layers.index(layer)] if rows and layer in self.layers else ()
+        if not 0 <= expert < len(types):
+            raise McError(f"the plan has no expert {expert} of {projection} in layer {layer}")
+        return types[expert]
 
     def to_text(self) -> str:
         """The text of the file: sorted keys, one line per row of experts."""
@@ -122,16 +130,17 @@ class Plan:
             lines.append(f'  "{key}": [\n{table}\n  ]')
         return "{\n" + ",\n".join(sorted(lines)) + "\n}\n"
 
-    def save(self, path: Path) -> Plan:
+    def save(self, path: PathLike) -> Plan:
         """Write the file; returns this plan with `fingerprint` set to the file's SHA-256."""
         data = self.to_text().encode()
-        with atomic_write(path) as file:
+        with atomic_write(Path(path)) as file:
             file.write(data)
         return replace(self, fingerprint=hashlib.sha256(data).hexdigest())
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: PathLike) -> Plan:
         """Read a plan. Raises ArtifactError when it is damaged, of another version, or incomplete."""
+        path = Path(path)
         check_kind(path, ("JSON",), "a plan", "plan")
         fingerprint = sha256_of(path)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mc_gguf.common.arguments import Names, Paths, check_at_least, to_paths, to_types
+from mc_gguf.common.arguments import MAX_THREADS, Names, Paths, to_paths, to_types, whole
 from mc_gguf.common.errors import about
 from mc_gguf.source.text import DEFAULT_CTX, DEFAULT_TOKENS, Corpus, load_corpus
 
@@ -29,7 +29,7 @@ class CalibrationRequest:
         seed: random seed.
         threads: threads; by default all usable cores.
 
-    Raises McError for a number that is too small.
+    Raises McError for a number that is out of range, or none.
     """
 
     text: Paths = ()
@@ -41,8 +41,12 @@ class CalibrationRequest:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        check_at_least(2, tokens=self.tokens, ctx=self.ctx)
-        check_at_least(1, rows=self.rows, threads=self.threads)
+        checked = whole(2, tokens=self.tokens, ctx=self.ctx) + whole(1, rows=self.rows)
+        checked += whole(1, MAX_THREADS, or_none=True, threads=self.threads) + whole(0, seed=self.seed)
+        for name, value in zip(("tokens", "ctx", "rows", "threads", "seed"), checked, strict=True):
+            object.__setattr__(self, name, value)
+        with about("types"):
+            to_types(self.types or ())
 
     def corpus(self, checkpoint: Checkpoint) -> Corpus:
         """The token rows. Raises SourceError for a text that cannot be read or is too short."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mc_gguf.common.errors import McError, about
 from mc_gguf.common.units import parse_duration, parse_size
+
+MAX_THREADS = 512  # GGML_MAX_N_THREADS
+MAX_INT = 2**31 - 1
 
 PathLike = str | Path
 Paths = PathLike | Sequence[PathLike]
@@ -25,9 +30,12 @@ def to_paths(value: Paths | None) -> tuple[Path, ...]:
 
 
 def to_names(value: Names) -> tuple[str, ...]:
-    """The names; text is split at its commas."""
+    """The names; text is split at its commas. Raises McError for what is no text."""
     parts = value.split(",") if isinstance(value, str) else value
-    return tuple(part.strip() for part in parts if part.strip())
+    names = list(parts) if isinstance(parts, Iterable) else [parts]
+    if not all(isinstance(name, str) for name in names):
+        raise McError(f"give names, as a text or a list of texts, not {value!r}")
+    return tuple(name.strip() for name in names if name.strip())
 
 
 def to_types(value: Names) -> tuple[str, ...]:
@@ -47,15 +55,29 @@ def to_seconds(value: str | float, parameter: str) -> float:
         return parse_duration(str(value))
 
 
-def check_at_least(minimum: int, **arguments: int | None) -> None:
-    """Raises McError, about the first of `arguments` that is below `minimum`; None stands for a default."""
+def whole(
+    minimum: int, maximum: int | None = None, *, or_none: bool = False, **arguments: int | None
+) -> tuple[Any, ...]:
+    """The values of `arguments` as Python's integers; with `or_none`, None stays, which stands for a default.
+
+    Raises McError about the first that is no whole number, or not from `minimum` to `maximum`.
+    """
     for parameter, value in arguments.items():
-        if value is not None and value < minimum:
+        if value is None and or_none:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise McError(f"{parameter} must be a whole number, not {value!r}", parameter=parameter)
+        if value < minimum:
             raise McError(f"{parameter} must be at least {minimum}, not {value}", parameter=parameter)
-
-
-def check_at_most(maximum: int, **arguments: int | None) -> None:
-    """Raises McError, about the first of `arguments` that is above `maximum`; None stands for a default."""
-    for parameter, value in arguments.items():
-        if value is not None and value > maximum:
+        if maximum is not None and value > maximum:
             raise McError(f"{parameter} must be at most {maximum}, not {value}", parameter=parameter)
+    return tuple(None if value is None else int(value) for value in arguments.values())
+
+
+def number(parameter: str, value: float | None) -> float | None:
+    """`value` as a Python number; None stays. Raises McError, about `parameter`, for anything else."""
+    if value is None or type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise McError(f"{parameter} must be a number, not {value!r}", parameter=parameter)
+    return float(value)

@@ -39,7 +39,8 @@ def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
     try:
         found = output.stat()
     except FileNotFoundError:
-        return _check_folder(output)
+        _check_folder(output)
+        return
     except OSError as error:
         raise McError(f"{output} cannot be written: {error.strerror}") from error
     if not stat.S_ISREG(found.st_mode):
@@ -50,7 +51,7 @@ def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
         if any(os.path.samestat(found, file.stat()) for file in files if file.exists()):
             where = "in the input" if path.is_dir() else "the same file as the input"
             raise McError(f"{output} is {where} {path}; write to another file")
-    return _check_folder(output)
+    _check_folder(output)
 
 
 def _check_folder(output: Path) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
-from mc_gguf.common.errors import FormatError
+from mc_gguf.common.arguments import PathLike
+from mc_gguf.common.errors import FormatError, McError
 from mc_gguf.container.keys import KEY_CALIBRATION, KEY_PLAN, KEY_VERSION
 from mc_gguf.container.routing import parse_routing
-from mc_gguf.container.validate import Slices, Validator, average_bits
+from mc_gguf.container.validate import ExpertSlice, Slices, Validator, average_bits
 from mc_gguf.ggml.gguf_file import GgufHeader
 from mc_gguf.ggml.shards import joined, read_shards
 from mc_gguf.ggml.types import GgmlType
@@ -35,12 +36,12 @@ class MixedGguf:
         self._maps: dict[Path, NDArray[np.uint8]] = {}
 
     @classmethod
-    def open(cls, path: Path) -> MixedGguf:
+    def open(cls, path: PathLike) -> MixedGguf:
         """Read the header and validate it. Raises a FormatError that names what is wrong.
 
         Of a split GGUF, `path` may be any shard; `header` has the tensors of all, and the first one's path.
         """
-        shards = read_shards(path)
+        shards = read_shards(Path(path))
         header = joined(shards)
         return cls(header, Validator(header, shards).read_slices(), len(shards))
 
@@ -82,17 +83,29 @@ class MixedGguf:
         return tuple(sorted({layer for layer, _ in self.slices}))
 
     def type_of(self, layer: int, projection: str, expert: int) -> GgmlType:
-        return self.slices[layer, projection][expert].type
+        """The type of one expert. Raises McError for one that there is not."""
+        return self._slice(layer, projection, expert).type
 
     def data(self, layer: int, projection: str, expert: int) -> NDArray[np.uint8]:
         """The stored blocks of one expert, mapped: (rows, bytes of a row)."""
-        part = self.slices[layer, projection][expert]
+        part = self._slice(layer, projection, expert)
         return self._bytes(part.path, part.offset, part.n_bytes).reshape(part.shape[1], -1)
 
     def tensor_data(self, name: str) -> NDArray[np.uint8]:
-        """The bytes of any tensor, mapped."""
+        """The bytes of any tensor, mapped. Raises McError for one that there is not."""
+        if name not in self.header.tensors:
+            raise McError(f"{self.header.path} has no tensor {name!r}")
         entry = self.header.tensors[name]
         return self._bytes(entry.path, entry.offset, entry.n_bytes)
+
+    def _slice(self, layer: int, projection: str, expert: int) -> ExpertSlice:
+        experts = self.slices.get((layer, projection), ())
+        if not 0 <= expert < len(experts):
+            raise McError(
+                f"{self.header.path} has no expert {expert} of {projection} in layer {layer}; it has layers "
+                f"{', '.join(map(str, self.layers)) or 'without experts'}"
+            )
+        return experts[expert]
 
     def _bytes(self, path: Path, offset: int, n_bytes: int) -> NDArray[np.uint8]:
         if path not in self._maps:

@@ -15,14 +15,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mc_gguf.common.arguments import (
+    MAX_INT,
+    MAX_THREADS,
     Names,
     PathLike,
     Paths,
-    check_at_least,
-    check_at_most,
     to_names,
     to_path,
     to_paths,
+    whole,
 )
 from mc_gguf.common.progress import ProgressListener, listening
 
@@ -102,11 +103,10 @@ def evaluate(
         >>> [result.text for result in found.results]
         ['wikitext-2.test.txt']
     """
-    check_at_least(16, ctx=ctx)
-    check_at_most(2**31 - 1, ctx=ctx)
-    check_at_most(512, threads=threads)
-    check_at_least(1, tokens=tokens, limit=limit, threads=threads)
-    check_at_least(0, fewshot=fewshot)
+    (ctx,) = whole(16, MAX_INT, ctx=ctx)
+    (threads,) = whole(1, MAX_THREADS, or_none=True, threads=threads)
+    tokens, limit = whole(1, or_none=True, tokens=tokens, limit=limit)
+    (fewshot,) = whole(0, or_none=True, fewshot=fewshot)
     from mc_gguf.evaluate.request import EvaluationRequest
     from mc_gguf.evaluate.tasks.runner import TaskRequest
 

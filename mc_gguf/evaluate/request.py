@@ -22,7 +22,7 @@ from mc_gguf.evaluate.result import Result, result_table
 from mc_gguf.evaluate.tasks.runner import TaskRequest, TaskResult, check_tasks, run_tasks, task_table
 from mc_gguf.evaluate.text import Text
 from mc_gguf.routing import Routing
-from mc_gguf.run.llama import check_file
+from mc_gguf.run.opening import check_file
 
 NO_TEXT = (
     "there is nothing to evaluate on: give a text that the model was not calibrated on, for instance the "

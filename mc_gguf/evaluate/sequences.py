@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from mc_gguf.common.errors import McError, about
 from mc_gguf.routing import Routing
-from mc_gguf.run.llama import CONTEXT_STEP, Llama  # first: it picks the libraries that llama_cpp loads
+from mc_gguf.run.llama import Llama  # first: it picks the libraries that llama_cpp loads
+from mc_gguf.run.opening import CONTEXT_STEP
 from mc_gguf.runtime.vocabulary import token_texts, tokens_sha256
 
 import llama_cpp  # isort: skip

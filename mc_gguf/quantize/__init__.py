@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mc_gguf.common.arguments import PathLike, Paths, check_at_least, to_path, to_paths
+from mc_gguf.common.arguments import MAX_THREADS, PathLike, Paths, to_path, to_paths, whole
 from mc_gguf.common.errors import about
 from mc_gguf.common.extras import require_extra
 from mc_gguf.common.progress import ProgressListener, listening
@@ -67,7 +67,7 @@ def quantize(
     from mc_gguf.artifacts.matching import find_calibration, possible_calibrations
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
-    check_at_least(1, threads=threads)
+    (threads,) = whole(1, MAX_THREADS, or_none=True, threads=threads)
     texts = to_paths(calibration_text)
     found = possible_calibrations(Path(plan).parent)
     refuse_to_overwrite(Path(output), Path(source), Path(plan), *texts, *found, *to_paths(calibration))

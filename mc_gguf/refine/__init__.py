@@ -13,7 +13,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mc_gguf.common.arguments import PathLike, Paths, check_at_least, to_bytes, to_path, to_paths, to_seconds
+from mc_gguf.common.arguments import (
+    MAX_THREADS,
+    PathLike,
+    Paths,
+    to_bytes,
+    to_path,
+    to_paths,
+    to_seconds,
+    whole,
+)
 from mc_gguf.common.errors import about
 from mc_gguf.common.extras import require_extra
 from mc_gguf.common.progress import ProgressListener, listening
@@ -92,8 +101,9 @@ def refine(
     from mc_gguf.refine.options import RefinementOptions
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
-    check_at_least(2, tokens=tokens, ctx=ctx)
-    check_at_least(1, threads=threads)
+    tokens, ctx = whole(2, tokens=tokens, ctx=ctx)
+    (threads,) = whole(1, MAX_THREADS, or_none=True, threads=threads)
+    (seed,) = whole(0, seed=seed)
     texts, calibrated = to_paths(text), to_paths(calibration_text)
     found = possible_calibrations(Path(plan).parent)
     inputs = (Path(plan), *texts, *calibrated, *found, *to_paths(calibration))

@@ -56,7 +56,8 @@ def chat(
         raise McError("these exclude each other; give one of them", parameter=("template", "raw"))
     prompt, system = _texts(prompt, system)
     source = None if template is None else _read_template(template)
-    from mc_gguf.run.llama import Llama, check_file
+    from mc_gguf.run.llama import Llama
+    from mc_gguf.run.opening import check_file
 
     check_file(model)
     threads = threads_for_now(n_threads)
@@ -106,16 +107,16 @@ def saving(llm: Llama) -> str:
 
 def say(conversation: Conversation, prompt: str, out: TextIO) -> None:
     """Write the answer to `out` while it is generated, and a newline after what was written."""
-    ended = False
+    begun = False
     with contextlib.closing(conversation.answer(prompt)) as pieces:
         try:
             for piece in pieces:
                 out.write(piece)
                 out.flush()
-                ended = True
-            ended = True
+                begun = True
+            begun = True
         finally:
-            if ended:
+            if begun:
                 out.write("\n")
                 out.flush()
 

@@ -78,12 +78,9 @@ class Conversation:
             for piece in stream:
                 pieces.append(piece)
                 yield piece
-        except McError:
+        except Exception as error:
             pieces.clear()
-            raise
-        except ValueError as error:
-            pieces.clear()
-            if "exceed context window" not in str(error):
+            if isinstance(error, McError) or "exceed context window" not in str(error):
                 raise
             raise McError(
                 f"{error}: shorten the prompt, /reset, or give a larger context", parameter="ctx"

@@ -24,21 +24,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import Calibration
-from mc_gguf.common.downloads import HEAD_BYTES, placeholder
-from mc_gguf.common.errors import FormatError, LlamaError, McError, SourceError, about
-from mc_gguf.common.machine import usable_cores
+from mc_gguf.common.errors import FormatError, LlamaError, McError, about
 from mc_gguf.container import expert_bytes, has_own_keys, read_routing
-from mc_gguf.ggml.gguf_file import MAGIC, read_header
-from mc_gguf.ggml.shards import check_first
 from mc_gguf.routing import Routing, RoutingMetadata, RoutingStats, resolve
-from mc_gguf.run import routing_api
-from mc_gguf.run.arguments import check_metadata, check_names, check_options, check_sampling, to_seed
-from mc_gguf.run.closed import closed_type
-from mc_gguf.runtime.llama_library import ChatFormatter, check_tokens, listen, llama_cpp, reason, to_utf8
+from mc_gguf.run import routing_api, turns
+from mc_gguf.run.arguments import check_names, check_sampling, to_seed
+from mc_gguf.run.opening import no_context, to_file, with_defaults
+from mc_gguf.run.requests import as_scores, check_chat, check_completion, check_state
+from mc_gguf.run.turns import computing, in_turn
+from mc_gguf.runtime.closed import closed_type
+from mc_gguf.runtime.llama_library import (
+    ChatFormatter,
+    check_tokens,
+    ignored_override,
+    listen,
+    llama_cpp,
+    reason,
+    to_path,
+    to_utf8,
+)
 
 LogitsProcessorList = llama_cpp.LogitsProcessorList
-
-CONTEXT_STEP = 256  # tokens
 
 
 class Llama(llama_cpp.Llama):
@@ -69,11 +75,12 @@ class Llama(llama_cpp.Llama):
     """
 
     _lock: threading.RLock
+    _in_callback: bool  # of a logits processor
 
     def __new__(cls, *_arguments: Any, **_options: Any) -> Llama:
         made = super().__new__(cls)
         made._stack = contextlib.ExitStack()  # what close() needs, also after an __init__ that raised early
-        made._lock = threading.RLock()
+        turns.register(made)
         return made
 
     def __init__(
@@ -85,15 +92,14 @@ class Llama(llama_cpp.Llama):
         verbose: bool = False,
         **options: Any,
     ) -> None:
-        path = Path(model_path)
-        check_file(path)
+        path = to_file("model_path", model_path)
         with about("routing"):
             wanted_routing = Routing.of(routing)
         self._changes = 0  # of the context, so that a stream notices when it is not its own any more
         self._failure: BaseException | None = None  # of a logits processor, until it can be raised
         self.chat_template = chat_template
         check_names(options, inspect.signature(super().__init__).parameters)  # llama_cpp ignores others
-        self._open(path, verbose, _with_defaults(options))
+        self._open(path, verbose, with_defaults(options))
         try:
             if chat_template is not None:
                 self._use_template(chat_template)
@@ -107,16 +113,16 @@ class Llama(llama_cpp.Llama):
     def _open(self, path: Path, verbose: bool, options: dict[str, Any]) -> None:
         adapter = options.get("lora_path")
         if adapter is not None:
-            check_file(Path(adapter))
-            options["lora_path"] = str(adapter)
+            options["lora_path"] = to_path(to_file("lora_path", adapter))
         listen()
         try:
             super().__init__(str(path), verbose=verbose, **options)
+            self._seed = options["seed"]  # llama_cpp takes 0 for none
             self._fit_arrays()
         except MemoryError as error:  # numpy's, for scores
             raise LlamaError(
-                f"{path}: there is too little memory for the logits ({error}); take a smaller context, or do "
-                "without logits_all and speculative decoding",
+                f"{path}: there is too little memory for the logits ({error}); take a smaller context or "
+                "n_batch, or do without logits_all and speculative decoding",
                 parameter="ctx",
             ) from error
         except (ValueError, RuntimeError) as error:
@@ -124,18 +130,13 @@ class Llama(llama_cpp.Llama):
             if not is_about_the_file:  # but about an argument
                 raise
             why = reason() or str(error)
-            if "context" in str(error) and "GGML_ASSERT" in why:  # memory that is missing asserts nothing
-                stored = {key: found.value for key, found in read_header(path).kv.items()}
-                check_metadata(stored | (options.get("kv_overrides") or {}))
-                raise FormatError(f"{path}: llama.cpp cannot compute with such a model ({why})") from error
-            if "context" in str(error):
-                raise LlamaError(
-                    f"{path}: llama.cpp cannot make the context ({why}); there may be too "
-                    "little memory, of which a smaller context needs less",
-                    parameter="ctx",
-                ) from error
-            about_adapter = adapter is not None and "LoRA" in str(error)
+            if str(error).startswith("Failed to create llama_context"):
+                raise no_context(path, why, options) from error
+            about_adapter = str(error).startswith(("Failed to initialize LoRA", "Failed to set LoRA"))
             raise FormatError(f"{adapter if about_adapter else path}: {why}") from error
+        if wrong := ignored_override():
+            self.close()
+            raise LlamaError(f"kv_overrides: {wrong}")
 
     def _fit_arrays(self) -> None:
         """llama_cpp sizes its arrays by the context that was asked for, which llama.cpp rounds up to a
@@ -143,6 +144,7 @@ class Llama(llama_cpp.Llama):
         """
         n_ctx = self.n_ctx()
         self.input_ids = np.zeros((n_ctx,), dtype=np.intc)
+        self.last_n_tokens_size = min(self.last_n_tokens_size, n_ctx)
         rows = n_ctx if self._logits_all else self.n_batch
         self.scores = np.zeros((rows, self._n_vocab), dtype=np.single)
 
@@ -167,6 +169,8 @@ class Llama(llama_cpp.Llama):
     def close(self) -> None:
         """Free the model. Everything but close() raises LlamaError from now on."""
         with self._lock:
+            if self._in_callback:
+                raise LlamaError("a logits processor cannot close the Llama that calls it")
             super().close()
             self.__class__ = closed_type(type(self))  # type: ignore[arg-type]  # a class is hashable
 
@@ -177,79 +181,93 @@ class Llama(llama_cpp.Llama):
         """The seed of what is generated next; None and -1: a random one."""
         self._seed = to_seed(seed)
 
+    @computing
     def eval(self, tokens: Sequence[int]) -> None:
         """Compute `tokens`, which follow those in the context."""
-        with self._lock:
-            check_tokens(tokens, self._n_vocab)
-            if self.n_tokens + len(tokens) > self._n_ctx:
-                raise LlamaError(
-                    f"the context of {self._n_ctx} tokens is full: {self.n_tokens} are in it, {len(tokens)} "
-                    "more do not fit"
-                )
-            self._changes += 1
-            listen()
-            try:
-                super().eval(tokens)
-            except RuntimeError as error:
-                raise LlamaError(f"{error}: {reason()}" if reason() else str(error)) from error
+        tokens = check_tokens(tokens, self._n_vocab)
+        if self.n_tokens + len(tokens) > self._n_ctx:
+            raise LlamaError(
+                f"the context of {self._n_ctx} tokens is full: {self.n_tokens} are in it, {len(tokens)} "
+                "more do not fit"
+            )
+        self._check_weights()
+        self._changes += 1
+        listen()
+        try:
+            super().eval(tokens)
+        except RuntimeError as error:
+            raise LlamaError(f"{error}: {reason()}" if reason() else str(error)) from error
 
+    def _check_weights(self) -> None:
+        if self.model_params.vocab_only:
+            raise LlamaError("this model was opened with vocab_only=True, so it computes nothing")
+        turns.check_threads(max(self.n_threads, self.n_threads_batch))
+
+    @computing
     def reset(self) -> None:
         """Forget what is in the context."""
-        with self._lock:
-            self._changes += 1
-            super().reset()  # type: ignore[no-untyped-call]  # llama_cpp has few types
+        self._changes += 1
+        super().reset()  # type: ignore[no-untyped-call]  # llama_cpp has few types
 
+    @computing
     def load_state(self, state: Any) -> None:
-        """Continue from what save_state() returned, on this model with the same context."""
-        with self._lock:
-            if state.scores.shape[1] != self._n_vocab or state.input_ids.shape != self.input_ids.shape:
-                raise LlamaError("this state is of another model, or of a context of another size")
-            if state.scores.shape != self.scores[: state.n_tokens].shape or state.n_tokens < 0:
-                raise LlamaError("this state is damaged: it has not the logits of its tokens")
-            self._changes += 1
-            try:
-                super().load_state(state)
-            except RuntimeError as error:
-                raise LlamaError(f"{error}: it is damaged, or of another model") from error
+        """Continue from what save_state() returned, on this model with the same context. When that fails, the
+        context is empty.
+        """
+        check_state(state, self)
+        self._changes += 1
+        try:
+            super().load_state(state)
+            n_cached = llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(self.ctx), 0) + 1
+            if n_cached < state.n_tokens:
+                raise ValueError(f"keys and values of {n_cached} tokens instead of {state.n_tokens}")
+        except (RuntimeError, ValueError, LlamaError) as error:
+            self.reset()
+            raise LlamaError(f"{error}: the state is damaged, or of another model") from error
 
+    @computing
     def embed(self, input: str | list[str], *arguments: Any, **options: Any) -> Any:
         """Embeddings of one text or several. Raises LlamaError when the model was opened without
         embedding=True, and for a text without tokens.
         """
-        with self._lock:
-            if not self.context_params.embeddings:
-                raise LlamaError("open the model with embedding=True for embeddings")
-            if int(self.pooling_type()) == llama_cpp.LLAMA_POOLING_TYPE_RANK:
-                raise LlamaError(
-                    "pooling_type RANK gives scores and not embeddings, which cannot be read here"
-                )
-            if not input:
-                raise LlamaError("there is no text to embed")
-            for text in [input] if isinstance(input, str) else input:
-                if not self.tokenize(text.encode("utf-8")):
-                    raise LlamaError("an empty text has no embedding with this model")
-            self._changes += 1
-            return super().embed(input, *arguments, **options)
+        if not self.context_params.embeddings:
+            raise LlamaError("open the model with embedding=True for embeddings")
+        if int(self.pooling_type()) == llama_cpp.LLAMA_POOLING_TYPE_RANK:
+            raise LlamaError("pooling_type RANK gives scores and not embeddings, which cannot be read here")
+        self._check_weights()
+        texts = [input] if isinstance(input, str) else input
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise LlamaError("give a text, or a list of texts, to embed")
+        for text in texts:
+            if not self.tokenize(to_utf8(text)):
+                raise LlamaError("an empty text has no embedding with this model")
+        self._changes += 1
+        return super().embed(input, *arguments, **options)
 
+    @computing
     def sample(self, *arguments: Any, **options: Any) -> int:
         """The next token, from the logits of the last one that was computed."""
-        with self._lock:
-            if self.n_tokens == 0:
-                raise LlamaError(
-                    "nothing has been computed yet: the prompt is empty, and this model adds no BOS"
-                )
+        if self.n_tokens == 0:
+            raise LlamaError("nothing has been computed yet: the prompt is empty, and this model adds no BOS")
+        if self._requires_eval:  # a state that was loaded has no logits
+            self.n_tokens -= 1
+            self.eval([int(self.input_ids[self.n_tokens])])
+        sampler = self._sampler
+        try:
             token = int(super().sample(*arguments, **options))
-            if (failure := self._failure) is not None:
-                self._failure = None
-                raise failure
-            return token
+        finally:
+            self._sampler = sampler
+            failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        return token
 
     def generate(self, tokens: Sequence[int], *arguments: Any, **options: Any) -> Generator[int, Any, None]:
         """Tokens that continue `tokens`, one at a time, as those of llama_cpp."""
         if self.context_params.embeddings:
             raise LlamaError("this model was opened with embedding=True, so it generates nothing")
-        stream = super().generate(tokens, *arguments, **options)
-        changes, given = None, None
+        stream = super().generate(check_tokens(tokens, self._n_vocab), *arguments, **options)
+        changes, given, sampler = None, None, None
         with contextlib.closing(stream):
             while True:
                 with self._lock:
@@ -258,45 +276,50 @@ class Llama(llama_cpp.Llama):
                             "another call has used this Llama's context since, so this stream cannot go on; "
                             "finish one before the next, or load the model twice"
                         )
+                    others, self._sampler = self._sampler, sampler
                     try:
                         token = stream.send(given)
                     except StopIteration:
                         return
+                    finally:  # sample() has its own
+                        sampler, self._sampler = self._sampler, others
                     changes = self._changes
                 given = yield token
 
-    def create_completion(
-        self, prompt: Any, suffix: str | None = None, *arguments: Any, **options: Any
-    ) -> Any:
-        """As that of llama_cpp, but a logit_bias for a token that does not exist is an error, and so is a
-        suffix: llama_cpp puts token 0 where the tokens for infilling belong.
+    def create_completion(self, *arguments: Any, **options: Any) -> Any:
+        """As that of llama_cpp, but what it would ignore is an error: a logit_bias for a token that does not
+        exist, a stop that is no text, and a suffix, for which it puts token 0 where the tokens for infilling
+        belong.
         """
-        if suffix is not None:
+        given = _COMPLETION.bind(self, *arguments, **options).arguments
+        del given["self"]
+        if given.get("suffix") is not None:
             raise LlamaError("suffix is not supported; write the prompt in your model's format for infilling")
-        if bias := options.pop("logit_bias", None):
-            options["logits_processor"] = self._biased(bias, options.get("logits_processor"))
+        check_completion(given)
+        if bias := given.pop("logit_bias", None):
+            given["logits_processor"] = self._biased(bias, given.get("logits_processor"))
+        prompt = given["prompt"]
         if isinstance(prompt, str):
             to_utf8(prompt)
+        else:
+            given["prompt"] = check_tokens(prompt, self._n_vocab)
         with self._lock:
-            return super().create_completion(prompt, None, *arguments, **options)
+            return super().create_completion(**given)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """create_completion."""
         return self.create_completion(*arguments, **options)
 
     def create_chat_completion(self, *arguments: Any, **options: Any) -> Any:
-        """As that of llama_cpp."""
+        """As that of llama_cpp, but what it would ignore is an error."""
+        given = _CHAT.bind(self, *arguments, **options).arguments
+        check_chat(given)
+        del given["self"]
         with self._lock:
-            return super().create_chat_completion(*arguments, **options)
-
-    def save_state(self) -> Any:
-        """What is in the context, for load_state()."""
-        with self._lock:
-            return super().save_state()
+            return super().create_chat_completion(**given)
 
     def _biased(self, bias: Mapping[Any, Any], others: Any) -> LogitsProcessorList:
-        tokens = [int(token) for token in bias]
-        check_tokens(tokens, self._n_vocab)
+        tokens = check_tokens([int(token) for token in bias], self._n_vocab)
         amounts = np.array([float(amount) for amount in bias.values()], dtype=np.single)
 
         def add(_ids: Any, scores: NDArray[np.single]) -> NDArray[np.single]:
@@ -314,12 +337,16 @@ class Llama(llama_cpp.Llama):
 
     def _processed(self, processors: Any, ids: Any, scores: Any) -> Any:
         """`scores` after the processors. C calls it and would drop an exception: sample() raises that."""
+        self._in_callback, found = True, scores
         try:
             for process in processors:
-                scores = process(ids, scores)
+                found = as_scores(process(ids, found), scores)
         except BaseException as error:  # noqa: BLE001  sample() raises it
             self._failure = error
-        return scores
+            return scores
+        finally:
+            self._in_callback = False
+        return found
 
     @property
     def routing(self) -> Routing:
@@ -331,6 +358,7 @@ class Llama(llama_cpp.Llama):
         return self._routing
 
     @routing.setter
+    @computing
     def routing(self, routing: Routing | str) -> None:
         wanted = Routing.of(routing)
         context = self.ctx
@@ -342,12 +370,14 @@ class Llama(llama_cpp.Llama):
             routing_api.set_routing(context, params)
         self._routing = wanted
 
+    @in_turn
     def routing_stats(self) -> RoutingStats:
         """What was routed and dropped since the model was loaded or reset_routing_stats() was called."""
         context = self.ctx
         slots, experts = routing_api.read_counters(context)
         return RoutingStats.of(slots, experts, self._expert_bytes)
 
+    @computing
     def reset_routing_stats(self) -> None:
         """Start counting from zero again. The routing stays as it is."""
         routing_api.reset_counters(self.ctx)
@@ -372,41 +402,10 @@ class Llama(llama_cpp.Llama):
         return state | {"routing": self.routing, "chat_template": self.chat_template}
 
 
-def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options`, checked, with our defaults for those that are not given."""
-    checked = {name: value for name, value in options.items() if value is not None}
-    for name in ("n_threads", "n_threads_batch"):
-        checked[name] = checked.get(name) or (checked.get("n_threads") or usable_cores())
-    check_options(checked)
-    checked["seed"] = to_seed(checked.get("seed"))
-    if checked.get("n_ctx"):  # llama_cpp allocates n_batch rows of logits
-        checked["n_batch"] = min(
-            checked.get("n_batch", 512), -(-checked["n_ctx"] // CONTEXT_STEP) * CONTEXT_STEP
-        )
-    return checked
+_COMPLETION = inspect.signature(llama_cpp.Llama.create_completion)
+_CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
 
-
-def check_file(path: Path) -> None:
-    """Raises SourceError unless `path` is a readable file, FormatError unless it begins like a GGUF,
-    and when it is a shard other than the first, or others are missing.
-    """
-    if not path.exists():
-        raise SourceError(
-            f"{path}: no such file; give the path of a GGUF, for instance one made by mc-gguf convert"
-        )
-    if path.is_dir():
-        raise SourceError(
-            f"{path} is a directory; give the path of a GGUF, for instance one made by mc-gguf convert"
-        )
-    if not path.is_file():
-        raise SourceError(f"{path} is not a regular file; give the path of a GGUF")
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-    except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}") from error
-    if what := placeholder(head):
-        raise FormatError(f"{path} {what}")
-    if not head.startswith(MAGIC):
-        raise FormatError(f"{path} is not a GGUF: it begins with {head[:4]!r}, not {MAGIC!r}")
-    check_first(path)
+# What is not written above: a model that another thread closes meanwhile must not be read.
+for _name, _method in vars(llama_cpp.Llama).items():
+    if inspect.isfunction(_method) and not _name.startswith("_") and _name not in vars(Llama):
+        setattr(Llama, _name, in_turn(_method))

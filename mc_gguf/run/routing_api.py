@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mc_gguf.common.errors import McError
 from mc_gguf.routing.params import IMPORTANCES, RUNTIME_POLICIES, RoutingParams, RoutingShape
+from mc_gguf.runtime.llama_library import listen, reason
 from mc_gguf.runtime.locate import check_struct, library_path
 
 
@@ -67,10 +68,9 @@ def set_routing(context: Any, params: RoutingParams) -> None:
         active = np.ascontiguousarray(params.active, dtype=np.int8)
         _check_shape("active", active.shape, (shape.n_layer,))
         raw.active = active.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+    listen()
     if _library().mc_routing_set(context, ctypes.byref(raw)) != 0:
-        raise McError(
-            "the runtime refuses this routing; its log says why: load the model with Llama(..., verbose=True)"
-        )
+        raise McError(f"the runtime refuses this routing: {reason()}")
 
 
 def read_counters(context: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

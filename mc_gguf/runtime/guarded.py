@@ -13,7 +13,7 @@ import ctypes
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from mc_gguf.common.errors import LlamaError
 from mc_gguf.common.machine import memory_bytes
 from mc_gguf.common.units import format_size
+from mc_gguf.runtime.closed import Closed, closed_type
 from mc_gguf.runtime.llama_log import listen, reason
 
 # std::regex, which splits a text for the tokenizer, calls itself for every character that it matches, and the
@@ -35,6 +36,11 @@ _STACK_PER_BYTE = 1024
 _SMALL_TEXT = 1024  # bytes, for which every thread's stack is large enough
 _MAX_STACK = 1 << 40  # of the address space; only what is used takes memory
 _MAX_GRAMMAR = 1 << 20  # bytes
+_INT32 = 1 << 31
+# The bounds of a repetition. Texts, sets of characters and comments, which may look like one, give none.
+_REPETITION = re.compile(
+    r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|\{\s*(\d+)\s*,\s*(\d+)\s*\}', re.DOTALL
+)
 
 _api: Any = llama_cpp.llama_cpp
 
@@ -56,6 +62,7 @@ def install() -> None:
     for module, name, ours in (
         (internals, "LlamaModel", Model),
         (internals, "LlamaContext", Context),
+        (internals, "LlamaBatch", Batch),
         (internals, "LlamaSampler", Sampler),
         (chat_format, "Jinja2ChatFormatter", ChatFormatter),
     ):
@@ -66,7 +73,7 @@ def _guarded(original: Any, address: int, error: Callable[[], bytes | None]) -> 
     """The function at `address`, of the type of `original`; it raises LlamaError."""
 
     def check(result: Any, _function: Any, _arguments: Any) -> Any:
-        if message := error():
+        if (message := error()) is not None:
             raise LlamaError(f"llama.cpp failed: {_without_folder(message.decode('utf-8', 'replace'))}")
         is_null = isinstance(result, ctypes._Pointer) and not result  # llama_cpp looks for None only
         return None if is_null else result
@@ -85,7 +92,10 @@ class Model(internals.LlamaModel):
     """llama_cpp's wrapper of a llama_model, without its limits on the length of a text, a token and a key."""
 
     def __init__(self, *, path_model: str, params: Any, verbose: bool = True) -> None:
-        super().__init__(path_model=_Path(path_model), params=params, verbose=verbose)
+        super().__init__(path_model=to_path(path_model), params=params, verbose=verbose)
+
+    def close(self) -> None:
+        _close(self, super().close)
 
     def tokenize(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
         """Token ids of `text`; see tokens()."""
@@ -97,18 +107,28 @@ class Model(internals.LlamaModel):
 
         add_bos: begin and end as the model wants it; special: what looks like a special token is one.
         """
+        if not isinstance(text, bytes | bytearray | memoryview):
+            raise LlamaError(f"tokenize() takes bytes, not {type(text).__name__}: encode the text as UTF-8")
+        text = bytes(text)
         found = np.empty(len(text) + 8, dtype=np.int32)  # a token for every byte, BOS and EOS
+        n_tokens = self._tokens_into(found, text, add_bos, special)
+        if -_INT32 < n_tokens < 0:  # of a tokenizer that makes a text longer first
+            found = np.empty(-n_tokens, dtype=np.int32)
+            n_tokens = self._tokens_into(found, text, add_bos, special)
+        if n_tokens < 0:
+            raise LlamaError(f"llama.cpp cannot tokenize the {len(text)} bytes {_excerpt(text)}")
+        return found[:n_tokens].copy()
+
+    def _tokens_into(self, found: NDArray[np.int32], text: bytes, add_bos: bool, special: bool) -> int:
+        """How many tokens there are in `found`; negative: how many there would be."""
         room = found.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         call = partial(_api.llama_tokenize, self.vocab, text, len(text), room, len(found), add_bos, special)
         try:
-            n_tokens = on_large_stack(len(text), call)
+            return int(on_large_stack(len(text), call))
         except LlamaError as error:
             raise LlamaError(
                 f"the model's vocabulary has no tokens for {_excerpt(text)} ({error})"
             ) from error
-        if n_tokens < 0:
-            raise LlamaError(f"llama.cpp cannot tokenize the {len(text)} bytes {_excerpt(text)}")
-        return found[:n_tokens].copy()
 
     def token_to_piece(self, token: int, special: bool = False) -> bytes:
         buffer = ctypes.create_string_buffer(64)
@@ -119,8 +139,8 @@ class Model(internals.LlamaModel):
         return buffer.raw[:length]
 
     def detokenize(self, tokens: Sequence[int], special: bool = False) -> bytes:
-        check_tokens(tokens, self.n_vocab())
-        text = b"".join(self.token_to_piece(int(token), special) for token in tokens)
+        tokens = check_tokens(tokens, self.n_vocab())
+        text = b"".join(self.token_to_piece(token, special) for token in tokens)
         # SentencePiece puts a space before the first word of a text.
         follows_bos = len(tokens) > 0 and tokens[0] == self.token_bos()
         return text.removeprefix(b" ") if follows_bos else text
@@ -148,6 +168,18 @@ class Model(internals.LlamaModel):
         return buffer.value.decode("utf-8", "replace")
 
 
+def _close(wrapper: Any, close: Callable[[], None]) -> None:
+    """Free what one of llama_cpp's wrappers holds; all else that it is asked for is an error from now on."""
+    if not isinstance(wrapper, Closed):
+        close()
+        wrapper.__class__ = closed_type(type(wrapper))  # type: ignore[arg-type]  # a class is hashable
+
+
+def to_path(path: str | os.PathLike[str]) -> str:
+    """`path` as llama_cpp takes it."""
+    return _Path(os.fspath(path))
+
+
 class _Path(str):
     """A path that llama_cpp encodes as Python does: a name on a disk need not be UTF-8."""
 
@@ -164,6 +196,9 @@ class Sampler(internals.LlamaSampler):
         text, root = grammar._grammar.encode("utf-8"), grammar._root.encode("utf-8")
         if not text.strip() or len(text) > _MAX_GRAMMAR:
             raise LlamaError(f"the grammar has {len(text)} bytes; give one of 1 to {_MAX_GRAMMAR}")
+        for least, most in _REPETITION.findall(grammar._grammar):  # for which llama.cpp loops without an end
+            if least and int(least[:10]) > int(most[:10]):
+                raise LlamaError(f"the grammar repeats at least {least} and at most {most} times")
         listen()
         init = partial(_api.llama_sampler_init_grammar, model.vocab, text, root)
         sampler = on_large_stack(len(text), init)
@@ -188,6 +223,18 @@ class Context(internals.LlamaContext):
             )
         super().__init__(model=model, params=params, verbose=verbose)
 
+    def close(self) -> None:
+        _close(self, super().close)
+
+
+class Batch(internals.LlamaBatch):
+    """llama_cpp's wrapper of a llama_batch. A token of it is in one sequence: the ids of n_ctx, which
+    llama_cpp asks for, would take n_batch * n_ctx * 4 bytes.
+    """
+
+    def __init__(self, *, n_tokens: int, embd: int, n_seq_max: int, verbose: bool = True) -> None:
+        super().__init__(n_tokens=n_tokens, embd=embd, n_seq_max=min(n_seq_max, 1), verbose=verbose)
+
 
 def _least_cache_bytes(model: Any) -> int:
     """The least that keys and values of a token take: in 4 bits, and where layers with a sliding window or a
@@ -210,7 +257,7 @@ _TEMPLATE_ERRORS = (
     AttributeError,
     LookupError,
     MemoryError,
-    RecursionError,
+    RuntimeError,
     TypeError,
     ValueError,
 )
@@ -271,11 +318,15 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def check_tokens(tokens: Sequence[int], n_vocab: int) -> None:
-    """Raises LlamaError unless all are ids of a vocabulary of `n_vocab` tokens."""
-    for token in tokens:
+def check_tokens(tokens: Iterable[int], n_vocab: int) -> list[int]:
+    """`tokens` as a list. Raises LlamaError unless all are ids of a vocabulary of `n_vocab` tokens."""
+    if isinstance(tokens, str | bytes | bytearray) or not isinstance(tokens, Iterable):
+        raise LlamaError(f"give a list of token ids, not {type(tokens).__name__}")
+    found = list(tokens)
+    for token in found:
         if not is_whole(token) or not 0 <= token < n_vocab:
             raise LlamaError(f"there is no token {token!r}; this model's are 0 to {n_vocab - 1}")
+    return [int(token) for token in found]
 
 
 def is_whole(value: object) -> bool:
@@ -287,12 +338,12 @@ def on_large_stack(n_bytes: int, call: Callable[[], Any]) -> Any:
     if n_bytes <= _SMALL_TEXT:
         return call()
     results: list[Any] = []
-    failures: list[LlamaError] = []
+    failures: list[BaseException] = []
 
     def run() -> None:
         try:
             results.append(call())
-        except LlamaError as error:
+        except BaseException as error:  # noqa: BLE001  the thread that waits raises it
             failures.append(error)
 
     thread = threading.Thread(target=run)

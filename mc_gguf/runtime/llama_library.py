@@ -19,22 +19,25 @@ use_in_llama_cpp()  # before llama_cpp is imported: that is when it picks its li
 import llama_cpp  # noqa: E402  after the line above
 
 from mc_gguf.runtime import guarded  # noqa: E402
-from mc_gguf.runtime.llama_log import listen, reason  # noqa: E402
+from mc_gguf.runtime.llama_log import ignored_override, listen, reason  # noqa: E402
 
 ChatFormatter = guarded.ChatFormatter
 LlamaModel = guarded.Model
 check_tokens = guarded.check_tokens
 is_whole = guarded.is_whole
+to_path = guarded.to_path
 to_utf8 = guarded.to_utf8
 
 __all__ = [
     "ChatFormatter",
     "LlamaModel",
     "check_tokens",
+    "ignored_override",
     "is_whole",
     "listen",
     "llama_cpp",
     "reason",
+    "to_path",
     "to_utf8",
 ]
 

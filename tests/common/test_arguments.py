@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from mc_gguf.common import extras
-from mc_gguf.common.arguments import check_at_least, to_bytes, to_names, to_paths, to_seconds, to_types
+from mc_gguf.common.arguments import number, to_bytes, to_names, to_paths, to_seconds, to_types, whole
 from mc_gguf.common.errors import BudgetError, McError, MissingExtraError, about
 from mc_gguf.common.machine import memory_bytes
 
@@ -30,11 +33,38 @@ def test_errors_name_the_parameter() -> None:
     assert time.value.parameters == ("refine",)
 
 
-def test_numbers_have_a_minimum() -> None:
-    check_at_least(2, tokens=2, threads=None)
+def test_whole_numbers() -> None:
+    two: Any = np.int64(2)
+    assert whole(2, or_none=True, tokens=two, threads=None) == (2, None)
+    assert type(whole(2, tokens=two)[0]) is int
     with pytest.raises(McError, match="ctx must be at least 2, not 1") as caught:
-        check_at_least(2, tokens=2, ctx=1, rows=0)
+        whole(2, tokens=2, ctx=1, rows=0)
     assert caught.value.parameters == ("ctx",)
+    with pytest.raises(McError, match="ctx must be at most 9, not 10"):
+        whole(2, 9, ctx=10)
+    odd: list[Any] = [1.0, math.nan, True, "1", [1], None]
+    for value in odd:
+        with pytest.raises(McError, match="ctx must be a whole number, not"):
+            whole(0, ctx=value)
+
+
+def test_numbers() -> None:
+    assert number("bpw", None) is None
+    half: Any = np.float32(2.5)
+    assert number("bpw", half) == 2.5
+    assert type(number("bpw", half)) is float
+    odd: list[Any] = [True, "2.5", [2]]
+    for value in odd:
+        with pytest.raises(McError, match=r"bpw must be a number, not") as caught:
+            number("bpw", value)
+        assert caught.value.parameters == ("bpw",)
+
+
+def test_names_are_text() -> None:
+    odd: list[Any] = [5, [None], b"Q2_K"]
+    for value in odd:
+        with pytest.raises(McError, match="give names, as a text or a list of texts"):
+            to_types(value)
 
 
 def test_the_innermost_name_stays() -> None:

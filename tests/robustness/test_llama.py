@@ -44,6 +44,11 @@ REFUSED = {  # code: what the error says
     "llm(kv_overrides={'tokenizer.ggml.model': 'none'})('x')": "has no tokens for",
     "llm(kv_overrides={'x': [1]})": "kv_overrides",
     "llm(kv_overrides={'x' * 200: 1})": "127 bytes",
+    "llm(kv_overrides={'llama.expert_used_count\\0x': 1})": "127 bytes, or has a zero",
+    "llm(kv_overrides={'llama.expert_used_count': '1'})": "'llama.expert_used_count', expected",
+    "llm(kv_overrides={'llama.rope.freq_base': 500})": "'llama.rope.freq_base', expected",
+    "llm(kv_overrides={'llama.rope.freq_base': 1e300})": "no finite float32",
+    "llm(kv_overrides=[1])": "kv_overrides must be a dict",
     # sizes
     "llm(n_ctx=10**9)": "takes at least",
     "llm(n_ctx=-1)": "n_ctx",
@@ -59,7 +64,20 @@ REFUSED = {  # code: what the error says
     "llm(n_gpu_layer=5)": "no option 'n_gpu_layer'; did you mean 'n_gpu_layers'",
     "llm(embeddings=True)": "did you mean 'embedding'",
     "llm(what=None)": "no option 'what'",
-    "llm(pooling_type=9, embedding=True)": "unknown pooling type",
+    "llm(rope_freq_base=-5.0)": "rope_freq_base must be above 0",
+    "llm(rope_freq_scale=1e300)": "rope_freq_scale must be a finite number",
+    "llm(yarn_attn_factor=inf)": "yarn_attn_factor must be a finite number",
+    "llm(split_mode=99)": "split_mode",
+    "llm(embedding='yes')": "embedding must be True or False",
+    "llm(draft_model=5)": "draft_model must be a function",
+    "llm(draft_model=Draft(), n_batch=8)": "n_batch must be above the 10 tokens",
+    "llm(vocab_only=True)('x')": "vocab_only=True, so it computes nothing",
+    "llm(embedding=True, n_ubatch=64, pooling_type=1)": "an n_ubatch as large as n_batch",
+    "Llama('')": "model_path must be the path of a GGUF",
+    "Llama(None)": "model_path must be the path of a GGUF",
+    "Llama('x' * 300)": "File name too long",
+    "Llama('a\\0b')": "cannot read",
+    "llm(pooling_type=9, embedding=True)": "pooling_type must be a whole number from -1 to 4",
     "llm(seed=-5)": "seed",
     "llm(lora_path='/nonexistent/adapter.gguf')": "/nonexistent/adapter.gguf: no such file",
     "llm(chat_template='{{ .System }}')": "template does not compile",
@@ -69,6 +87,22 @@ REFUSED = {  # code: what the error says
     "llm()('x', grammar=Grammar('x ::= \"a\"'))": "does not contain a 'root' symbol",
     "llm()('x', grammar=Grammar(''))": "0 bytes",
     "llm()('x', grammar=Grammar('root ::= [' ))": "grammar cannot be used",
+    "llm()('x', grammar=Grammar('root ::= \"a\"{5,2}'))": "at least 5 and at most 2 times",
+    "llm()('x', grammar='root ::= \"a\"')": "grammar must be a LlamaGrammar",
+    # schemas
+    "llm().create_chat_completion([])": "messages must be a list of dicts",
+    "llm().create_chat_completion('hi')": "messages must be a list of dicts",
+    "llm().create_chat_completion([{}])": "messages must be a list of dicts",
+    "chat(response_format='json')": "response_format must be",
+    "chat(response_format={'type': 'xml'})": "response_format must be",
+    "schema({'type': 'foo'})": "this schema cannot be followed",
+    "schema({'$ref': '#/nonexistent'})": "this schema cannot be followed",
+    "schema({'$ref': 'https://example.org/x.json'})": "is not fetched",
+    "schema({'type': 'string', 'minLength': 10**9})": "minLength asks for 1000000000 repetitions",
+    "schema({'type': 'string', 'pattern': '^a{1000000000}$'})": "pattern asks for 1000000000 repetitions",
+    "schema({'type': 'array', 'items': {}, 'minItems': 5, 'maxItems': 2})": "minItems is 5, above maxItems",
+    "chat(tools=5)": "tools must be a list of dicts",
+    "chat(tool_choice={'type': 'function'})": "there are none",
     # sampling
     "llm()('x', temperature=nan)": "finite number",
     "llm()('x', top_p=inf)": "top_p must be a finite number",
@@ -77,6 +111,19 @@ REFUSED = {  # code: what the error says
     "llm()('x', seed=2**40)": "seed",
     "llm()('x', logit_bias={99999: 1.0})": "no token 99999",
     "llm()('x', suffix='y')": "suffix is not supported",
+    "llm()('x', stop=('a',))": "stop must be a text or a list of texts",
+    "llm()('x', stop=['a', ''])": "none of them empty",
+    "llm()('x', max_tokens=1.5)": "max_tokens must be a whole number",
+    "llm()('x', logit_bias={5.7: 1})": "logit_bias must be a dict",
+    "llm()('x', logit_bias={5: nan})": "logit_bias must be a dict",
+    "llm()(b'x')": "give a list of token ids, not bytes",
+    "llm()(None)": "give a list of token ids, not NoneType",
+    "llm().tokenize('x')": "encode the text as UTF-8",
+    "processed(lambda ids, scores: None)": "an array of shape [], not [4096]",
+    "processed(lambda ids, scores: scores[:-1])": "an array of shape [4095], not [4096]",
+    "processed(lambda ids, scores: scores * nan)": "returned NaN",
+    "l = llm()\nl('x', logits_processor=[lambda ids, scores: l.close()])": "cannot close the Llama",
+    "l = llm()\nl('x', logits_processor=[lambda ids, scores: l('y')])": "cannot use the context",
     # tokens
     "llm().eval([10**6])": "there is no token 1000000; this model's are 0 to 4095",
     "llm().eval([-1])": "no token -1",
@@ -91,10 +138,22 @@ REFUSED = {  # code: what the error says
     # embeddings
     "llm().embed('x')": "embedding=True",
     "llm().create_embedding('x')": "embedding=True",
-    "llm(embedding=True).embed([])": "no text",
+    "llm(embedding=True).embed([])": "give a text, or a list",
     "llm(embedding=True)('x')": "generates nothing",
+    "llm(embedding=True).embed(b'x')": "give a text, or a list",
+    "llm(embedding=True).embed('\\ud800')": "not UTF-8",
     "llm(embedding=True, pooling_type=4).embed('x')": "RANK",
     # states
+    "llm().load_state(None)": "a state is what save_state() returned",
+    "l = llm(); l.eval([1, 2]); s = l.save_state(); s.llama_state = b''; s.llama_state_size = 0\n"
+    "l.load_state(s)": "damaged",
+    "l = llm(); l.eval([1, 2]); s = l.save_state(); s.llama_state = s.llama_state[:-20]\n"
+    "l.load_state(s)": "its size is not that of its data",
+    # what others hold of a model that is closed
+    "l = llm(); t = l.tokenizer(); l.close()\nt.encode('x')": "closed",
+    "l = llm(); c = l._ctx; l.close()\nc.n_ctx()": "closed",
+    "l = llm(); m = l._model; l.close()\nm.metadata()": "closed",
+    "l = llm(); t = l.tokenizer(); del l\nt.encode('x')": "closed",
     "llm().load_state(llm(n_ctx=512).save_state())": "another model",
     "l = llm(); l.eval([1, 2]); s = l.save_state(); s.n_tokens = 10**9\nl.load_state(s)": "not the logits",
     "l = llm(); l.eval([1, 2]); s = l.save_state(); s.n_tokens = -5\nl.load_state(s)": "not the logits",
@@ -122,6 +181,13 @@ WORKS = {  # code: what the result's repr matches
     "len(llm(embedding=True).embed(['x'] * 300))": "300",
     "len(llm().tokenize(b'a' * 10**5))": "100001",
     "llm().tokenize(b'\\xff\\xfe\\x80')": r"\[1, ",
+    "llm().tokenize(bytearray(b'x'))": r"\[1, ",
+    "l = llm(); l.eval(range(3, 9)); t = l.sample(temp=0); s = l.save_state(); l.reset(); l.eval([9, 9])\n"
+    "l.load_state(s)\nt == l.sample(temp=0)": "True",
+    "l = llm(seed=1); l('x', max_tokens=2, temperature=1.5)\nlen({l.sample(temp=0) for _ in range(9)})": "1",
+    "len({llm(seed=0)('x', max_tokens=9, temperature=2)['choices'][0]['text'] for _ in range(3)})": "1",
+    "l = llm()\nl('x', logits_processor=[lambda _, s: (l.tokenize(b'y'), s)[1]])['usage']": "tokens",
+    "schema({'type': 'string', 'maxLength': 3})['choices'][0]['message']['content']": '"',
 }
 
 
@@ -231,6 +297,57 @@ def test_threads_wait_for_each_other(server: ForkServer) -> None:
         "len(set(answers)), len(answers)"
     )
     assert result.text == "(1, 8)"
+
+
+@pytest.mark.parametrize(
+    "method", ["tokenize(b'hello ' * 80)", "routing_stats()", "n_ctx()", "token_eos()", "eval([5])"]
+)
+def test_a_call_during_close_says_closed(server: ForkServer, method: str) -> None:
+    result = server.run(
+        "import threading, time\n"
+        "l, ends = llm(), []\n"
+        "def work():\n"
+        "    try:\n"
+        f"        while True: l.{method}; l.reset()\n"
+        "    except LlamaError as error: ends.append(str(error))\n"
+        "threads = [threading.Thread(target=work) for _ in range(3)]\n"
+        "[thread.start() for thread in threads]; time.sleep(.1); l.close()\n"
+        "more = [llm() for _ in range(2)]; [thread.join() for thread in threads]\n"
+        "set(ends)"
+    )
+    assert result.text == "{'this Llama is closed; load the model again'}"
+
+
+def test_a_fork_without_its_threads_says_so(server: ForkServer) -> None:
+    result = server.run(
+        "import os\n"
+        "from tools.forks import Limits, forked\n"
+        "l = llm(n_threads=2, n_threads_batch=2); l('x', max_tokens=1)\n"
+        "def child(n_threads):\n"
+        "    try:\n"
+        "        l = llm(n_threads=n_threads, n_threads_batch=n_threads)\n"
+        "        return 'ok', str(l('x', max_tokens=1)['usage'])\n"
+        "    except LlamaError as error: return 'LlamaError', str(error)\n"
+        "[forked(lambda: child(n), Limits(16 << 30, 60)) for n in (1, 2)]"
+    )
+    assert result.kind == "ok"
+    assert "'completion_tokens': 1" in result.text
+    assert "is a fork of one that has computed with several threads" in result.text
+
+
+def test_a_state_that_cannot_be_loaded_leaves_an_empty_context(tiny_gguf: Path) -> None:
+    llm = Llama(tiny_gguf, n_ctx=256, n_threads=1)
+    wanted = llm([1, 5, 9], max_tokens=4, temperature=0)["choices"][0]["text"]
+    llm.reset()
+    llm.eval([1, 5, 9])
+    state = llm.save_state()
+    state.llama_state = state.llama_state[:-64]
+    state.llama_state_size -= 64
+    llm.eval([7, 7])
+    with pytest.raises(LlamaError, match="damaged"):
+        llm.load_state(state)
+    assert llm.n_tokens == 0
+    assert llm([1, 5, 9], max_tokens=4, temperature=0)["choices"][0]["text"] == wanted
 
 
 def test_a_stream_whose_context_was_used_says_so(tiny_gguf: Path) -> None:

@@ -68,7 +68,9 @@ def test_a_schema_is_kept_to(client: TestClient) -> None:
     assert re.match(r'\{\s*"a"\s*:\s*-?\d', answer.json()["choices"][0]["message"]["content"])
     for broken in ({"type": "nope"}, {"$ref": "#/x/y"}):
         form = {"type": "json_object", "schema": broken}
-        assert client.post(CHAT, json=HELLO | {"response_format": form}).status_code == 200  # any JSON
+        answer = client.post(CHAT, json=HELLO | {"response_format": form})
+        assert answer.status_code == 500
+        assert "this schema cannot be followed" in answer.json()["error"]["message"]
 
 
 def test_a_long_text_is_tokenized(client: TestClient) -> None:

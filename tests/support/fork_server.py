@@ -85,7 +85,8 @@ def _try(code: str, names: dict[str, Any]) -> tuple[str, str]:
 def _names(model: str) -> dict[str, Any]:
     import numpy
 
-    from mc_gguf import Llama  # first: it picks the libraries that llama_cpp loads
+    from mc_gguf.common.errors import LlamaError
+    from mc_gguf import Llama  # isort: skip  # first: it picks the libraries that llama_cpp loads
 
     import llama_cpp  # isort: skip
     from llama_cpp import llama_speculative  # isort: skip
@@ -93,16 +94,23 @@ def _names(model: str) -> dict[str, Any]:
     def llm(**options: Any) -> Llama:
         return Llama(model, **({"n_ctx": 256, "n_threads": 1} | options))
 
+    def chat(**options: Any) -> Any:
+        return llm().create_chat_completion([{"role": "user", "content": "Hello"}], max_tokens=9, **options)
+
     return {
         "Draft": llama_speculative.LlamaPromptLookupDecoding,
         "Grammar": llama_cpp.llama_grammar.LlamaGrammar.from_string,
         "Llama": Llama,
+        "LlamaError": LlamaError,
         "Processors": llama_cpp.LogitsProcessorList,
+        "chat": chat,
         "inf": float("inf"),
         "model": model,
         "nan": float("nan"),
         "np": numpy,
         "llm": llm,
+        "processed": lambda process: llm()("x", max_tokens=3, logits_processor=[process]),
+        "schema": lambda schema: chat(response_format={"type": "json_object", "schema": schema}),
     }
 
 
