@@ -1,4 +1,4 @@
-"""Arguments of the Python functions that are out of range, or of another type: refused before anything is read."""
+"""Arguments of the Python functions that are out of range, or of another type: refused at once."""
 
 from __future__ import annotations
 
@@ -59,13 +59,9 @@ def test_odd_arguments_are_named_at_once(
 
 def test_paths_may_be_text(tmp_path: Any) -> None:
     (tmp_path / "x").write_bytes(b"x")
-    for load, error in (
-        (MixedGguf.open, FormatError),
-        (Calibration.load, ArtifactError),
-        (Plan.load, ArtifactError),
-    ):
-        with pytest.raises(error, match="x"):
-            load(str(tmp_path / "x"))  # type: ignore[operator]
+    for load in (MixedGguf.open, Calibration.load, Plan.load):
+        with pytest.raises((ArtifactError, FormatError), match="x"):
+            load(str(tmp_path / "x"))
 
 
 def test_experts_that_there_are_not(tiny_gguf: Any) -> None:
