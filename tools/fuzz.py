@@ -254,7 +254,7 @@ def main(
 def fuzz(
     model: Path, runs: int, seed: int, memory: int, seconds: int, keep: Path | None = None
 ) -> tuple[Counter[tuple[str, str]], int]:
-    """(how often each mutation ended in which way, number of faults). Faults are told on stderr."""
+    """(how often each mutation ended in which way, number of faults). Faults are reported on stderr."""
     importlib.import_module("mc_gguf.run.llama")  # loads the libraries, so that the forks have them
     mutator, counts, faults = Mutator(model), Counter[tuple[str, str]](), 0
     own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -173,7 +173,9 @@ class Sanitized:
             raise RuntimeBuildError(f"{what}: {found[0]}")
 
     def _flags(self, sanitizers: str) -> list[str]:
-        return [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer"]
+        flags = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer"]
+        # Upstream's table of dot products has functions on blocks where it says functions on void.
+        return flags + ["-fno-sanitize=function"] * (self.kind.configuration.compiler is CLANG)
 
 
 def small_mixed_file(folder: Path) -> Path:
@@ -232,7 +234,7 @@ def main(names: tuple[str, ...], only_list: bool, runs: int, duration: str, jobs
             click.echo(f"{name}: {error}")
             failed = True
     if failed:
-        raise McError(f"not all is well; the logs are {upstream.cache_dir()}/sanitizers/NAME/log")
+        raise McError(f"some checks failed; the logs are {upstream.cache_dir()}/sanitizers/NAME/log")
 
 
 if __name__ == "__main__":

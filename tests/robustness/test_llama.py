@@ -195,7 +195,7 @@ WORKS = {  # code: what the result's repr matches
 def test_what_would_end_the_process_is_an_error(server: ForkServer, code: str) -> None:
     result = server.run(code)
     assert result.kind in ("LlamaError", "FormatError", "SourceError"), result
-    assert re.search(re.escape(REFUSED[code]), result.text)
+    assert REFUSED[code] in result.text
 
 
 @pytest.mark.parametrize("code", WORKS)

@@ -54,12 +54,11 @@ def _invoke(line: str, out: str, folder: Path, monkeypatch: pytest.MonkeyPatch) 
         pytest.param(verb, name, marks=NATIVE.get(verb, ()))
         for verb, line in VERBS.items()
         for name in sorted(INPUTS & {*line.split()} - {verb})
+        if (verb, name) != ("routing set", "model")  # which it changes
     ],
 )
 def test_no_input_is_an_output(verb: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not under another name either, except that routing set changes its model."""
-    if (verb, name) == ("routing set", "model"):
-        return
+    """Not under another name either."""
     (tmp_path / "sub").mkdir()
     for out in (name, f"sub/../{name}"):
         line = _invoke(VERBS[verb], out, tmp_path, monkeypatch)

@@ -85,7 +85,6 @@ def test_another_template_takes_the_place_of_the_models(
     assert told != invoke("chat", templates["go"], *SMALL, *ways).stdout
     file.write_bytes(b"{{ 'caf\xe9' }}")
     fails_with("chat.jinja is not UTF-8", "chat", templates["go"], *SMALL, *ways)
-    fails_with("chat.jinja is not UTF-8", "chat", templates["go"], *SMALL, *ways)
     file.write_text("{{ .Prompt }}")
     fails_with("template does not compile", "chat", templates["go"], *SMALL, *ways)
     fails_with("--template, --raw: these exclude", "chat", templates["go"], *SMALL, *ways, "--raw")

@@ -26,18 +26,16 @@ VERBS = {
     "quantize": ["quantize", "{source}", "{plan}", "-o", "{out}"],
     "refine": ["refine", "{source}", "{plan}", "-o", "{out}"],
 }
-# Runs a command line, and says how long it took and what was imported.
+# Runs a command line, and says what was imported: torch alone takes seconds.
 RUN = """
-import sys, time
-start = time.perf_counter()
+import sys
 from mc_gguf.cli import main
 try:
     main(sys.argv[1:])
 except SystemExit as end:
     code = end.code
-seconds = time.perf_counter() - start
 heavy = [name for name in ("torch", "transformers", "gguf", "scipy") if name in sys.modules]
-print(code, heavy, seconds)
+print(code, heavy)
 """
 
 
@@ -75,10 +73,8 @@ def test_cheap_checks_come_first(verb: str, kind: str, plan: Path, tmp_path: Pat
     done = run_python(RUN, *(word.format(**names) for word in VERBS[verb]))
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    code, rest = done.stdout.split(" ", 1)
-    heavy, seconds = rest.rsplit(" ", 1)
-    assert (code, heavy) == ("1", "[]")
-    assert float(seconds) < 2
+    code, rest = done.stdout.strip().split(" ", 1)
+    assert (code, rest) == ("1", "[]")
     assert not (tmp_path / "out").exists()
 
 
