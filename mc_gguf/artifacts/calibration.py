@@ -171,11 +171,13 @@ class Calibration(Statistics):
             model = ModelInfo.from_json(header["model"]) if header["model"] else None
             named = {name: tuple(header[name]) for name in ("layers", "types")}
             corpus, tool = header["corpus"], header["tool"]
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            attention_types = tuple(header.get("attention_types", ()))
+            if not all(isinstance(kind, str) for kind in (*named["types"], *attention_types)):
+                raise ValueError("a type is no name")
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArtifactError(
                 f"{path} is not a calibration file ({why(error)}); make one with: mc-gguf calibrate"
             ) from error
-        attention_types = tuple(header.get("attention_types", ()))
         try:
             return cls(
                 model,

@@ -73,6 +73,13 @@ class ModelInfo:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelInfo:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for what it never gives."""
         tensors = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["type"]) for t in data["tensors"])
-        return cls(**{**data, "tensors": tensors})
+        info = cls(**{**data, "tensors": tensors})
+        for name in ("n_layer", "n_expert", "n_expert_used", "n_embd", "n_ff", "kv_bytes", "n_kv"):
+            if not isinstance(value := getattr(info, name), int) or not 0 <= value < 2**31:
+                raise ValueError(f"{name} is {value!r}")
+        for spec in tensors:
+            if not isinstance(spec.name, str) or not all(isinstance(size, int) for size in spec.shape):
+                raise ValueError(f"a tensor is {spec!r}")
+        return info

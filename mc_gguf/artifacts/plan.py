@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from mc_gguf import __version__
 from mc_gguf.artifacts.header import check_header, check_kind, why
@@ -162,12 +163,39 @@ class Plan:
                     "bits": tuple(tuple(row) for row in bits) if bits is not None else None,
                 }
             )
-        except (ValueError, KeyError, TypeError) as error:
+            _check_values(plan)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArtifactError(
                 f"{path} is not a valid plan ({why(error)}); make one with: mc-gguf plan"
             ) from error
         _check_rows(path, plan)
         return plan
+
+
+_KINDS: dict[str, Any] = {  # of the values of a plan
+    **dict.fromkeys(("strategy", "model_fingerprint", "calibration_fingerprint", "objective", "tool"), str),
+    **dict.fromkeys(("expert_bytes", "file_bytes"), int | None),
+    **dict.fromkeys(
+        ("predicted_error", "optimality_gap", "predicted_kld", "layer_ratio"), int | float | None
+    ),
+    **{"expert_bpw": int | float, "seed": int, "budget": dict, "refinement": dict | None},
+}
+
+
+def _check_values(plan: Plan) -> None:
+    """Raises ValueError for a value that is of another kind than the table of Plan says."""
+    for name, kind in _KINDS.items():
+        if not isinstance(value := getattr(plan, name), kind):
+            raise ValueError(f"{name} is {value!r}")
+    fixed = asdict(plan.fixed)
+    del fixed["attention"]
+    for name, found in (("types", plan.types), ("fixed", fixed.values())):
+        if not all(isinstance(kind, str) for kind in found):
+            raise ValueError(f"{name} has a value that is no name of a type")
+    if not all(isinstance(layer, int) and layer >= 0 for layer in plan.layers):
+        raise ValueError("layers has a value that is no number of a layer")
+    if not all(isinstance(number, int | float) for number in plan.budget.values()):
+        raise ValueError(f"budget is {plan.budget!r}")
 
 
 def _check_rows(path: Path, plan: Plan) -> None:

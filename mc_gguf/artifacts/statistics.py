@@ -24,6 +24,10 @@ from mc_gguf.common.errors import ArtifactError
 
 Scalar = TypeVar("Scalar", np.float32, np.float64)
 
+# Errors of types that do not fit the rows.
+_MAY_LACK = "nominal_error"
+_MAY_BE_INFINITE = ("sq_error", "relative_error", "weight_error", "attention_error", _MAY_LACK)
+
 # What the axes count.
 AXES: dict[str, str] = {
     "layer": "layers with experts, in the order of the header's `layers`",
@@ -103,6 +107,9 @@ class Statistic(Generic[Scalar]):
         if array.ndim != len(self.axes) or array.shape != wanted:
             known = ", ".join(f"{axis} {sizes.get(axis, 'any')}" for axis in self.axes)
             raise ArtifactError(f"{self.name} has the shape {array.shape}; its axes are [{known}]")
+        has_nan = self.name != _MAY_LACK and np.isnan(array).any()
+        if has_nan or not (self.name in _MAY_BE_INFINITE or np.isfinite(array).all()):
+            raise ArtifactError(f"{self.name} has values that are no finite numbers")
 
 
 class Statistics:

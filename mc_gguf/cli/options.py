@@ -66,7 +66,9 @@ routing_option = speed(
     "odp:target_drop=15%, odp:quantile=0.3,protect=0.05, threshold:threshold=0.5, keep_min:ratio=0.4, "
     "top_p:top_p=0.9, random:rate=0.2,seed=1. `mc-gguf routing policies` explains them all.",
 )
-seed_option = research("--seed", type=int, default=0, show_default=True, help="Random seed.")
+seed_option = research(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Random seed."
+)
 compensate_option = speed(
     "--compensate/--no-compensate",
     default=True,

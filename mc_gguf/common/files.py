@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import resource
 import shutil
 import stat
@@ -19,6 +20,11 @@ from mc_gguf.common.units import format_size
 
 # Beside NAME lie .NAME.partial/ and, while they are written, .NAME.0123456789abcdef.tmp.
 _NAME_BYTES = 255 - len("..0123456789abcdef.tmp")
+SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")  # of llama.cpp
+# What mc_gguf writes beside a model that it converts in its own folder.
+_OURS = (".gguf", ".calib.safetensors", ".plan.json", ".html")
+LOCK, IDENTITY = "lock", "identity.json"  # one of which is in every working directory
+_MAX_SHARDS = 10_000
 # The disk, the user's quota, or the size that a file may have is used up.
 NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
@@ -36,22 +42,63 @@ def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
             f"the name {output.name[:40]}... has {length} bytes; at most {_NAME_BYTES} leave room "
             "for the names of working files"
         )
+    inputs = tuple(inputs)
     try:
         found = output.stat()
     except FileNotFoundError:
-        _check_folder(output)
-        return
+        pass
     except OSError as error:
         raise McError(f"{output} cannot be written: {error.strerror}") from error
+    else:
+        _check_replaced(output, found, inputs)
+    _check_folder(output)
+    _check_workdir(output, inputs)
+
+
+def _check_replaced(output: Path, found: os.stat_result, inputs: Iterable[Path]) -> None:
+    """Raises McError unless the file that is there may be replaced."""
     if not stat.S_ISREG(found.st_mode):
         kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
         raise McError(f"{output} is {kind}, so it cannot be replaced; give the name of a file to write")
     for path in inputs:
-        files = path.iterdir() if path.is_dir() else (path,)
+        files = _files_of_model(path) if path.is_dir() else (path,)
         if any(os.path.samestat(found, file.stat()) for file in files if file.exists()):
             where = "in the input" if path.is_dir() else "the same file as the input"
             raise McError(f"{output} is {where} {path}; write to another file")
-    _check_folder(output)
+
+
+def _files_of_model(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if not path.name.endswith(_OURS))
+
+
+def check_shards(output: Path) -> None:
+    """Raises McError for the name of a shard whose siblings are there: it would belong to them."""
+    if not (name := SHARD_NAME.fullmatch(output.name)):
+        return
+    for i in range(min(int(name["count"]), _MAX_SHARDS)):
+        other = output.with_name(f"{name['stem']}-{i + 1:05}-of-{name['count']}.gguf")
+        if other.name != output.name and other.exists():
+            raise McError(f"{output} would be a shard of the model of {other}; write to another file")
+
+
+def workdir_path(output: Path) -> Path:
+    """The working directory of `output` (workdir.py), whether it exists or not."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def _check_workdir(output: Path, inputs: Iterable[Path]) -> None:
+    """Raises McError when the working directory would be something else than mc_gguf's, or has an input."""
+    folder = workdir_path(output)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise McError(f"{folder}, where the work on {output} is kept, is no folder; remove it")
+    if not folder.is_dir():
+        return
+    is_ours = any((folder / name).exists() for name in (LOCK, IDENTITY))
+    if not is_ours and any(folder.iterdir()):
+        raise McError(f"{folder}, where the work on {output} is kept, has files of others; move it away")
+    for path in inputs:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise McError(f"{path} lies where the work on {output} is kept; write to another file")
 
 
 def _check_folder(output: Path) -> None:
@@ -63,6 +110,12 @@ def _check_folder(output: Path) -> None:
         raise McError(f"{output} cannot be written: {folder} is not a directory")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise McError(f"{output} cannot be written: you may not write into {folder}")
+
+
+def check_folder(folder: Path | None) -> None:
+    """Raises McError when `folder` is there and no folder."""
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise McError(f"{folder} is not a directory")
 
 
 def check_space(
@@ -119,6 +172,8 @@ def kind_of(path: Path) -> str:
     """What is in a file or folder, in words: "a GGUF", "a safetensors file", "JSON", ... Raises OSError."""
     if path.is_dir():
         return "a directory"
+    if path.exists() and not path.is_file():
+        return "no regular file"
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     if head.startswith(b"GGUF"):

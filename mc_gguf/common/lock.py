@@ -13,18 +13,11 @@ from pathlib import Path
 from typing import TextIO
 
 from mc_gguf.common.errors import McError
-from mc_gguf.common.files import check_output
-
-LOCK = "lock"
+from mc_gguf.common.files import LOCK, check_output, workdir_path
 
 log = logging.getLogger(__name__)
 
 _reserved: ContextVar[frozenset[Path]] = ContextVar("reserved", default=frozenset())
-
-
-def workdir_path(output: Path) -> Path:
-    """The working directory of `output`, whether it exists or not."""
-    return output.with_name(f".{output.name}.partial")
 
 
 @contextmanager
@@ -65,9 +58,6 @@ def reserved(output: Path) -> Iterator[None]:
 
 
 def _acquire(output: Path, directory: Path) -> TextIO:
-    if directory.is_file():
-        log.warning("%s was left by an older version of mc_gguf; starting anew", directory)
-        directory.unlink()
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         try:

@@ -89,17 +89,23 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line of its own, between the states of the bar."""
         if not self._quiet:
-            self._stream.write(("\r\x1b[K" if self._open_line else "") + text + "\n")
-            self._stream.flush()
+            self._write(("\r\x1b[K" if self._open_line else "") + text + "\n")
             self._open_line = False
+
+    def _write(self, text: str) -> None:
+        """Progress that cannot be shown (the disk behind stderr is full, its reader gone) ends no work."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._quiet = True
 
     def close(self, note: str = "") -> None:
         """The last state stays on the screen, ended by a newline."""
         if not self._quiet and (self._tty or self._drawn_share < self._share):
             self._draw(note)
         if self._open_line:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._write("\n")
             self._open_line = False
 
     @property
@@ -119,11 +125,10 @@ class Progress:
         text = self._text(self._drawn_at - self._start, note)
         if self._tty:
             width = shutil.get_terminal_size().columns - 1
-            self._stream.write("\r" + text[:width] + "\x1b[K")
+            self._write("\r" + text[:width] + "\x1b[K")
             self._open_line = True
         else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+            self._write(text + "\n")
 
     def _text(self, elapsed_s: float, note: str) -> str:
         parts = [f"{self.label}: {100 * self._share:3.0f} %"]

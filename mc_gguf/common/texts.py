@@ -17,6 +17,8 @@ _OTHER_ENCODINGS = {  # by their byte order mark; that of UTF-32 begins with tha
 
 def read_bytes(path: Path, what: str = "the text") -> bytes:
     """The bytes of the file, which is `what`. Raises SourceError when it cannot be read."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise SourceError(f"{what} {path} is not a regular file; write it into one first")
     try:
         return path.read_bytes()
     except OSError as error:

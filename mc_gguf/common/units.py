@@ -26,7 +26,8 @@ _FACTORS = {
     "g": 1 << 30,
     "t": 1 << 40,
 }
-_PATTERN = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", re.ASCII)
+_PATTERN = re.compile(r"(\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})\s*([a-z]*)", re.ASCII)
+_SHARE = re.compile(r"(\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(e-?\d{1,2})?\s*(%?)", re.ASCII | re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
@@ -78,11 +79,10 @@ def parse_duration(text: str) -> float:
 
 def parse_share(text: str) -> float:
     """A share from 0 to 1, written as "0.15" or "15%". Raises McError for anything else."""
-    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
-    try:
-        share = float(Fraction(number) / 100) if percent else float(number)
-    except (ValueError, ZeroDivisionError):
-        share = -1.0
+    match, share = _SHARE.fullmatch(text.strip()), -1.0
+    if match:
+        number = Fraction(match[1].rstrip(".") + (match[2] or ""))
+        share = float(number / 100 if match[3] else number)
     if not 0 <= share <= 1:
         raise McError(f"{text!r} is not a share; write a number from 0 to 1, or 0% to 100%")
     return share
@@ -92,6 +92,6 @@ def parse_layers(text: str) -> str | tuple[int, ...]:
     """The numbers of layers in "0,2,5"; "auto" and "all" as they are. Raises McError for anything else."""
     if text in ("auto", "all"):
         return text
-    if not re.fullmatch(r"\d+(\s*,\s*\d+)*", text.strip(), re.ASCII):
+    if not re.fullmatch(r"\d{1,6}(\s*,\s*\d{1,6})*", text.strip(), re.ASCII):
         raise McError(f"{text!r} names no layers; write auto, all, or numbers such as 0,2,5")
     return tuple(int(number) for number in text.split(","))

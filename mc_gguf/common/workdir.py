@@ -31,10 +31,17 @@ from types import TracebackType
 
 from mc_gguf import __version__
 from mc_gguf.common.errors import McError
-from mc_gguf.common.files import NO_ROOM, atomic_write, check_output, check_space
-from mc_gguf.common.lock import LOCK, output_lock, workdir_path
+from mc_gguf.common.files import (
+    IDENTITY,
+    LOCK,
+    NO_ROOM,
+    atomic_write,
+    check_output,
+    check_space,
+    workdir_path,
+)
+from mc_gguf.common.lock import output_lock
 
-IDENTITY = "identity.json"
 _DISK_BLOCK_BYTES = 512  # the unit of st_blocks, on every file system
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from pathlib import Path
 from mc_gguf.artifacts import Calibration
 from mc_gguf.common.arguments import PathLike, to_path, to_paths
 from mc_gguf.common.errors import ArtifactError, McError, about
-from mc_gguf.common.files import check_output
+from mc_gguf.common.files import check_output, check_shards
 from mc_gguf.common.progress import progress
 from mc_gguf.common.units import parse_layers, parse_share
 from mc_gguf.container.reader import MixedGguf
@@ -26,6 +26,15 @@ def load_routing(model: PathLike) -> RoutingMetadata:
             f"{model} carries no routing; give it some with: mc-gguf routing set --calibration FILE"
         )
     return metadata
+
+
+def _check_copy(model: Path, output: Path, others: tuple[Path, ...]) -> None:
+    """Raises McError when `output`, which may be `model` itself, cannot be written."""
+    if output.exists() and model.exists() and output.samefile(model):
+        check_output(output, others)
+    else:
+        check_output(output, (model, *others))
+        check_shards(output)
 
 
 def update_routing(
@@ -76,7 +85,7 @@ def update_routing(
         raise McError("these exclude each other; give one of them", parameter=both)
     check_first(Path(model))
     with about("output"):
-        check_output(to_path(output) or Path(model), to_paths(calibration))
+        _check_copy(Path(model), to_path(output) or Path(model), to_paths(calibration))
     header = MixedGguf.open(Path(model)).header
     with about("calibration"):
         known = Calibration.load(Path(calibration)) if calibration is not None else None

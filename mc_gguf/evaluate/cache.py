@@ -87,5 +87,5 @@ def cached_path(model: Path, text: Text, n_ctx: int, n_tokens: int | None) -> Pa
     runtime = (upstream.pin().commit, upstream.patchset_digest())
     parts = (FORMAT, model_sha256(model), text.sha256, n_ctx, n_tokens, *runtime)
     key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
-    names = [re.sub(r"[^\w.-]+", "_", name)[:40] for name in (model.stem, text.name)]
+    names = [re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII)[:40] for name in (model.stem, text.name)]
     return upstream.cache_dir() / "references" / f"{'-'.join(names)}-{key}.logits"

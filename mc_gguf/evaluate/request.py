@@ -11,7 +11,7 @@ from typing import Any
 
 from mc_gguf.common.arguments import to_paths
 from mc_gguf.common.errors import McError, about
-from mc_gguf.common.files import check_output
+from mc_gguf.common.files import check_output, check_shards
 from mc_gguf.common.machine import threads_for_now
 from mc_gguf.evaluate.cache import is_stored, references
 from mc_gguf.evaluate.comparable import check_vocabularies, warn_if_quantized
@@ -83,6 +83,7 @@ class EvaluationRequest:
         if self.output:
             with about("output"):
                 check_output(self.output, (*self.models, *self.texts, *to_paths(self.reference)))
+                check_shards(self.output)
         with about("routing"):
             Routing.of(self.routing)
         if not self.models:

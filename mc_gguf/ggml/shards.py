@@ -5,15 +5,13 @@ The first shard has the metadata; the keys split.no and split.count say which sh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mc_gguf.common.errors import FormatError
+from mc_gguf.common.files import SHARD_NAME
 from mc_gguf.ggml.gguf_file import GgufHeader, TensorEntry, read_header
-
-SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def shard_paths(path: Path) -> list[Path]:

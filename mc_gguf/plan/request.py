@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mc_gguf.artifacts import Calibration, FixedTypes, Plan
-from mc_gguf.common.arguments import Names, number, to_bytes, to_types, whole
+from mc_gguf.common.arguments import MAX_INT, Names, number, to_bytes, to_types, whole
 from mc_gguf.common.errors import McError, about
 from mc_gguf.ggml.types import ggml_type
 from mc_gguf.plan.planner import decides_attention, plan
@@ -52,7 +52,7 @@ class PlanRequest:
 
     def __post_init__(self) -> None:
         (seed,), bpw = whole(0, seed=self.seed), number("bpw", self.bpw)
-        (bits_per_layer,) = whole(0, or_none=True, bits_per_layer=self.bits_per_layer)
+        (bits_per_layer,) = whole(0, MAX_INT, or_none=True, bits_per_layer=self.bits_per_layer)
         for name, value in (("seed", seed), ("bpw", bpw), ("bits_per_layer", bits_per_layer)):
             object.__setattr__(self, name, value)
         for name, names in (("types", self.types), ("attention", self.attention)):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mc_gguf.common.arguments import MAX_THREADS, PathLike, Paths, to_path, to_paths, whole
 from mc_gguf.common.errors import about
 from mc_gguf.common.extras import require_extra
+from mc_gguf.common.files import check_folder
 from mc_gguf.common.progress import ProgressListener, listening
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def quantize(
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
     (threads,) = whole(1, MAX_THREADS, or_none=True, threads=threads)
+    with about("bank"):
+        check_folder(to_path(bank))
     texts = to_paths(calibration_text)
     found = possible_calibrations(Path(plan).parent)
     refuse_to_overwrite(Path(output), Path(source), Path(plan), *texts, *found, *to_paths(calibration))

@@ -25,6 +25,7 @@ from mc_gguf.common.arguments import (
 )
 from mc_gguf.common.errors import about
 from mc_gguf.common.extras import require_extra
+from mc_gguf.common.files import check_folder
 from mc_gguf.common.progress import ProgressListener, listening
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def refine(
 
     tokens, ctx = whole(2, tokens=tokens, ctx=ctx)
     (threads,) = whole(1, MAX_THREADS, or_none=True, threads=threads)
+    with about("bank"):
+        check_folder(to_path(bank))
     (seed,) = whole(0, seed=seed)
     texts, calibrated = to_paths(text), to_paths(calibration_text)
     found = possible_calibrations(Path(plan).parent)

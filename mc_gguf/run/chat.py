@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from mc_gguf.common.errors import McError, about
+from mc_gguf.common.downloads import HEAD_BYTES, placeholder
+from mc_gguf.common.errors import McError, SourceError, about
 from mc_gguf.common.machine import threads_for_now
 from mc_gguf.common.texts import decode, read_bytes
 from mc_gguf.run.conversation import Conversation, Sampling
@@ -96,7 +97,10 @@ def _text(argument: str | None, parameter: str) -> str | None:
 
 def _read_template(path: Path) -> str:
     what = "the template"
-    return decode(read_bytes(path, what), path, what)
+    data = read_bytes(path, what)
+    if instead := placeholder(data[:HEAD_BYTES]):
+        raise SourceError(f"{what} {path} {instead}")
+    return decode(data, path, what)
 
 
 def saving(llm: Llama) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mc_gguf.common.errors import McError, SourceError, about
-from mc_gguf.common.files import check_output
+from mc_gguf.common.files import check_output, check_shards
 from mc_gguf.ggml.shards import shard_stem
 from mc_gguf.source.base import Checkpoint
 
@@ -64,6 +64,14 @@ def refuse_to_overwrite(output: Path, source: Path, *inputs: Path) -> None:
     stem = shard_stem(source)
     if stem is not None and stem == shard_stem(output) and _folder(source) == _folder(output):
         raise _of_source(output)
+    if source.is_dir() and output.match("model*.safetensors") and _folder(output) == source.resolve():
+        raise SourceError(
+            f"{output} would be taken for a file of the source model; write to another folder, or under a "
+            "name that does not begin with model",
+            parameter="output",
+        )
+    with about("output"):
+        check_shards(output)
 
 
 def _of_source(output: Path) -> SourceError:

@@ -100,7 +100,9 @@ def bos_of(kv: Mapping[str, Value]) -> tuple[int | None, bool]:
     model = kv.get("tokenizer.ggml.model")
     add = kv.get("tokenizer.ggml.add_bos_token")
     default = model is not None and model.value == "llama"  # llama.cpp: SentencePiece models add it
-    return (None if bos is None else int(bos.value)), bool(default if add is None else add.value)
+    if bos is not None and not isinstance(bos.value, int):
+        raise SourceError(f"tokenizer.ggml.bos_token_id is {bos.value!r}, not the number of a token")
+    return (None if bos is None else bos.value), bool(default if add is None else add.value)
 
 
 def make_info(

@@ -4,7 +4,6 @@ library only.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -23,13 +22,14 @@ _N_LAYER = ("num_hidden_layers", "n_layers", "n_layer")
 _SIZES = ("hidden_size", "head_dim")
 _SIZES_OF_LAYERS = ("intermediate_size", "num_attention_heads", "num_key_value_heads")  # or a list of them
 _NUMBERS = ("rms_norm_eps", "layer_norm_eps", "rope_theta")
+_FLOAT32_MAX = 3.4028234e38
 _SWITCHES = ("tie_word_embeddings", "norm_topk_prob", "use_sliding_window")
-_EXPERT = re.compile(r"(?P<block>.*\blayers\.\d+\..*\bexperts)\.(?P<number>\d+)\.(?P<part>.+)")
+_EXPERT = re.compile(r"(?P<block>.*\blayers\.\d+\..*\bexperts)\.(?P<number>\d{1,6})\.(?P<part>.+)")
 _FUSED = re.compile(
     r".*\blayers\.\d+\..*\bexperts\.(gate_up_proj|gate_proj|up_proj|down_proj|w[123])(\.weight)?"
 )
 # Of the text model: towers for images and layers that predict further tokens have others.
-_LAYER = re.compile(r"(?:(?:model|language_model|transformer|decoder)\.)*layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:(?:model|language_model|transformer|decoder)\.)*layers\.(\d{1,6})\.")
 _EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 _OUTPUT = "lm_head.weight"
 # Families whose output matrix is one of its own unless config.json says otherwise.
@@ -66,8 +66,13 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
             _count(path, {key: value}, (key,))
     for key in _NUMBERS:
         value = config.get(key)
-        if value is not None and not (_is_number(value) and 0 < value < math.inf):
-            raise SourceError(f"{path}: {key} is {value!r}, not a number above 0; correct it")
+        if value is not None and not (_is_number(value) and 0 < value <= _FLOAT32_MAX):
+            raise SourceError(f"{path}: {key} is {value!r}, not a float32 above 0; correct it")
+    window, layers = config.get("sliding_window"), config.get("layer_types")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
+        raise SourceError(f"{path}: sliding_window is {window!r}, not a whole number; correct it")
+    if layers is not None and not isinstance(layers, list):
+        raise SourceError(f"{path}: layer_types is {layers!r}, not a list; correct it")
     for key, kind, words in (("model_type", str, "a name"), *((x, bool, "true or false") for x in _SWITCHES)):
         if not isinstance(config.get(key), kind | None):
             raise SourceError(f"{path}: {key} is {config[key]!r}, not {words}; correct it")

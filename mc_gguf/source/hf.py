@@ -40,6 +40,7 @@ _CONVERTER_ERRORS = (
     TypeError,
     IndexError,
     AssertionError,
+    ArithmeticError,  # of numbers that are no float32
     AttributeError,  # of lists where it expects dicts
     struct.error,  # of values where it expects numbers
     OSError,
@@ -118,7 +119,8 @@ class HfCheckpoint:
         return weights
 
     def tokenize(self, text: str) -> list[int]:
-        return list(self._encode(text))
+        with tokenizer_errors(self._path):
+            return list(self._encode(text))
 
     @cached_property
     def _encode(self) -> Callable[[str], list[int]]:
@@ -156,7 +158,9 @@ def tokenizer_errors(folder: Path, view: Path | None = None) -> Iterator[None]:
         yield
     except (McError, NotImplementedError):  # a tokenizer that the converter does not know
         raise
-    except Exception as error:  # tokenizers raises no other kind
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust
+            raise
         files = ", ".join(name for name in TOKENIZERS if (folder / name).is_file())
         why = _one_line(error).replace(str(view), str(folder))
         raise SourceError(

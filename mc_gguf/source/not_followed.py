@@ -1,4 +1,4 @@
-"""What config.json asks for and llama.cpp's graphs do not do: said before anything is made, or refused.
+"""Settings of config.json that llama.cpp's graphs do not follow: reported before any work starts, or refused.
 
 Standard library only. docs/reference/configuration.md has the table.
 """
@@ -16,6 +16,9 @@ Config = Mapping[str, Any]
 # Whether the graph divides the weights of the chosen experts by their sum, by model_type. transformers does
 # so for Mixtral always, and for the others if norm_topk_prob is true, which it is not by default.
 _DIVIDES = {"mixtral": True, "qwen3_moe": True, "qwen2_moe": False, "olmoe": False}
+# By class, for a config.json that does not name its model_type.
+_KINDS = {"MixtralForCausalLM": "mixtral", "Qwen3MoeForCausalLM": "qwen3_moe"}
+_KINDS |= {"Qwen2MoeForCausalLM": "qwen2_moe", "OlmoeForCausalLM": "olmoe"}
 _FOLLOWED_ROPE = ("default", "none", "linear", "yarn")
 _SILU = ("silu", "swish")
 
@@ -23,17 +26,22 @@ _SILU = ("silu", "swish")
 def check_activation(path: Path, config: Config) -> None:
     """Raises SourceError when the experts of config.json (`path`) have another activation than the graphs."""
     activation = config.get("hidden_act", "silu")
-    if config.get("model_type") in _DIVIDES and activation not in _SILU:
+    if _kind(config) in _DIVIDES and activation not in _SILU:
         raise SourceError(
             f"{path}: hidden_act is {activation!r}, but the runtime's experts use 'silu', so the model would "
             "give other results; this model is not supported"
         )
 
 
+def _kind(config: Config) -> str | None:
+    return config.get("model_type") or _KINDS.get((config.get("architectures") or [""])[0])
+
+
 def not_followed(config: Config) -> list[str]:
     """Sentences on what the runtime does otherwise than config.json says; none for other families."""
-    if config.get("model_type") not in _DIVIDES:
+    if _kind(config) not in _DIVIDES:
         return []
+    config = {**config, "model_type": _kind(config)}
     return [sentence for found in _CHECKS for sentence in found(config)]
 
 
@@ -66,6 +74,8 @@ def _rope(config: Config) -> Iterator[str]:
     kind = str(scaling.get("rope_type", scaling.get("type")) or "default").lower()
     if kind == "llama3" and config["model_type"] == "mixtral":
         return
+    if kind in ("linear", "yarn") and not isinstance(scaling.get("factor"), int | float):
+        yield f"rope_scaling of the type {kind!r} has no factor, and is ignored"
     if kind not in _FOLLOWED_ROPE:
         yield f"rope_scaling of the type {kind!r} is ignored, which differs beyond the original context"
 

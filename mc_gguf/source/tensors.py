@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 _UNUSED = 5  # LLAMA_TOKEN_TYPE_UNUSED
 _OLD_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
-_LAYER = re.compile(r"blk\.(\d+)\.")
+_LAYER = re.compile(r"blk\.(\d{1,6})\.")
 # Architectures that may use the embeddings as the output matrix, and norms of Q and K.
 _TIED = ("llama", "qwen3moe")
 _QK_NORMS = ("qwen3moe", "olmoe")
@@ -80,6 +80,8 @@ def check_tensors(
     `hparams` are as in Checkpoint, `n_vocab` as from n_vocab_of().
     """
     found = {t.name: t.shape for t in tensors}
+    if scalar := next((name for name, shape in found.items() if not shape), None):
+        raise SourceError(f"{path}: {scalar} is a single number, not a matrix or a vector; download it again")
     n_layer = count_of(path, hparams, "block_count", MAX_LAYERS)
     _check_layers(path, n_layer, found)
     for key in ("embedding_length", "context_length"):

@@ -26,7 +26,7 @@ from mc_gguf.calibrate.expert_errors import nominal_errors
 from mc_gguf.calibrate.options import CalibrationOptions, measured_types
 from mc_gguf.calibrate.state import state_bytes
 from mc_gguf.common.errors import McError, SourceError
-from mc_gguf.common.lock import workdir_path
+from mc_gguf.common.files import workdir_path
 from mc_gguf.common.workdir import Workdir
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.ggml.types import CANDIDATES, FALLBACKS

@@ -23,8 +23,7 @@ import numpy as np
 import pytest
 
 from mc_gguf.common.errors import McError
-from mc_gguf.common.files import atomic_write
-from mc_gguf.common.lock import workdir_path
+from mc_gguf.common.files import atomic_write, check_output, workdir_path
 from mc_gguf.common.workdir import Workdir, forget_work, keep_only
 from tests.support import ROOT
 
@@ -156,12 +155,27 @@ def test_without_resume_work_is_thrown_away_in_silence(
     assert not caplog.records
 
 
-def test_a_file_of_an_older_version_is_replaced(output: Path, caplog: pytest.LogCaptureFixture) -> None:
-    workdir_path(output).write_bytes(b"GGUF")
-    with caplog.at_level(logging.WARNING), Workdir(output, MINE) as work:
-        assert work.directory.is_dir()
-    assert "was left by an older version of mc_gguf; starting anew" in caplog.text
-    assert names(output.parent) == set()
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_what_lies_in_the_place_of_the_folder_is_kept(output: Path, kind: str) -> None:
+    place, kept = workdir_path(output), output.parent / "kept"
+    if kind == "file":
+        place.write_bytes(b"GGUF")
+    else:
+        folder = kept if kind == "link" else place
+        folder.mkdir()
+        (folder / "data").write_bytes(b"GGUF")
+        if kind == "link":
+            place.symlink_to(kept)
+    with pytest.raises(McError, match=r"is no folder; remove it|has files of others; move it away"):
+        Workdir(output, MINE).__enter__()
+    assert {path.read_bytes() for path in output.parent.rglob("*") if path.is_file()} == {b"GGUF"}
+
+
+def test_an_input_in_the_folder_is_kept(output: Path) -> None:
+    leave(output)
+    (path,) = (path for path in workdir_path(output).iterdir() if path.name not in ("lock", "identity.json"))
+    with pytest.raises(McError, match="lies where the work on"):
+        check_output(output, [path])
 
 
 def test_parts_have_identities_of_their_own(output: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -439,7 +439,7 @@ def test_inconsistent_calibrations_are_refused() -> None:
     source = calibration()
     broken = source.sq_error.copy()
     broken[0, 0, 0, 0] = np.nan
-    with pytest.raises(ArtifactError, match="not numbers"):
+    with pytest.raises(ArtifactError, match="no finite numbers"):
         make_plan(source.with_statistics(sq_error=broken), Budget(bpw=2.5))
     broken[0, 0, 0, 0] = np.inf
     with pytest.raises(ArtifactError, match="infinite"):

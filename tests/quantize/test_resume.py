@@ -16,7 +16,7 @@ import pytest
 from mc_gguf import container
 from mc_gguf.artifacts import PROJECTIONS, Plan
 from mc_gguf.common.errors import McError
-from mc_gguf.common.lock import workdir_path
+from mc_gguf.common.files import workdir_path
 from mc_gguf.quantize.pieces import Pieces
 from mc_gguf.quantize.writer import model_workdir, write_model
 from mc_gguf.source import open_checkpoint

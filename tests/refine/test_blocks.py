@@ -13,7 +13,7 @@ from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
 from mc_gguf.calibrate.calibrator import calibrate_checkpoint
 from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.common.errors import ArtifactError
-from mc_gguf.common.lock import workdir_path
+from mc_gguf.common.files import workdir_path
 from mc_gguf.compensate.experts import calibration_text, compensate, open_bank, wanted_by
 from mc_gguf.plan import Budget
 from mc_gguf.plan import plan as make_plan

@@ -17,10 +17,12 @@ from click.testing import CliRunner
 
 from mc_gguf.cli import main
 from mc_gguf.common.errors import McError
-from mc_gguf.common.lock import output_lock, reserved, workdir_path
+from mc_gguf.common.files import workdir_path
+from mc_gguf.common.lock import output_lock, reserved
 from mc_gguf.common.workdir import Workdir
 from tests.support import ROOT, TINY
 from tests.support.child import Outcome, run_command
+from tests.support.mixed_files import first_layers
 
 VERBS = {
     "calibrate": "calibrate source --text text -o {out}",
@@ -207,3 +209,32 @@ def test_a_disk_that_fills_up_says_whether_the_work_is_kept(tmp_path: Path) -> N
         fill(lambda work: None)
     with pytest.raises(McError, match="make room; then the same command continues"):
         fill(lambda work: work.path("state").write_text("work"))
+
+
+# --- Outputs among other files of a model
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("verb", ["eval", "routing set", "convert"])
+def test_no_shard_of_a_model_is_written(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = "m-00002-of-00003.gguf"
+    (tmp_path / "m-00001-of-00003.gguf").write_bytes(b"x")
+    for present in (False, True):
+        if present:
+            (tmp_path / shard).write_bytes(b"x")
+        assert "would be a shard of the model of" in _invoke(VERBS[verb], shard, tmp_path, monkeypatch)
+
+
+def test_a_model_is_converted_in_its_own_folder(tmp_path: Path) -> None:
+    source = first_layers(TINY, 1, tmp_path / "source")
+    few = ("--bpw", 2.8, "--tokens", 512, "--ctx", 64, "--rows", 16, "--types", "Q2_K,Q3_K")
+    done = run_command("convert", source, "-o", source / "model.gguf", *few)
+    assert "model.calib.safetensors would be taken for a file of the source model" in done.stderr
+    found = []
+    for _ in range(2):
+        done = run_command(
+            "convert", source, "-o", source / "out.gguf", *few, "--no-compensate", "--threads", 1, "--quiet"
+        )
+        assert done.code == 0, done.stderr
+        found.append((source / "out.gguf").read_bytes())
+    assert found[0] == found[1]
