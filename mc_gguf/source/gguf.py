@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.artifacts import TensorSpec, expert_tensor_name
-from mc_gguf.common.errors import FormatError, SourceError
+from mc_gguf.common.errors import FormatError, RuntimeBuildError, SourceError
 from mc_gguf.ggml.gguf_file import GgufHeader, TensorEntry
 from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.ggml.shards import joined, read_shards
@@ -42,6 +43,17 @@ class GgufCheckpoint:
         self.hparams: Mapping[str, Any] = hparams_of(kv, architecture)
         self.bos_id, self.add_bos = bos_of(kv)
         self.info = make_info(path, kv, architecture, specs, self._samples())
+        self._check_loading()
+
+    def _check_loading(self) -> None:
+        """Raises SourceError when llama.cpp would not load a file with this metadata. Without a runtime it is
+        the first run of the file that says so.
+        """
+        with contextlib.suppress(RuntimeBuildError):
+            try:
+                _ = self._vocabulary
+            except FormatError as error:
+                raise SourceError(str(error), parameter="source") from error
 
     def copy_kv(self, writer: Any) -> None:
         add_values(writer, self._kv)
