@@ -13,11 +13,18 @@ from numpy.typing import NDArray
 
 from mc_gguf.artifacts import PROJECTIONS, ModelInfo, TensorSpec, expert_tensor_name
 from mc_gguf.common.errors import SourceError
-from mc_gguf.ggml.gguf_file import Value
+from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, UINT32, Value
 from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.source.architecture import MAX_EXPERTS, MAX_LAYERS
 from mc_gguf.source.tensors import check_layout, check_tensors, count_of, n_vocab_of
 
+# What all architectures store in one type.
+_REALS = ("rope.freq_base", "rope.scaling.factor", "attention.layer_norm_rms_epsilon", "expert_weights_scale")
+_COUNTS = (
+    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("expert_count", "expert_used_count", "expert_feed_forward_length", "rope.dimension_count"),
+)
 SAMPLE_BYTES = 4096
 SAMPLES_PER_TENSOR = 3
 
@@ -138,6 +145,7 @@ def make_info(
                     f"{path}: expected {name} of shape {list(expected)}, found {found}; such a model is not "
                     "supported"
                 )
+    _check_stored_types(path, kv, architecture)
     check_tensors(path, architecture, hparams, n_vocab_of(kv), tensors)
     kept = select_metadata(kv)
     return ModelInfo(
@@ -152,6 +160,16 @@ def make_info(
         n_kv=len(kept) + 1,
         tensors=tuple(tensors),
     )
+
+
+def _check_stored_types(path: Path, kv: Mapping[str, Value], architecture: str) -> None:
+    """Raises SourceError for a number that llama.cpp would not read in the type in which it is stored."""
+    for kind, name, keys in ((FLOAT32, "a float32", _REALS), (UINT32, "a uint32", _COUNTS)):
+        for key in (f"{architecture}.{key}" for key in keys):
+            if key in kv and kv[key].type not in (kind, ARRAY):
+                raise SourceError(
+                    f"{path}: {key} is not stored as {name}, so llama.cpp cannot load the model"
+                )
 
 
 def fingerprint(

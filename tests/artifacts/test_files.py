@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -270,6 +271,41 @@ def test_a_damaged_plan_is_refused(tmp_path: Path, kind: str, message: str) -> N
     path.write_text(_damage(small_plan().to_text(), kind))
     with pytest.raises(ArtifactError, match=message):
         Plan.load(path)
+
+
+ODD_VALUES: dict[str, list[Any]] = {
+    "budget": ["x", {"bpw": "x"}],
+    "calibration_fingerprint": [None, 5],
+    "file_bytes": ["x", 1.5],
+    "fixed": [None, {"attn": 5}, {"attn": None}],
+    "layers": [None, ["x"], [-1, 0]],
+    "types": [5, [["Q2_K"]]],
+    "seed": ["x", None],
+    "expert_bpw": [None, "x"],
+}
+
+
+@pytest.mark.parametrize("key", ODD_VALUES)
+def test_odd_values_in_a_plan_are_refused(tmp_path: Path, key: str) -> None:
+    path, data = tmp_path / "p", json.loads(small_plan().to_text())
+    for value in ODD_VALUES[key]:
+        changed = {**data[key], **value} if isinstance(value, dict) else value
+        path.write_text(json.dumps(data | {key: changed}))
+        with pytest.raises(ArtifactError, match="p is not a valid plan"):
+            Plan.load(path)
+
+
+def test_a_deep_plan_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p").write_text('{"a":' * 100_000)
+    with pytest.raises(ArtifactError, match="p is not a valid plan"):
+        Plan.load(tmp_path / "p")
+
+
+def test_a_pipe_is_no_plan(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p")
+    for load in (Plan.load, Calibration.load):
+        with pytest.raises(ArtifactError, match="p is no regular file"):
+            load(tmp_path / "p")
 
 
 def test_a_missing_plan_is_refused(tmp_path: Path) -> None:

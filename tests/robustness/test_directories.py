@@ -19,6 +19,7 @@ pytestmark = pytest.mark.native
 
 TOKENIZER = json.loads((TINY / "tokenizer.json").read_text())
 TEMPLATE = "chat_template of tokenizer_config.json"
+PADDING = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
 BOTH = "the tokenizer (tokenizer.json, tokenizer.model) cannot be read"
 CONFIG = json.loads((TINY / "tokenizer_config.json").read_text())
 
@@ -34,6 +35,19 @@ def _directory(folder: Path, files: dict[str, object]) -> Path:
             data = content if isinstance(content, str | bytes) else json.dumps(content)
             (folder / name).write_bytes(data.encode() if isinstance(data, str) else data)
     return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"padding": {**PADDING, "strategy": {"Fixed": 2**63 - 1}}},
+    ],
+)
+def test_a_tokenizer_that_panics_is_an_error(tmp_path: Path, changes: dict[str, Any]) -> None:
+    files: dict[str, object] = {"tokenizer.json": TOKENIZER | changes, "tokenizer.model": None}
+    with pytest.raises(McError, match=r"the tokenizer .* cannot be read"):
+        open_checkpoint(_directory(tmp_path / "source", files)).tokenize("one two")
 
 
 def _name(checkpoint: Checkpoint) -> Any:

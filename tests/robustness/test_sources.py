@@ -1,19 +1,21 @@
-"""Every verb that reads a source, given a damaged one: one line, in less than two seconds, without torch; and
-weights that are absurd end no process.
-"""
+"""Every verb that reads a source, given a damaged one: one line, without torch. And absurd weights."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mc_gguf.common.errors import SourceError
+from mc_gguf.ggml.gguf_file import STRING, UINT32, Value
+from mc_gguf.source import open_checkpoint
 from tests.support.child import Outcome, run_command, run_python
-from tests.support.gguf_models import RandomCheckpoint, make_calibration, make_plan, uniform
+from tests.support.gguf_models import RandomCheckpoint, changed_copy, make_calibration, make_plan, uniform
 from tests.support.hf_directories import EXPERT, mixtral_tensors, write_directory
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
@@ -249,3 +251,24 @@ def test_weights_of_every_size_are_measured_or_refused(tmp_path: Path) -> None:
     assert len(said) == 25
     assert set(said) <= {"False", "refused"}
     assert said.count("False") > 10
+
+
+# --- GGUFs that llama.cpp would not load
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"llama.rope.freq_base": Value(UINT32, 10_000)}, "llama.rope.freq_base is not stored as a float32"),
+        ({"tokenizer.ggml.model": Value(STRING, "foo")}, "unknown tokenizer"),
+        ({"tokenizer.ggml.bos_token_id": Value(STRING, "x")}, "bos_token_id is 'x'"),
+        ({"llama.context_length": Value(STRING, "x")}, "llama.context_length is not stored as a uint32"),
+        ({"llama.context_length": None}, "context_length is missing"),
+    ],
+)
+def test_metadata_that_the_runtime_refuses_is_refused_as_a_source(
+    changes: Mapping[str, Value | None], message: str, tiny_gguf: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError, match=message):
+        open_checkpoint(changed_copy(tiny_gguf, tmp_path / "m.gguf", changes))

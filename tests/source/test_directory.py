@@ -381,6 +381,27 @@ def test_layers_of_other_parts_do_not_count(tmp_path: Path) -> None:
     check_directory(write_directory(tmp_path, mixtral_tensors() | more))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_theta": 1e39}, "rope_theta is 1e+39, not a float32 above 0"),
+        ({"layer_types": 5}, "layer_types is 5, not a list"),
+        ({"sliding_window": "x"}, "sliding_window is 'x', not a whole number"),
+    ],
+)
+def test_values_that_no_family_has(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    assert message in refused(write_directory(tmp_path, **changes))
+
+
+def test_numbers_with_thousands_of_digits(tmp_path: Path) -> None:
+    long = "9" * 5000
+    names = (f"model.layers.{long}.x", f"model.layers.0.block_sparse_moe.experts.{long}.w1.weight")
+    more: Tensors = {name: ("BF16", (4,)) for name in names}
+    check_directory(
+        write_directory(tmp_path, mixtral_tensors() | more)
+    )  # the converter says that it has no place
+
+
 def test_text_config_counts(tmp_path: Path) -> None:
     folder = write_directory(tmp_path, text_config={"num_experts_per_tok": 9})
     assert "num_experts_per_tok is 9" in refused(folder)

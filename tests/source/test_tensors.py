@@ -80,6 +80,7 @@ REFUSED: dict[str, tuple[Callable[[Model], Model], str]] = {
         r"feed_forward_length is \[64\], not a whole number",
     ),
     "no width of experts": (_without_key("feed_forward_length"), "feed_forward_length is missing"),
+    "a scalar": (_with("output_norm.weight"), "output_norm.weight is a single number"),
     "no context": (_without_key("context_length"), "context_length is missing"),
     "no epsilon": (_without_key("attention.layer_norm_rms_epsilon"), "rms_epsilon is missing, so llama.cpp"),
     "heads that do not share": (_set("attention.head_count_kv", 3), "head_count_kv, 3, does not divide it"),
