@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import errno
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -104,10 +104,7 @@ class Command(click.Command):
         except MemoryError as error:
             _fail(1, f"Error: there is too little memory{f': {error}' if str(error) else ''}")
         except OSError as error:
-            if error.errno not in USER_ERRNOS:  # click deals with EPIPE
-                raise
-            where = f"{error.filename}: " if error.filename else ""
-            _fail(1, f"Error: {where}{error.strerror}")
+            refuse(error)
 
     def _described(self, error: McError) -> str:
         """The message after the options that stand for the parameters that it is about."""
@@ -121,7 +118,14 @@ class Command(click.Command):
                     yield "/".join([max(parameter.opts, key=len), *parameter.secondary_opts])
 
 
-def _fail(code: int, *lines: str) -> None:
+def refuse(error: OSError) -> NoReturn:
+    """One line for what the system refuses, and an exit code; bugs are raised."""
+    if error.errno not in USER_ERRNOS:  # click deals with EPIPE
+        raise error
+    _fail(1, f"Error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
+
+
+def _fail(code: int, *lines: str) -> NoReturn:
     for line in lines:
         click.echo(line, err=True)
     raise SystemExit(code)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mc_gguf import Llama
+from mc_gguf.common.progress import progress
 from mc_gguf.ggml.gguf_file import ARRAY, STRING, Value, read_header
 from mc_gguf.runtime.upstream import cache_dir
 from mc_gguf.source import open_checkpoint
@@ -368,3 +369,25 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
         refused = run_command(*command, pipe, timeout=60)
         assert refused.code == 1
         assert refused.stderr.startswith(f"Error: {pipe} is not a regular file")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plan", "--help"]])
+def test_help_on_a_full_disk_is_one_line(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "mc_gguf", *arguments]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "Error: No space left on device\n")
+
+
+def test_progress_on_a_full_disk_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MC_GGUF_QUIET", raising=False)
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        with progress("x", 3, "steps") as bar:
+            for _ in range(3):
+                bar.advance()
+                bar.say("y")
+        monkeypatch.undo()
+        assert bar.done == 3
+        with contextlib.suppress(OSError):
+            full.close()
