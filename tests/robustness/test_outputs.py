@@ -225,6 +225,7 @@ def test_no_shard_of_a_model_is_written(verb: str, tmp_path: Path, monkeypatch: 
         assert "would be a shard of the model of" in _invoke(VERBS[verb], shard, tmp_path, monkeypatch)
 
 
+@pytest.mark.native
 def test_a_model_is_converted_in_its_own_folder(tmp_path: Path) -> None:
     source = first_layers(TINY, 1, tmp_path / "source")
     few = ("--bpw", 2.8, "--tokens", 512, "--ctx", 64, "--rows", 16, "--types", "Q2_K,Q3_K")
