@@ -60,7 +60,7 @@ def check_heads() -> None:
     for path in upstream.series():
         head = path.read_text(encoding="utf-8").partition("\n---\n")[0]
         if AUTHOR not in head:
-            raise McError(f"{path.name} is by somebody or of some day; refresh writes {AUTHOR!r}")
+            raise McError(f"{path.name} has another author or date than {AUTHOR!r}; refresh writes them")
         for trailer in TRAILERS:
             if not re.search(rf"^{trailer}: \S", head, re.M):
                 raise McError(f"{path.name} lacks the trailer '{trailer}:'; amend the commit and refresh")

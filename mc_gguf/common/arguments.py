@@ -12,6 +12,7 @@ from mc_gguf.common.units import parse_duration, parse_size
 
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
 MAX_INT = 2**31 - 1
+FLOAT32_MAX = 3.4028234e38
 
 PathLike = str | Path
 Paths = PathLike | Sequence[PathLike]

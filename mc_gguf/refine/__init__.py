@@ -104,9 +104,9 @@ def refine(
 
     tokens, ctx = whole(2, tokens=tokens, ctx=ctx)
     (threads,) = whole(1, MAX_THREADS, or_none=True, threads=threads)
+    (seed,) = whole(0, seed=seed)
     with about("bank"):
         check_folder(to_path(bank))
-    (seed,) = whole(0, seed=seed)
     texts, calibrated = to_paths(text), to_paths(calibration_text)
     found = possible_calibrations(Path(plan).parent)
     inputs = (Path(plan), *texts, *calibrated, *found, *to_paths(calibration))

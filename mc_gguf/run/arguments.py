@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mc_gguf.common.arguments import MAX_THREADS
+from mc_gguf.common.arguments import FLOAT32_MAX, MAX_THREADS
 from mc_gguf.common.errors import LlamaError
 from mc_gguf.runtime.llama_library import is_whole
 
@@ -45,7 +45,6 @@ _FLAGS = (
     *("op_offload", "swa_full", "no_perf", "spm_infill"),
 )
 _FUNCTIONS = ("chat_handler", "draft_model")
-_FLOAT32_MAX = 3.4028234e38
 
 _SAMPLING_RANGES = {"mirostat_mode": (0, 2), "top_k": (-INT32, INT32 - 1)}
 _FROM_SERVER = ("mul_mat_q", "rpc_servers")  # which llama_cpp.server gives, and nothing uses
@@ -92,7 +91,7 @@ def _check_overrides(overrides: Any) -> None:
         texts = [name, value] if isinstance(value, str) else [name]
         if any(len(text.encode("utf-8", "surrogatepass")) > 127 or "\0" in text for text in texts):
             raise LlamaError(f"kv_overrides: {name!r} or its value is longer than 127 bytes, or has a zero")
-        if isinstance(value, float) and not abs(value) <= _FLOAT32_MAX:
+        if isinstance(value, float) and not abs(value) <= FLOAT32_MAX:
             raise LlamaError(f"kv_overrides: {name} is {value}, which is no finite float32")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise LlamaError(f"kv_overrides: {name} is {value}, which has more than 64 bits")
@@ -148,7 +147,7 @@ def _check_ranges(options: Mapping[str, Any], ranges: Mapping[str, tuple[int, in
 def _check_numbers(options: Mapping[str, Any], names: Sequence[str]) -> None:
     for name in names:
         value = options.get(name)
-        if value is not None and not (_is_real(value) and abs(value) <= _FLOAT32_MAX):
+        if value is not None and not (_is_real(value) and abs(value) <= FLOAT32_MAX):
             raise LlamaError(f"{name} must be a finite number, not {value!r}")
 
 

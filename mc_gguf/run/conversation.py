@@ -78,7 +78,7 @@ class Conversation:
             for piece in stream:
                 pieces.append(piece)
                 yield piece
-        except Exception as error:
+        except Exception as error:  # whatever it is, the history stays as it was
             pieces.clear()
             if isinstance(error, McError) or "exceed context window" not in str(error):
                 raise

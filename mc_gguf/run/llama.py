@@ -30,7 +30,7 @@ from mc_gguf.routing import Routing, RoutingMetadata, RoutingStats, resolve
 from mc_gguf.run import routing_api, turns
 from mc_gguf.run.arguments import check_names, check_sampling, to_seed
 from mc_gguf.run.opening import no_context, to_file, with_defaults
-from mc_gguf.run.requests import as_scores, check_chat, check_completion, check_state
+from mc_gguf.run.requests import as_scores, biased, check_chat, check_completion, check_state
 from mc_gguf.run.turns import computing, in_turn
 from mc_gguf.runtime.closed import closed_type
 from mc_gguf.runtime.llama_library import (
@@ -43,8 +43,6 @@ from mc_gguf.runtime.llama_library import (
     to_path,
     to_utf8,
 )
-
-LogitsProcessorList = llama_cpp.LogitsProcessorList
 
 
 class Llama(llama_cpp.Llama):
@@ -190,7 +188,7 @@ class Llama(llama_cpp.Llama):
                 f"the context of {self._n_ctx} tokens is full: {self.n_tokens} are in it, {len(tokens)} "
                 "more do not fit"
             )
-        self._check_weights()
+        self._check_computable()
         self._changes += 1
         listen()
         try:
@@ -198,7 +196,7 @@ class Llama(llama_cpp.Llama):
         except RuntimeError as error:
             raise LlamaError(f"{error}: {reason()}" if reason() else str(error)) from error
 
-    def _check_weights(self) -> None:
+    def _check_computable(self) -> None:
         if self.model_params.vocab_only:
             raise LlamaError("this model was opened with vocab_only=True, so it computes nothing")
         turns.check_threads(max(self.n_threads, self.n_threads_batch))
@@ -234,7 +232,7 @@ class Llama(llama_cpp.Llama):
             raise LlamaError("open the model with embedding=True for embeddings")
         if int(self.pooling_type()) == llama_cpp.LLAMA_POOLING_TYPE_RANK:
             raise LlamaError("pooling_type RANK gives scores and not embeddings, which cannot be read here")
-        self._check_weights()
+        self._check_computable()
         texts = [input] if isinstance(input, str) else input
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise LlamaError("give a text, or a list of texts, to embed")
@@ -297,7 +295,7 @@ class Llama(llama_cpp.Llama):
             raise LlamaError("suffix is not supported; write the prompt in your model's format for infilling")
         check_completion(given)
         if bias := given.pop("logit_bias", None):
-            given["logits_processor"] = self._biased(bias, given.get("logits_processor"))
+            given["logits_processor"] = [*(given.get("logits_processor") or ()), biased(bias, self._n_vocab)]
         prompt = given["prompt"]
         if isinstance(prompt, str):
             to_utf8(prompt)
@@ -317,17 +315,6 @@ class Llama(llama_cpp.Llama):
         del given["self"]
         with self._lock:
             return super().create_chat_completion(**given)
-
-    def _biased(self, bias: Mapping[Any, Any], others: Any) -> LogitsProcessorList:
-        tokens = check_tokens([int(token) for token in bias], self._n_vocab)
-        amounts = np.array([float(amount) for amount in bias.values()], dtype=np.single)
-
-        def add(_ids: Any, scores: NDArray[np.single]) -> NDArray[np.single]:
-            scores = scores.copy()
-            scores[tokens] += amounts
-            return scores
-
-        return LogitsProcessorList([*(others or []), add])
 
     def _init_sampler(self, **options: Any) -> Any:  # type: ignore[override]  # llama_cpp gives all by name
         check_sampling(options)

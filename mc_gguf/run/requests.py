@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mc_gguf.common.errors import LlamaError
 from mc_gguf.run.arguments import to_seed
-from mc_gguf.runtime.llama_library import is_whole, llama_cpp
+from mc_gguf.runtime.llama_library import check_tokens, is_whole, llama_cpp
 
 LlamaGrammar: Any = llama_cpp.LlamaGrammar  # type: ignore[attr-defined]  # llama_cpp has few types
 LlamaState: Any = llama_cpp.LlamaState
@@ -39,10 +39,10 @@ def check_completion(given: Mapping[str, Any]) -> None:
     if grammar is not None and not isinstance(grammar, LlamaGrammar):
         raise LlamaError(f"grammar must be a LlamaGrammar (LlamaGrammar.from_string), not {grammar!r}")
     if bias := given.get("logit_bias"):
-        check_bias(bias)
+        _check_bias(bias)
 
 
-def check_bias(bias: Any) -> None:
+def _check_bias(bias: Any) -> None:
     is_mapping = isinstance(bias, Mapping)
     if not is_mapping or not all(_is_bias(token, amount) for token, amount in bias.items()):
         raise LlamaError(f"logit_bias must be a dict of finite numbers by token id, not {bias!r}")
@@ -51,6 +51,19 @@ def check_bias(bias: Any) -> None:
 def _is_bias(token: Any, amount: Any) -> bool:
     is_id = is_whole(token) or (isinstance(token, str) and token.isdecimal())  # JSON has no other keys
     return is_id and isinstance(amount, int | float) and not math.isnan(amount) and amount != math.inf
+
+
+def biased(bias: Mapping[Any, Any], n_vocab: int) -> Callable[[Any, NDArray[np.single]], NDArray[np.single]]:
+    """A logits processor that adds `bias`, by token id. Raises LlamaError for a token that does not exist."""
+    tokens = check_tokens([int(token) for token in bias], n_vocab)
+    amounts = np.array([float(amount) for amount in bias.values()], dtype=np.single)
+
+    def add(_ids: Any, scores: NDArray[np.single]) -> NDArray[np.single]:
+        scores = scores.copy()
+        scores[tokens] += amounts
+        return scores
+
+    return add
 
 
 def check_chat(given: Mapping[str, Any]) -> None:

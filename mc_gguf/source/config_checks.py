@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mc_gguf.common.arguments import FLOAT32_MAX
 from mc_gguf.common.errors import SourceError
 from mc_gguf.source.architecture import MAX_EXPERTS, MAX_LAYERS
 from mc_gguf.source.safetensors_files import StoredTensor
@@ -22,7 +23,6 @@ _N_LAYER = ("num_hidden_layers", "n_layers", "n_layer")
 _SIZES = ("hidden_size", "head_dim")
 _SIZES_OF_LAYERS = ("intermediate_size", "num_attention_heads", "num_key_value_heads")  # or a list of them
 _NUMBERS = ("rms_norm_eps", "layer_norm_eps", "rope_theta")
-_FLOAT32_MAX = 3.4028234e38
 _SWITCHES = ("tie_word_embeddings", "norm_topk_prob", "use_sliding_window")
 _EXPERT = re.compile(r"(?P<block>.*\blayers\.\d+\..*\bexperts)\.(?P<number>\d{1,6})\.(?P<part>.+)")
 _FUSED = re.compile(
@@ -66,7 +66,7 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
             _count(path, {key: value}, (key,))
     for key in _NUMBERS:
         value = config.get(key)
-        if value is not None and not (_is_number(value) and 0 < value <= _FLOAT32_MAX):
+        if value is not None and not (_is_number(value) and 0 < value <= FLOAT32_MAX):
             raise SourceError(f"{path}: {key} is {value!r}, not a float32 above 0; correct it")
     window, layers = config.get("sliding_window"), config.get("layer_types")
     if window is not None and (not isinstance(window, int) or isinstance(window, bool)):

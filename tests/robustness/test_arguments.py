@@ -57,6 +57,17 @@ def test_odd_arguments_are_named_at_once(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("function", [quantize, refine])
+def test_a_bank_is_a_folder(
+    function: Callable[..., Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bank").touch()
+    with pytest.raises(McError, match="bank is not a directory") as caught:
+        function("source", "plan", "output", bank="bank")
+    assert caught.value.parameters == ("bank",)
+
+
 def test_paths_may_be_text(tmp_path: Any) -> None:
     (tmp_path / "x").write_bytes(b"x")
     for load in (MixedGguf.open, Calibration.load, Plan.load):

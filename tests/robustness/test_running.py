@@ -86,6 +86,8 @@ def test_another_template_takes_the_place_of_the_models(
     assert told != invoke("chat", templates["go"], *SMALL, *ways).stdout
     file.write_bytes(b"{{ 'caf\xe9' }}")
     fails_with("chat.jinja is not UTF-8", "chat", templates["go"], *SMALL, *ways)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n")
+    fails_with("chat.jinja is a Git LFS pointer", "chat", templates["go"], *SMALL, *ways)
     file.write_text("{{ .Prompt }}")
     fails_with("template does not compile", "chat", templates["go"], *SMALL, *ways)
     fails_with("--template, --raw: these exclude", "chat", templates["go"], *SMALL, *ways, "--raw")

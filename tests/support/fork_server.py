@@ -102,7 +102,6 @@ def _names(model: str) -> dict[str, Any]:
         "Grammar": llama_cpp.llama_grammar.LlamaGrammar.from_string,
         "Llama": Llama,
         "LlamaError": LlamaError,
-        "Processors": llama_cpp.LogitsProcessorList,
         "chat": chat,
         "inf": float("inf"),
         "model": model,
