@@ -219,7 +219,7 @@ class Conversion:
         """Raises McError when the disk is too small for the states of the calibration, or for the file and
         what its compensation keeps. The two do not lie there at the same time.
         """
-        from mc_gguf.calibrate.state import state_bytes
+        from mc_gguf.calibrate.calibrator import state_bytes
         from mc_gguf.compensate import experts
 
         model, plan = self.checkpoint.info, self._trial_plan
@@ -227,7 +227,7 @@ class Conversion:
         if self.request.compensate:
             finish += experts.bank_bytes(model, experts.wanted_by(plan))
             finish += experts.state_bytes(model, text.rows.size)
-        n_bytes = max(finish, state_bytes(model, text.rows, options.sensitivity_tokens))
+        n_bytes = max(finish, state_bytes(self.checkpoint, text.rows, options))
         left_before = work_bytes(self.output, self.calibration_path)
         check_space(self.output.parent, n_bytes - left_before, f"making {self.output.name}")
 
@@ -256,12 +256,9 @@ class Conversion:
 
     def _is_current(self, found: Calibration, text: Corpus, options: CalibrationOptions) -> bool:
         """Whether `found` holds what would be measured now."""
-        from mc_gguf.calibrate.attention import attention_types
         from mc_gguf.calibrate.options import is_calibration_of
 
-        model = self.checkpoint.info
-        measured = found.attention_types == attention_types(model)  # files of older versions lack some
-        return measured and is_calibration_of(found, model, text, options)
+        return is_calibration_of(found, self.checkpoint.info, text, options)
 
     def _refine(self, plan: Plan, options: RefinementOptions) -> Plan:
         """The refined plan, written beside the output, or the one that is there. The compensated matrices

@@ -25,7 +25,7 @@ def convert(
     strategy: str | None = None,
     objective: str | None = None,
     types: Names | None = None,
-    attention: Names | None = None,
+    others: Names | None = None,
     attn_type: str | None = None,
     attn_kv_type: str | None = None,
     embd_type: str | None = None,
@@ -59,7 +59,7 @@ def convert(
         strategy: a name in mc_gguf.plan.STRATEGIES; by default mc with `bits_per_layer`, else pmq.
         objective: what the strategy minimises, a name in mc_gguf.plan.OBJECTIVES.
         types: ggml types to measure and to choose from for experts; by default all candidates.
-        attention, attn_type, attn_kv_type, embd_type, output_type: types of other tensors; see PlanRequest.
+        others, attn_type, attn_kv_type, embd_type, output_type: types of other tensors; see PlanRequest.
         text: UTF-8 files to calibrate on; by default the mixture that comes with mc_gguf.
         tokens: tokens to use, spread over the whole text.
         ctx: tokens per row of text; at most the model's context.
@@ -99,7 +99,7 @@ def convert(
         strategy=strategy,
         objective=objective,
         types=types,
-        attention=attention,
+        others=others,
         attn_type=attn_type,
         attn_kv_type=attn_kv_type,
         embd_type=embd_type,
@@ -131,7 +131,7 @@ def make_plan(
     strategy: str | None = None,
     objective: str | None = None,
     types: Names | None = None,
-    attention: Names | None = None,
+    others: Names | None = None,
     attn_type: str | None = None,
     attn_kv_type: str | None = None,
     embd_type: str | None = None,
@@ -145,7 +145,7 @@ def make_plan(
         output: the plan to write (JSON); None writes nothing.
         size, bpw, bits_per_layer: give exactly one budget, as for convert().
         strategy, objective, types, seed: how types are chosen for experts, and from which; see PlanRequest.
-        attention, attn_type, attn_kv_type, embd_type, output_type: types of other tensors; see PlanRequest.
+        others, attn_type, attn_kv_type, embd_type, output_type: types of other tensors; see PlanRequest.
 
     Returns:
         The plan; with its fingerprint if it was written.
@@ -171,7 +171,7 @@ def make_plan(
         strategy=strategy,
         objective=objective,
         types=types,
-        attention=attention,
+        others=others,
         attn_type=attn_type,
         attn_kv_type=attn_kv_type,
         embd_type=embd_type,

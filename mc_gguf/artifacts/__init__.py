@@ -9,13 +9,24 @@ temporary name and then renamed.
 from __future__ import annotations
 
 from mc_gguf.artifacts.calibration import NO_CALIBRATION, Calibration
-from mc_gguf.artifacts.model import ATTENTION, PROJECTIONS, Floats, ModelInfo, TensorSpec, expert_tensor_name
+from mc_gguf.artifacts.model import (
+    ALL_PROJECTIONS,
+    ATTENTION,
+    EXPERT_STACK,
+    PROJECTIONS,
+    Floats,
+    ModelInfo,
+    TensorSpec,
+    expert_tensor_name,
+)
 from mc_gguf.artifacts.plan import FixedTypes, Plan
 from mc_gguf.artifacts.published import NOMINAL_BITS, NOMINAL_TYPES
 from mc_gguf.artifacts.statistics import Statistic, Statistics
 
 __all__ = [
+    "ALL_PROJECTIONS",
     "ATTENTION",
+    "EXPERT_STACK",
     "NOMINAL_BITS",
     "NOMINAL_TYPES",
     "NO_CALIBRATION",

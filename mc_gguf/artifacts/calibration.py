@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from mc_gguf import __version__
 from mc_gguf.artifacts.header import check_header, check_kind, why
-from mc_gguf.artifacts.model import ATTENTION, PROJECTIONS, ModelInfo
+from mc_gguf.artifacts.model import ModelInfo
 from mc_gguf.artifacts.published import NOMINAL_BITS, PublishedStatistics, is_published
 from mc_gguf.artifacts.statistics import Statistics, check_statistics
 from mc_gguf.common.arguments import PathLike
 from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.files import atomic_write, sha256_of
 
-CALIBRATION_VERSION = 3
+CALIBRATION_VERSION = 4
 NO_CALIBRATION = hashlib.sha256(b"").hexdigest()  # fingerprint where nothing had to be measured: 16-bit files
 _FORMAT = "mc_gguf.calibration"
 _NOT_MEASURED = (0,)  # shape of an array in a file that stands for "not measured"
@@ -45,7 +45,8 @@ class Calibration(Statistics):
         corpus: the text: sources, SHA-256, seed, rows, and under "measured" all that the result depends on.
         statistics: what was measured, by name. Raises ArtifactError when an array does not fit the table, the
             model or the other arrays.
-        attention_types: names of the types whose errors were measured for attention matrices.
+        matrices: names of the matrices that are not experts and were measured.
+        matrix_types: names of the types whose errors were measured for them.
         fingerprint: SHA-256 of the file.
         tool: what made the file, with its version.
     """
@@ -55,12 +56,14 @@ class Calibration(Statistics):
     types: tuple[str, ...]
     corpus: dict[str, Any]
     statistics: Mapping[str, NDArray[Any]]
-    attention_types: tuple[str, ...] = ()
+    matrices: tuple[str, ...] = ()
+    matrix_types: tuple[str, ...] = ()
     fingerprint: str = ""
     tool: str = field(default=f"mc_gguf {__version__}")
 
     def __post_init__(self) -> None:
-        sizes = axis_sizes(self.model, self.types, self.attention_types) | {"layer": len(self.layers)}
+        sizes = axis_sizes(self.model, self.types, self.matrices, self.matrix_types)
+        sizes |= {"layer": len(self.layers)}
         check_statistics(self.table(), self.statistics, sizes)
 
     @property
@@ -81,25 +84,25 @@ class Calibration(Statistics):
             to the expert; quantizers treat that like ones. None when the calibration measured no importance
             matrices.
         """
-        return self._row("imatrix_mid" if projection == "down" else "imatrix_in", layer, expert)
-
-    def attention_imatrix(self, layer: int, part: str) -> NDArray[np.float32] | None:
-        """The importance matrix of one attention matrix, `part` of ATTENTION in the model's layer `layer`.
-
-        Returns:
-            float32 [n_embd] for q, k and v, [attention_width] for output. None when it was not measured.
-        """
-        return self._row("attention_mid" if part == "output" else "attention_in", layer)
-
-    def _row(self, name: str, layer: int, *place: int) -> NDArray[np.float32] | None:
+        name = "imatrix_mid" if projection == "down" else "imatrix_in"
         if not self.has(name):
             return None
         if layer not in self.layers:
             raise ArtifactError(
                 f"the calibration has no layer {layer}; calibrate the model that is used here"
             )
-        row: NDArray[np.float32] = self.statistics[name][(self.layers.index(layer), *place)]
-        return row
+        row: NDArray[np.float32] = self.statistics[name][self.layers.index(layer), expert]
+        return row if self.model is None else row[: self.model.expert_shape(projection, layer)[1]]
+
+    def matrix_imatrix(self, name: str) -> NDArray[np.float32] | None:
+        """The importance matrix [columns] of a matrix that is no expert; None when it was not measured."""
+        if name not in self.matrices or self.model is None or not self.has("matrix_in"):
+            return None
+        widths = matrix_widths(self.model, self.matrices)
+        place = self.matrices.index(name)
+        first = sum(widths[:place])
+        found: NDArray[np.float32] = self.matrix_in[first : first + widths[place]]
+        return found
 
     def with_statistics(self, **arrays: NDArray[Any] | None) -> Calibration:
         """This calibration with some arrays replaced, added or (None) left out."""
@@ -140,7 +143,8 @@ class Calibration(Statistics):
             "layers": self.layers,
             "types": self.types,
             "corpus": self.corpus,
-            "attention_types": self.attention_types,
+            "matrices": self.matrices,
+            "matrix_types": self.matrix_types,
         }
         arrays = {
             line.name: np.ascontiguousarray(
@@ -169,11 +173,11 @@ class Calibration(Statistics):
         try:
             header, arrays = cls._read(path)
             model = ModelInfo.from_json(header["model"]) if header["model"] else None
-            named = {name: tuple(header[name]) for name in ("layers", "types")}
+            named = {name: tuple(header[name]) for name in ("layers", "types", "matrices", "matrix_types")}
             corpus, tool = header["corpus"], header["tool"]
-            attention_types = tuple(header.get("attention_types", ()))
-            if not all(isinstance(kind, str) for kind in (*named["types"], *attention_types)):
-                raise ValueError("a type is no name")
+            for name in ("types", "matrices", "matrix_types"):
+                if not all(isinstance(item, str) for item in named[name]):
+                    raise ValueError(f"{name} has what is no name")
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArtifactError(
                 f"{path} is not a calibration file ({why(error)}); make one with: mc-gguf calibrate"
@@ -184,7 +188,6 @@ class Calibration(Statistics):
                 **named,
                 corpus=corpus,
                 statistics=arrays,
-                attention_types=attention_types,
                 fingerprint=fingerprint,
                 tool=tool,
             )
@@ -206,12 +209,24 @@ class Calibration(Statistics):
 
 
 def axis_sizes(
-    model: ModelInfo | None, types: Sequence[str], attention_types: Sequence[str]
+    model: ModelInfo | None,
+    types: Sequence[str],
+    matrices: Sequence[str] = (),
+    matrix_types: Sequence[str] = (),
 ) -> dict[str, int]:
-    """The sizes of all axes (AXES) that follow from a model and the measured types."""
-    sizes = {"projection": len(PROJECTIONS), "type": len(types), "bits": len(NOMINAL_BITS)}
-    sizes |= {"attention_part": len(ATTENTION), "attention_type": len(attention_types)}
-    if model is not None:
-        sizes |= {"layer": len(model.expert_layers), "expert": model.n_expert}
-        sizes |= {"n_embd": model.n_embd, "n_ff": model.n_ff, "rank": model.n_expert_used - 1}
-    return sizes
+    """The sizes of all axes (AXES) that follow from a model and what was measured."""
+    sizes = {"type": len(types), "bits": len(NOMINAL_BITS)}
+    sizes |= {"matrix": len(matrices), "matrix_type": len(matrix_types)}
+    if model is None:
+        return sizes
+    sizes |= {"layer": len(model.expert_layers), "expert": model.n_expert}
+    sizes |= {"projection": len(model.projections), "matrix_column": sum(matrix_widths(model, matrices))}
+    return sizes | {"n_embd": model.expert_width, "n_ff": model.n_ff, "rank": model.n_expert_used - 1}
+
+
+def matrix_widths(model: ModelInfo, matrices: Sequence[str]) -> list[int]:
+    """Columns of each matrix. Raises ArtifactError for one that the model does not have."""
+    shapes = {t.name: t.shape for t in model.tensors}
+    if unknown := next((name for name in matrices if name not in shapes), None):
+        raise ArtifactError(f"the calibration has a matrix {unknown}, which its model does not have")
+    return [shapes[name][0] for name in matrices]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 PROJECTIONS: tuple[str, ...] = ("gate", "up", "down")
+# All that a model may have instead: gate and up merged in one matrix, or no gate.
+ALL_PROJECTIONS: tuple[str, ...] = ("gate", "up", "gate_up", "down")
+# A stack of experts: its layer, and which of the expert's matrices it has.
+EXPERT_STACK = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps\.weight")
 ATTENTION: tuple[str, ...] = ("q", "k", "v", "output")  # the matrices blk.N.attn_*.weight
 
 Floats = NDArray[np.float64]
@@ -20,13 +26,28 @@ def expert_tensor_name(layer: int, projection: str) -> str:
     return f"blk.{layer}.ffn_{projection}_exps.weight"
 
 
+# What upstream's llama-quantize leaves as it is too (tensor_allows_quantization in src/llama-quant.cpp): routers,
+# tiny matrices, and what is not multiplied by as a matrix.
+_KEPT = (
+    *("ffn_gate_inp", "_norm.weight", "ssm_conv1d", "shortconv.conv", "time_mix_", "attn_rel_b", "position_embd"),
+    *("token_types", "altup", "laurel", "per_layer_model_proj", "indexer.k_proj", "indexer.q_proj"),
+    *("_ape.weight", "hc_", "_conv.weight", "conv1d"),
+)
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of the source: GGUF name, shape in ggml order (fastest first), type of 16 or 32 bits."""
+    """A tensor of the source: GGUF name, shape in ggml order (fastest first), ggml type."""
 
     name: str
     shape: tuple[int, ...]
     type: str
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the runtime multiplies by it as a matrix, so that it may be quantized."""
+        is_weight = len(self.shape) > 1 and self.name.endswith(".weight")
+        return is_weight and not any(part in self.name for part in _KEPT)
 
 
 @dataclass(frozen=True)
@@ -37,9 +58,9 @@ class ModelInfo:
         architecture: the GGUF name.
         n_layer: number of layers, with and without experts.
         n_expert: routed experts per layer.
-        n_expert_used: experts per token.
+        n_expert_used: experts per token; where layers differ, the most.
         n_embd: width of the hidden states.
-        n_ff: width of an expert.
+        n_ff: width of an expert; where layers differ, the largest.
         fingerprint: identifies the source.
         kv_bytes: bytes of the GGUF metadata that the output copies from the source.
         n_kv: number of its keys.
@@ -57,15 +78,33 @@ class ModelInfo:
     n_kv: int
     tensors: tuple[TensorSpec, ...]
 
-    @property
+    @cached_property
+    def stacks(self) -> dict[tuple[int, str], TensorSpec]:
+        """The stacks of experts by (layer, projection), in file order."""
+        found = ((EXPERT_STACK.fullmatch(t.name), t) for t in self.tensors)
+        return {(int(match[1]), match[2]): t for match, t in found if match}
+
+    @cached_property
+    def projections(self) -> tuple[str, ...]:
+        """The matrices that an expert of this model has, in the order of ALL_PROJECTIONS."""
+        return tuple(p for p in ALL_PROJECTIONS if any(p == found for _, found in self.stacks))
+
+    @cached_property
     def expert_layers(self) -> tuple[int, ...]:
         """Numbers of the layers that have routed experts, ascending."""
-        names = {t.name for t in self.tensors}
-        return tuple(i for i in range(self.n_layer) if expert_tensor_name(i, "down") in names)
+        return tuple(sorted({layer for layer, _ in self.stacks if layer < self.n_layer}))
 
-    def expert_shape(self, projection: str) -> tuple[int, int]:
-        """(rows, weights per row) of one expert's matrix."""
-        return (self.n_embd, self.n_ff) if projection == "down" else (self.n_ff, self.n_embd)
+    def expert_shape(self, projection: str, layer: int | None = None) -> tuple[int, int]:
+        """(rows, weights per row) of one expert's matrix; of the first layer with experts if none is given."""
+        cols, rows = self.stacks[self.expert_layers[0] if layer is None else layer, projection].shape[:2]
+        return rows, cols
+
+    @property
+    def expert_width(self) -> int:
+        """Width of what goes into an expert and of what comes out: n_embd, except in models whose experts work
+        in a space of their own.
+        """
+        return self.expert_shape("down")[0]
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON document."""

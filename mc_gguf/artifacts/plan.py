@@ -6,19 +6,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mc_gguf import __version__
 from mc_gguf.artifacts.header import check_header, check_kind, why
-from mc_gguf.artifacts.model import ATTENTION, PROJECTIONS
+from mc_gguf.artifacts.model import ALL_PROJECTIONS
 from mc_gguf.common.arguments import PathLike
 from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.common.files import atomic_write, sha256_of
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+_EXPERTS = "experts_"  # before a projection: the key of its table
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,14 @@ class FixedTypes:
         attn: type of Q, the attention's output matrix and all other matrices.
         token_embd: type of the token embeddings.
         output: type of the output matrix.
-        attention: overrides `attn` and `attn_kv` where it is not empty: the types of each layer's matrices,
-            in the order of ATTENTION.
+        others: types by tensor, which override all of the above.
     """
 
     attn_kv: str = "Q8_0"
     attn: str = "Q6_K"
     token_embd: str = "Q6_K"
     output: str = "Q6_K"
-    attention: tuple[tuple[str, ...], ...] = ()
-
-    def attention_type(self, layer: int, part: str) -> str:
-        """The type of the matrix `part` (one of ATTENTION) in `layer`."""
-        if self.attention:
-            return self.attention[layer][ATTENTION.index(part)]
-        return self.attn_kv if part in ("k", "v") else self.attn
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,13 +112,13 @@ class Plan:
     def to_text(self) -> str:
         """The text of the file: sorted keys, one line per row of experts."""
         body = {k: v for k, v in asdict(self).items() if k not in ("fingerprint", "experts", "bits")}
-        body["fixed"] = {k: v for k, v in body["fixed"].items() if k != "attention"}
+        others = body["fixed"].pop("others")
         body |= {"format": "mc_gguf.plan", "version": PLAN_VERSION}
-        rows: dict[str, Sequence[Sequence[object]]] = {f"experts_{p}": self.experts[p] for p in PROJECTIONS}
+        rows: dict[str, Sequence[Sequence[object]]] = {f"{_EXPERTS}{p}": row for p, row in self.experts.items()}
         if self.bits is not None:
             rows["bits"] = self.bits
-        if self.fixed.attention:
-            rows["attention"] = self.fixed.attention
+        if others:
+            rows["others"] = [list(item) for item in others.items()]
         lines = [f'  "{key}": {json.dumps(body[key], sort_keys=True)}' for key in sorted(body)]
         for key in sorted(rows):
             table = ",\n".join(f"    {json.dumps(row)}" for row in rows[key])
@@ -149,16 +143,17 @@ class Plan:
             check_header(path, data, "mc_gguf.plan", PLAN_VERSION)
             data.pop("format")
             data.pop("version")
-            experts = {p: tuple(tuple(row) for row in data.pop(f"experts_{p}")) for p in PROJECTIONS}
+            names = [p for p in ALL_PROJECTIONS if f"{_EXPERTS}{p}" in data]
+            experts = {p: tuple(tuple(row) for row in data.pop(f"{_EXPERTS}{p}")) for p in names}
             bits = data.pop("bits", None)
-            attention = tuple(tuple(row) for row in data.pop("attention", ()))
+            others = {name: kind for name, kind in data.pop("others", ())}
             plan = cls(
                 **{
                     **data,
                     "layers": tuple(data["layers"]),
                     "types": tuple(data["types"]),
                     "experts": experts,
-                    "fixed": FixedTypes(**data["fixed"], attention=attention),
+                    "fixed": FixedTypes(**data["fixed"], others=others),
                     "fingerprint": fingerprint,
                     "bits": tuple(tuple(row) for row in bits) if bits is not None else None,
                 }
@@ -188,8 +183,8 @@ def _check_values(plan: Plan) -> None:
         if not isinstance(value := getattr(plan, name), kind):
             raise ValueError(f"{name} is {value!r}")
     fixed = asdict(plan.fixed)
-    del fixed["attention"]
-    for name, found in (("types", plan.types), ("fixed", fixed.values())):
+    others = fixed.pop("others")
+    for name, found in (("types", plan.types), ("fixed", fixed.values()), ("others", [*others, *others.values()])):
         if not all(isinstance(kind, str) for kind in found):
             raise ValueError(f"{name} has a value that is no name of a type")
     if not all(isinstance(layer, int) and layer >= 0 for layer in plan.layers):
@@ -207,9 +202,3 @@ def _check_rows(path: Path, plan: Plan) -> None:
         raise ArtifactError(f"{path} needs one row of experts for each of its {n_layer} layers; {again}")
     if any(len(row) != len(rows[0]) or not all(isinstance(name, str) for name in row) for row in rows):
         raise ArtifactError(f"{path}: every row of experts needs {len(rows[0])} type names; {again}")
-    attention = plan.fixed.attention
-    named = all(len(r) == len(ATTENTION) and all(isinstance(n, str) for n in r) for r in attention)
-    if attention and not (named and plan.layers == tuple(range(len(attention)))):
-        raise ArtifactError(
-            f"{path}: attention needs one row of {len(ATTENTION)} types for each layer; {again}"
-        )

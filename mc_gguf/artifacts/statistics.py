@@ -26,22 +26,22 @@ Scalar = TypeVar("Scalar", np.float32, np.float64)
 
 # Errors of types that do not fit the rows.
 _MAY_LACK = "nominal_error"
-_MAY_BE_INFINITE = ("sq_error", "relative_error", "weight_error", "attention_error", _MAY_LACK)
+_MAY_BE_INFINITE = ("sq_error", "relative_error", "weight_error", "matrix_error", _MAY_LACK)
 
 # What the axes count.
 AXES: dict[str, str] = {
     "layer": "layers with experts, in the order of the header's `layers`",
     "expert": "the routed experts of a layer",
-    "projection": "gate, up, down",
+    "projection": "the matrices of an expert: gate, up, down; up, down; or gate_up, down",
     "type": "candidate types, in the order of the header's `types`",
     "bits": "nominal 1, 2 and 3 bits per weight",
-    "n_embd": "width of the hidden states",
+    "n_embd": "width of an expert's inputs: nearly always that of the hidden states",
     "n_ff": "width of an expert's intermediate states",
     "rank": "the ranks 1 to K-1 of the K experts that a token uses; rank 0 has the largest routing weight",
     "quantile": "quantiles, evenly spaced from 0 to 1; an odd number, so that the median is one of them",
-    "attention_part": "the attention matrices q, k, v, output",
-    "attention_type": "types measured for attention, in the order of the header's `attention_types`",
-    "attention_width": "input width of the attention's output matrix",
+    "matrix": "matrices that are not experts, in the order of the header's `matrices`",
+    "matrix_type": "types measured for these matrices, in the order of the header's `matrix_types`",
+    "matrix_column": "the columns of these matrices, one matrix after the other",
 }
 
 
@@ -212,21 +212,28 @@ class Statistics:
     down_max = Statistic(
         np.float64, "layer expert", "Largest magnitude in the outputs of the expert's down projection."
     )
-    attention_error = Statistic(
+    matrix_error = Statistic(
         np.float64,
-        "layer attention_part attention_type",
-        "Squared error of the attention block's output relative to the squared norm of the hidden state "
-        "after it, per token on average, when only this matrix has this type.",
+        "matrix matrix_type",
+        "Squared error of the products with a matrix that is no expert, per token on average, when it has "
+        "this type. Infinite where a row is not a whole number of blocks.",
         optional=True,
+        from_all_layers=True,
     )
-    attention_in = Statistic(
-        np.float32, "layer n_embd", "Importance matrix of q, k and v: mean squared input.", optional=True
+    matrix_price = Statistic(
+        np.float64,
+        "matrix",
+        "Price of such an error: increase of the mean KL divergence of the model's output, in nats per token, "
+        "per unit of squared error of the products, when this matrix alone is rounded.",
+        optional=True,
+        from_all_layers=True,
     )
-    attention_mid = Statistic(
+    matrix_in = Statistic(
         np.float32,
-        "layer attention_width",
-        "Importance matrix of the attention's output matrix: mean squared input.",
+        "matrix_column",
+        "Importance matrices of the matrices that are not experts: mean squared input.",
         optional=True,
+        from_all_layers=True,
     )
 
     @classmethod

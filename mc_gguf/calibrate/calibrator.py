@@ -1,13 +1,14 @@
-"""From a checkpoint and token rows to a Calibration: the walk over the layers, resumable.
+"""From a checkpoint and token rows to a Calibration: capture, the layers one by one, the prices; resumable.
 
-Each layer is measured by layer.py while the hidden states of the whole text pass through it. Memory holds the
-hidden states (16 KB per token at n_embd 4096, twice), one branch, one expert in float32 and its activations:
-the same for any number of layers. For disk space see state.py and sensitivity.py.
+1. The runtime evaluates the text, and what it computes goes to a spool (capture/).
+2. Every layer is measured from the spool: one expert at a time is in memory (layer.py), then the other
+   matrices (matrices.py).
+3. The runtime evaluates some of the text again, with one layer or matrix changed in each sequence: that
+   gives the price of its errors (capture/price.py).
 
-After each layer the results so far and the hidden states go to a working directory beside the output; a
-killed run continues from there and gives the same arrays bit for bit. The directory belongs to one model,
-text and set of options. At the end `calibrate` warns about super experts and about experts that few tokens
-reached.
+Memory holds what the runtime needs, or one expert in float32 and its activations: the same for any number of
+layers. What is kept on the disk between these steps, state.py says. At the end `calibrate` warns about super
+experts and about experts that few tokens reached.
 """
 
 from __future__ import annotations
@@ -15,35 +16,45 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from mc_gguf.artifacts import PROJECTIONS, Calibration, Floats, ModelInfo, expert_tensor_name
-from mc_gguf.calibrate.attention import attention_types
+from mc_gguf.artifacts import Calibration, Floats, ModelInfo
 from mc_gguf.calibrate.expert_errors import nominal_errors
 from mc_gguf.calibrate.finite import check_finite, place
 from mc_gguf.calibrate.layer import LayerMeasurement
+from mc_gguf.calibrate.matrices import Matrix, matrix_types, measured_matrices
 from mc_gguf.calibrate.options import (
     DEFAULT_OPTIONS,
     CalibrationOptions,
     calibration_identity,
     measured_types,
 )
-from mc_gguf.calibrate.sensitivity import Branches, branch_rows
-from mc_gguf.calibrate.state import STATE_VERSION, CalibrationState, state_bytes
+from mc_gguf.calibrate.state import MODEL, SPOOL, STATE_VERSION, CalibrationState
 from mc_gguf.calibrate.statistics import LayerStatistics, merge_layers, stack_layers
 from mc_gguf.calibrate.super_experts import super_experts
+from mc_gguf.capture.capture import (
+    CaptureOptions,
+    LayerRows,
+    capture,
+    sampled_tokens,
+    spool_bytes,
+)
+from mc_gguf.capture.context import Devices
+from mc_gguf.capture.copy import copy_bytes, runnable
+from mc_gguf.capture.price import Change, divergences
+from mc_gguf.capture.spool import Spool
 from mc_gguf.common.errors import SourceError
 from mc_gguf.common.machine import return_large_blocks, usable_cores
-from mc_gguf.common.progress import progress
+from mc_gguf.common.progress import Progress, progress
 from mc_gguf.common.workdir import Workdir
 from mc_gguf.ggml.quantizers import init
-from mc_gguf.source.decoder import Decoder
 from mc_gguf.source.text import Corpus
 
 if TYPE_CHECKING:
@@ -68,11 +79,18 @@ def calibrate_to_file(
     types = measured_types(checkpoint.info, options.types)
     identity = calibration_identity(checkpoint.info, text, types, options) | {"state": STATE_VERSION}
     with Workdir(output, identity, resume) as work:
-        work.check_space(state_bytes(checkpoint.info, text.rows, options.sensitivity_tokens))
+        work.check_space(state_bytes(checkpoint, text.rows, options))
         result = work.path("result.safetensors")
         calibration = calibrate_checkpoint(checkpoint, text, options, work.directory, quiet).save(result)
         work.publish(result)
     return calibration
+
+
+def state_bytes(checkpoint: Checkpoint, rows: NDArray[np.int32], options: CalibrationOptions) -> int:
+    """About the most bytes that a calibration on `rows` [n_rows, ctx] keeps on disk."""
+    info, samples = checkpoint.info, _samples(rows, options)
+    changes = 2 * 4 * len(samples[0]) * info.expert_width * len(info.expert_layers)
+    return copy_bytes(checkpoint) + spool_bytes(info, rows.size, len(samples[0]), len(samples[1])) + changes
 
 
 def calibrate_checkpoint(
@@ -88,49 +106,191 @@ def calibrate_checkpoint(
         checkpoint: the model.
         text: the token rows.
         options: what is measured and how exactly.
-        directory: where the state after each layer is kept; it belongs to these arguments alone (a
-            Workdir's). Without one, the run cannot be continued.
+        directory: where the state is kept; it belongs to these arguments alone (a Workdir's). Without one, the
+            run cannot be continued.
         quiet: whether to show no progress.
 
-    Raises SourceError for a model that is not supported or gives values that are not finite, and McError for
-    types that do not fit the model.
+    Raises SourceError for a model that the runtime cannot load or that gives values that are not finite, and
+    McError for types that do not fit the model.
     """
-    info = checkpoint.info
-    decoder, types = Decoder(checkpoint), measured_types(info, options.types)
-    if info.expert_layers != tuple(range(info.n_layer)):
-        raise SourceError("calibration supports models with experts in every layer only")
     return_large_blocks()
     with (
-        CalibrationState.resume(directory) as state,
+        CalibrationState(directory) as state,
         _threads(options.threads) as threads,
-        torch.inference_mode(),
+        torch.no_grad(),
+        progress("calibrate", unit="tokens", quiet=quiet) as bar,
     ):
+        return _Run(checkpoint, text, options, state, threads, bar).run()
+
+
+def _samples(
+    rows: NDArray[np.int32], options: CalibrationOptions
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The sampled tokens of experts, and of other matrices: the first tokens of the same rows."""
+    n_rows, ctx = rows.shape
+    length = min(ctx, options.sensitivity_tokens)
+    samples = sampled_tokens(n_rows, ctx, options.sensitivity_tokens, length)
+    per_row = max(1, min(length, options.matrix_tokens // (len(samples) // length)))
+    return samples, samples.reshape(-1, length)[:, :per_row].reshape(-1)
+
+
+@dataclass(eq=False)
+class _Run:
+    """One calibration; run() goes through the steps."""
+
+    checkpoint: Checkpoint
+    text: Corpus
+    options: CalibrationOptions
+    state: CalibrationState
+    threads: int
+    bar: Progress
+
+    def run(self) -> Calibration:
+        info = self.checkpoint.info
+        types = measured_types(info, self.options.types)
         init(types)
-        if not state.layers:
-            _read_all_but_experts(checkpoint)
-        hidden, branches = _hidden_states(decoder, text, options, state)
-        todo = range(len(state.layers), info.n_layer)
-        with progress("calibrate", len(todo) * info.n_expert, "experts", quiet) as bar:
-            for layer in todo:
-                work = LayerMeasurement(decoder, layer, types, options, threads)
-                state.add(work.run(hidden, branches, bar), hidden)
-            del hidden
-            bar.advance(0, "sensitivity of the layers")
-            divergences = branches.divergences()
-            for layer, values in enumerate(divergences):
-                with place(layer, "sensitivity"):
-                    check_finite(values, "divergences")
-    corpus = text.to_json() | {"measured": calibration_identity(info, text, types, options)}
-    calibration = _assemble(info, corpus, types, state.layers, divergences)
-    _warn(calibration)
-    return calibration
+        samples, matrix_samples = _samples(self.text.rows, self.options)
+        spool = Spool(self.state.directory / SPOOL)
+        _check_tokens(info, self.text.rows)
+        self._announce(samples, matrix_samples)
+        if spool.done < self.text.rows.size and not self.state.layers:
+            _read_all_but_experts(self.checkpoint)
+        model = runnable(self.checkpoint, self.state.directory / MODEL, self.bar)
+        devices = Devices(threads=self.threads)
+        captured = CaptureOptions(self.text.rows, samples, matrix_samples)
+        capture(model, info, captured, devices, spool, self.bar)
+        for layer in info.expert_layers[len(self.state.layers) :]:
+            rows = LayerRows(spool, layer, self.text.rows.size, len(samples))
+            work = LayerMeasurement(self.checkpoint, rows, types, samples, self.options, self.threads)
+            result = work.run(self.bar)
+            self.state.add(result.statistics, result.disturbances)
+        names = measured_matrices(info, spool)
+        matrices = {name: Matrix(self.checkpoint, spool, name, len(matrix_samples)) for name in names}
+        measured = self.state.remembered("matrices", list(names), partial(self._measure_matrices, matrices))
+        prices = self._prices(model, devices, samples, matrix_samples, matrices)
+        calibration = self._assemble(types, names, measured, prices)
+        _warn(calibration)
+        return calibration
+
+    def _announce(self, samples: NDArray[np.int64], matrix_samples: NDArray[np.int64]) -> None:
+        """The whole work, in tokens: those of the text, of the changes, and 64 for every expert."""
+        info = self.checkpoint.info
+        n_matrix = sum(len(t.shape) == 2 and t.name.startswith("blk.") for t in info.tensors)
+        changes = 2 * len(info.expert_layers) * len(samples) + n_matrix * len(matrix_samples)
+        experts = (len(info.expert_layers) - len(self.state.layers)) * info.n_expert
+        self.bar.update(0, self.text.rows.size + changes + experts)
+
+    def _measure_matrices(self, matrices: dict[str, Matrix], names: list[str]) -> dict[str, Any]:
+        types = matrix_types(self.checkpoint.info)
+        found = {}
+        for number, name in enumerate(names):
+            self.bar.advance(0, name)
+            with place_of(name):
+                seed = (self.options.seed, number, 2)
+                m = matrices[name].measure(types, self.options.max_rows, seed, self.threads)
+            errors = [e if np.isfinite(e) else None for e in m.errors.tolist()]
+            found[name] = [errors, m.imatrix.tolist(), m.rounding_error]
+        return found
+
+    def _prices(
+        self,
+        model: Path,
+        devices: Devices,
+        samples: NDArray[np.int64],
+        matrix_samples: NDArray[np.int64],
+        matrices: dict[str, Matrix],
+    ) -> dict[str, float]:
+        """Mean KL divergences, in nats per token, by "drop N", "round N" and the matrices' names."""
+        experts: dict[str, Change] = {}
+        for i, layer in enumerate(self.checkpoint.info.expert_layers):
+            for kind, part in (("drop", 0), ("round", 1)):
+                experts[f"{kind} {layer}"] = Change(f"blk.{layer}", partial(self._change, i, part))
+        others = {name: Change(name, matrix.change) for name, matrix in matrices.items()}
+        found: dict[str, float] = {}
+        for name, changes, tokens in (
+            ("prices", experts, samples),
+            ("matrix-prices", others, matrix_samples),
+        ):
+            rows = _rows_of(self.text.rows, tokens)
+
+            def make(keys: list[str], known: dict[str, Change] = changes, on: Any = rows) -> dict[str, Any]:
+                values = divergences(model, on, [known[key] for key in keys], devices, self.bar)
+                return dict(zip(keys, values.tolist(), strict=True))
+
+            found |= self.state.remembered(name, list(changes), make)
+        for key, value in found.items():
+            with place_of(key):
+                check_finite(value, "divergences")
+        return found
+
+    def _change(self, number: int, part: int) -> torch.Tensor:
+        return self.state.change(number)[part]
+
+    def _assemble(
+        self,
+        types: tuple[str, ...],
+        names: Sequence[str],
+        measured: dict[str, Any],
+        prices: dict[str, float],
+    ) -> Calibration:
+        info, tiny = self.checkpoint.info, np.finfo(np.float64).tiny
+        statistics = merge_layers(self.state.layers)
+        rounding_error = stack_layers(self.state.layers)[LayerStatistics.rounding_error.name]
+        dropped, rounded = (
+            np.array([prices[f"{kind} {layer}"] for layer in info.expert_layers]) for kind in ("drop", "round")
+        )
+        statistics["routing_sensitivity"] = dropped
+        statistics["kld_per_error"] = rounded / np.maximum(rounding_error, tiny)
+        statistics["nominal_error"] = nominal_errors(statistics["sq_error"], types)
+        if names:
+            errors = [[np.inf if e is None else e for e in measured[name][0]] for name in names]
+            statistics["matrix_error"] = np.array(errors, dtype=np.float64)
+            statistics["matrix_price"] = np.array([prices[n] / max(measured[n][2], tiny) for n in names])
+            statistics["matrix_in"] = np.concatenate([np.float32(measured[n][1]) for n in names])
+        corpus = self.text.to_json() | {"measured": calibration_identity(info, self.text, types, self.options)}
+        return Calibration(
+            info,
+            info.expert_layers,
+            types,
+            corpus,
+            statistics,
+            matrices=tuple(names),
+            matrix_types=matrix_types(info) if names else (),
+        )
+
+
+@contextmanager
+def place_of(name: str) -> Iterator[None]:
+    """As finite.place, for what is no layer."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except Exception as error:
+        from mc_gguf.common.errors import McError
+
+        if not isinstance(error, McError):
+            raise
+        raise SourceError(f"{name}: {error}", parameter=error.parameters) from error
+
+
+def _rows_of(rows: NDArray[np.int32], samples: NDArray[np.int64]) -> NDArray[np.int32]:
+    """The sampled tokens as rows [n, length]."""
+    starts = np.flatnonzero(samples % rows.shape[1] == 0)
+    return np.ascontiguousarray(rows.reshape(-1)[samples].reshape(len(starts), -1))
+
+
+def _check_tokens(info: ModelInfo, rows: NDArray[np.int32]) -> None:
+    n_vocab = next((t.shape[-1] for t in info.tensors if t.name == "token_embd.weight"), 0)
+    if rows.min() < 0 or rows.max() >= n_vocab:
+        raise SourceError(f"a token id is outside the model's vocabulary of {n_vocab}")
 
 
 def _read_all_but_experts(checkpoint: Checkpoint) -> None:
     """Raises SourceError for a damaged tensor outside the experts now: the output matrix, for one, is not
     needed before the end. All experts together are too much to read twice. Tensors of zeros are warned about.
     """
-    stacks = {expert_tensor_name(i, p) for i in checkpoint.info.expert_layers for p in PROJECTIONS}
+    stacks = {t.name for t in checkpoint.info.stacks.values()}
     others = [t.name for t in checkpoint.info.tensors if t.name not in stacks]
     zeros = [n for n in others if not checkpoint.tensor(n).any() and not n.endswith(".bias")]
     if zeros:
@@ -142,18 +302,6 @@ def _read_all_but_experts(checkpoint: Checkpoint) -> None:
         )
 
 
-def _hidden_states(
-    decoder: Decoder, text: Corpus, options: CalibrationOptions, state: CalibrationState
-) -> tuple[Tensor, Branches]:
-    """The hidden states where `state` stopped, or the embeddings, and the branches there."""
-    few = branch_rows(text.rows, options.sensitivity_tokens)
-    branches = Branches(decoder, state.directory, few, len(state.layers))
-    if state.hidden is None:
-        return decoder.embed(text.rows), branches
-    hidden, state.hidden = state.hidden, None  # so that it can be freed
-    return hidden, branches
-
-
 @contextmanager
 def _threads(wanted: int) -> Iterator[int]:
     threads, before = wanted or usable_cores(), torch.get_num_threads()
@@ -162,26 +310,6 @@ def _threads(wanted: int) -> Iterator[int]:
         yield threads
     finally:
         torch.set_num_threads(before)
-
-
-def _assemble(
-    info: ModelInfo,
-    corpus: dict[str, Any],
-    types: tuple[str, ...],
-    layers: Sequence[LayerStatistics],
-    divergences: Floats,
-) -> Calibration:
-    """The Calibration of all layers. `divergences` [L, 2]: mean KL divergence, in nats per token, when each
-    layer drops experts and when its experts are rounded.
-    """
-    statistics = merge_layers(layers)
-    rounding_error = stack_layers(layers)[LayerStatistics.rounding_error.name]
-    statistics["routing_sensitivity"] = divergences[:, 0]
-    statistics["kld_per_error"] = divergences[:, 1] / np.maximum(rounding_error, np.finfo(np.float64).tiny)
-    statistics["nominal_error"] = nominal_errors(statistics["sq_error"], types)
-    return Calibration(
-        info, info.expert_layers, types, corpus, statistics, attention_types=attention_types(info)
-    )
 
 
 def _warn(calibration: Calibration) -> None:

@@ -1,187 +1,237 @@
-"""One layer's measurement: what its experts see, do and would lose under every type.
+"""One layer's measurement, from the spool: what its experts see, do and would lose under every type.
 
-Every expert is handled once: its weights are read, its tokens pushed through, its statistics collected
-(frequency, routing weight, importance matrices, output norm), the error of every candidate type measured
-(expert_errors.py), the branches pushed through it (sensitivity.py), and its weights freed.
+Every expert is handled once: its weights are read, its statistics collected (frequency, routing weight,
+importance matrices, output norm), the error of every candidate type measured (expert_errors.py), the effect of
+rounding it computed for the sampled tokens (disturbance.py), and its weights freed.
 
 An expert that no token reached keeps a zero importance matrix, which quantizers treat like ones, and counts
 as if one token had reached it: by the rule of succession no more can be said. Its error is the mean over the
-tokens that come nearest to being routed there (Decoder.nearest_tokens).
+tokens that come nearest to being routed there (Routing.nearest).
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mc_gguf.calibrate.attention import attention_types, run_attention
-from mc_gguf.calibrate.expert_errors import ExpertErrors, Sample, draw, expert_errors
+from mc_gguf.artifacts import Floats
+from mc_gguf.calibrate.disturbance import Disturbance
+from mc_gguf.calibrate.expert_errors import ExpertErrors, Sample, draw, expert_errors, imatrix_errors
 from mc_gguf.calibrate.finite import check_finite, place
 from mc_gguf.calibrate.options import CalibrationOptions
-from mc_gguf.calibrate.sensitivity import Branches
+from mc_gguf.calibrate.routed import RoutedTokens, Routing
 from mc_gguf.calibrate.statistics import N_QUANTILES, LayerStatistics
+from mc_gguf.capture.capture import LayerRows
+from mc_gguf.capture.expert import Expert, aligned, read_expert
+from mc_gguf.capture.function import ExpertFunction
 from mc_gguf.common.progress import Progress
 from mc_gguf.ggml.types import TYPES
-from mc_gguf.source.decoder import CHUNK, Decoder, Expert, RoutedTokens, RouterOutput
+from mc_gguf.source import Checkpoint
+
+# How far a verified function's values may be from the runtime's, which multiplies in 16 bits, or in 8.
+_TOLERANCE = 0.05
+_CHUNK = 2048  # rows of inputs at once
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerResult:
+    """What was measured of one layer: its statistics, and what rounding and dropping changes in its output for
+    the sampled tokens, float32 [2, S, n_embd] (dropped, rounded).
+    """
+
+    statistics: LayerStatistics
+    disturbances: Tensor
 
 
 @dataclass(frozen=True)
 class LayerMeasurement:
-    """Measures layer `layer` of a model for `types`."""
+    """Measures a layer of a model for `types`; `samples` are the numbers of the sampled tokens."""
 
-    decoder: Decoder
-    layer: int
+    checkpoint: Checkpoint
+    rows: LayerRows
     types: tuple[str, ...]
+    samples: np.ndarray
     options: CalibrationOptions
     threads: int
 
-    def run(self, hidden: Tensor, branches: Branches, bar: Progress) -> LayerStatistics:
-        """Advance `hidden` [n_rows, ctx, n_embd] and `branches` by this layer, in place, and collect its
-        statistics.
-        """
-        stats = self._zeros()
-        bar.advance(0, f"layer {self.layer}: attention")
-        few = self.options.sensitivity_tokens
-        with place(self.layer, "attention"):
-            attention = run_attention(self.decoder, self.layer, hidden, few, self.threads)
-        stats.attention_error[...] = attention.errors
-        stats.attention_in[...], stats.attention_mid[...] = attention.into, attention.mid
-        flat = hidden.view(-1, hidden.shape[-1])
-        routing, norm = self.decoder.route(self.layer, flat), self.decoder.ffn_norm(self.layer)
-        with place(self.layer, "router"):
+    @property
+    def layer(self) -> int:
+        return self.rows.layer
+
+    def run(self, bar: Progress) -> LayerResult:
+        """Measure. Raises SourceError for values that are not finite."""
+        info, rows, layer = self.checkpoint.info, self.rows, self.layer
+        stats = LayerStatistics.zeros(info, self.types)
+        with place(layer, "router"):
+            routing = Routing(rows)
             check_finite(routing.probs, "probabilities")
-        branches.enter(self.layer)
-        added = self.decoder.unrouted(self.layer)(flat)
-        for number in range(self.decoder.shape.n_expert):
-            expert = self.decoder.expert(self.layer, number)
-            with place(self.layer, f"expert {number}"):
-                self._expert(number, expert, flat, norm, routing, added, stats)
-            branches.push(number, expert)
-            del expert  # before the next one is read
-            bar.advance(1, f"layer {self.layer}")
-        stats.block_score[...] = 1 - _mean_cosine(flat, added)
-        flat += added
-        del added
-        with place(self.layer, "sum of the experts"):
-            check_finite(flat, "hidden states")
-            check_finite(stats.block_score, "cosines of the hidden states")
-        stats.hidden_max[...] = max(float(part.abs().max()) for part in torch.split(flat, CHUNK))
-        stats.hidden_median[...] = float(flat[:CHUNK].abs().median())
-        ratios = (routing.probs[:, 1:] / routing.probs[:, :1]).double().numpy()
-        stats.ratio_quantiles[:] = np.quantile(ratios, np.linspace(0, 1, N_QUANTILES), axis=0).T
-        stats.routing_curve[:], stats.rounding_error[...] = branches.leave(stats.ratio_quantiles)
-        with place(self.layer, "sensitivity"):
+            check_finite(rows.hidden_sq.astype(np.float64), "squared hidden states")
+        disturbance = Disturbance(routing, self.samples, info.expert_width)
+        function = self._verified(routing)
+        for number in range(info.n_expert):
+            with place(layer, f"expert {number}"):
+                self._expert(number, routing, function, disturbance, stats)
+            bar.advance(1, f"layer {layer}")
+        self._of_layer(routing, stats)
+        with place(layer, "sensitivity"):
+            if function is None:
+                self._make_up(disturbance)
+            thresholds = stats.ratio_quantiles[: routing.experts.shape[1] - 1]
+            median = thresholds[:, thresholds.shape[1] // 2]
+            stats.routing_curve[:] = disturbance.curve(thresholds)
+            stats.rounding_error[...] = disturbance.error / len(self.samples)
             check_finite(stats.routing_curve, "errors of dropped experts")
             check_finite(stats.rounding_error, "errors of rounded experts")
-        return stats
+            return LayerResult(stats, torch.stack([disturbance.dropped(median), disturbance.rounded]))
 
-    def _zeros(self) -> LayerStatistics:
-        info = self.decoder.checkpoint.info
-        width = self.decoder.shape.n_head * self.decoder.shape.head_dim
-        return LayerStatistics.zeros(info, self.types, attention_types(info), width)
+    def _of_layer(self, routing: Routing, stats: LayerStatistics) -> None:
+        rows = self.rows
+        stats.block_score[...] = 1 - float(rows.sum("cosine", float(rows.n))[0]) / rows.n
+        stats.hidden_max[...] = float(rows.sum("hidden_max")[0])
+        stats.hidden_median[...] = float(rows.sum("hidden_median")[0])
+        probs = routing.sorted_probs
+        ratios = probs[:, 1:] / np.maximum(probs[:, :1], 1e-30)
+        n_rank = ratios.shape[1]
+        stats.ratio_quantiles[:n_rank] = np.quantile(ratios, np.linspace(0, 1, N_QUANTILES), axis=0).T
+
+    def _verified(self, routing: Routing) -> ExpertFunction | None:
+        """The experts' function, if it gives what the runtime computed; without one the errors are measured
+        with the importance matrices alone, which is said.
+        """
+        function, middle = self.rows.function, torch.from_numpy(self.rows.middle)
+        if function is None:
+            self._warn(f"the operation {self.rows.unknown} is not known")
+            return None
+        error = total = 0.0
+        for number in np.unique(routing.experts[: len(middle)]):
+            tokens, slots = np.nonzero(routing.experts[: len(middle)] == number)
+            expert = read_expert(self.checkpoint, self.layer, int(number), function)
+            expected = middle[tokens, slots]
+            found = expert.hidden(self.rows.inputs(tokens, slots))
+            error += float((found - expected).square().sum(dtype=torch.float64))
+            total += float(expected.square().sum(dtype=torch.float64))
+        if error <= _TOLERANCE**2 * total:
+            return function
+        self._warn(f"{function.text} differs from what the runtime computes by {(error / total) ** 0.5:.2g}")
+        return None
+
+    def _warn(self, why: str) -> None:
+        log.warning(
+            "layer %d: what its experts compute is not recognised (%s), so errors are measured with importance "
+            "matrices alone, which is less exact",
+            self.layer,
+            why,
+        )
 
     def _expert(
         self,
         number: int,
-        expert: Expert,
-        flat: Tensor,
-        norm: Tensor,
-        routing: RouterOutput,
-        added: Tensor,
+        routing: Routing,
+        function: ExpertFunction | None,
+        disturbance: Disturbance,
         stats: LayerStatistics,
     ) -> None:
-        """Add the output of one expert to `added` and fill in its share of `stats`."""
-        tokens = routing.tokens_of(number)
-        norms_sq, hidden_sq = (torch.zeros(len(tokens), dtype=torch.float64) for _ in range(2))
-        for part in torch.split(torch.arange(len(tokens)), CHUNK):
-            x = self.decoder.norm(flat[tokens.index[part]], norm)
-            h = expert.hidden(x)
-            y = h @ expert.down.T
-            if len(y):
-                stats.down_max[number] = max(stats.down_max[number], float(y.abs().max()))
-            y.mul_(tokens.weights[part, None])
-            added.index_add_(0, tokens.index[part], y)
-            norms_sq[part] = y.square().sum(1, dtype=torch.float64)
-            hidden_sq[part] = y.add_(flat[tokens.index[part]]).square().sum(1, dtype=torch.float64)
-            stats.imatrix_in[number] += x.square().sum(0, dtype=torch.float64).numpy()
-            stats.imatrix_mid[number] += h.square().sum(0, dtype=torch.float64).numpy()
+        """Fill in one expert's share of `stats`, and add it to the disturbance."""
+        rows, tokens = self.rows, routing.tokens_of(number)
         stats.frequency[number] = len(tokens)
-        stats.routing_weight[number] = float(tokens.probs.sum(dtype=torch.float64))
+        stats.routing_weight[number] = float(tokens.probs.sum())
+        norms_sq = rows.output_sq[tokens.index, tokens.slots].astype(np.float64)
         stats.output_sq[number] = float(norms_sq.sum())
+        stats.down_max[number] = float(rows.output_max[tokens.index, tokens.slots].max(initial=0.0))
+        middle = rows.sum("middle_sq")[number]
+        sums = np.zeros(stats.imatrix_in.shape[1])
+        for first in range(0, len(tokens), _CHUNK):
+            part = slice(first, first + _CHUNK)
+            x = rows.inputs(tokens.index[part], tokens.slots[part])
+            sums += x.square().sum(0, dtype=torch.float64).numpy()
         # The sums, not the means: error compensation adds them up in float32.
-        for sums, what in ((stats.imatrix_in, "inputs"), (stats.imatrix_mid, "inputs of down")):
-            check_finite(sums[number], f"sums of squared {what}")
-            sums[number] /= max(1, len(tokens))
+        for values, what in ((sums, "inputs"), (middle, "inputs of down")):
+            check_finite(values, f"sums of squared {what}")
+        stats.imatrix_in[number] = sums / max(1, len(tokens))
+        stats.imatrix_mid[number][: len(middle)] = middle / max(1, len(tokens))
         check_finite(stats.output_sq[number], "sums of squared outputs")
-        sample = self._sample(number, flat, norm, routing, tokens, norms_sq, hidden_sq)
-        found = self._errors(number, expert, sample, stats)
+        found = self._errors(number, routing, tokens, norms_sq, function, disturbance, stats)
         stats.sq_error[number], stats.relative_error[number] = found.block, found.relative
         stats.weight_error[number], stats.hessian_trace[number] = found.weight, found.trace
-        self._check_errors(expert, found)
+        self._check_errors(found)
 
-    def _check_errors(self, expert: Expert, found: ExpertErrors) -> None:
+    def _errors(
+        self,
+        number: int,
+        routing: Routing,
+        tokens: RoutedTokens,
+        norms_sq: Floats,
+        function: ExpertFunction | None,
+        disturbance: Disturbance,
+        stats: LayerStatistics,
+    ) -> ExpertErrors:
+        into = stats.imatrix_in[number].astype(np.float32)
+        middle = stats.imatrix_mid[number, : self._n_ff].astype(np.float32)
+        how = {"max_rows": self.options.max_rows, "threads": self.threads}
+        seed = (self.options.seed, self.layer, number)
+        if function is None:
+            projections = self.checkpoint.info.projections
+            matrices = {p: aligned(self.checkpoint.expert(self.layer, p, number)) for p in projections}
+            relative = float((norms_sq / np.maximum(self.rows.hidden_sq[tokens.index], 1e-30)).sum())
+            total = float(norms_sq.sum())
+            return imatrix_errors(matrices, total, relative, into, middle, self.types, seed=seed, **how)
+        expert = read_expert(self.checkpoint, self.layer, number, function)
+        disturbance.add_rounded(number, expert)
+        sample = self._sample(number, routing, tokens, norms_sq)
+        return expert_errors(expert, sample, into, middle, self.types, seed=seed, **how)
+
+    @property
+    def _n_ff(self) -> int:
+        return self.checkpoint.info.expert_shape("down", self.layer)[1]
+
+    def _sample(self, number: int, routing: Routing, tokens: RoutedTokens, norms_sq: Floats) -> Sample:
+        """Up to max_tokens of the expert's tokens; for an expert without any the nearest, worth one together.
+
+        Errors are relative to the hidden state after the layer: where an expert makes a massive activation,
+        that is what the next layer's norm divides by.
+        """
+        limit, hidden_sq = self.options.max_tokens, self.rows.hidden_sq
+        if not len(tokens):
+            tokens = routing.nearest(number, limit)
+            weights, index = tokens.weights / len(tokens) ** 0.5, tokens.index
+            return self._sample_of(index, tokens.slots, weights)
+        rng = np.random.default_rng([self.options.seed, self.layer, number, 1])
+        relative = norms_sq / np.maximum(hidden_sq[tokens.index], 1e-30)
+        # Tokens that matter to either sum of errors.
+        importance = norms_sq / max(norms_sq.sum(), 1e-30) + relative / max(relative.sum(), 1e-30)
+        drawn = draw(importance, limit, rng)
+        at = drawn.index.numpy()
+        weights = tokens.weights[at] * drawn.weight.double().sqrt().numpy()
+        return self._sample_of(tokens.index[at], tokens.slots[at], weights)
+
+    def _sample_of(self, index: np.ndarray, slots: np.ndarray, weights: Floats) -> Sample:
+        hidden_sq = torch.from_numpy(self.rows.hidden_sq[index].astype(np.float64))
+        scale = hidden_sq.clamp(min=1e-30).rsqrt().float()
+        return Sample(self.rows.inputs(index, slots), torch.from_numpy(weights).float(), scale)
+
+    def _check_errors(self, found: ExpertErrors) -> None:
         """Raises McError for errors that are not finite; where a type does not fit they are infinite."""
         check_finite(found.trace, "curvatures")
-        matrices = (expert.gate, expert.up, expert.down)
+        info = self.checkpoint.info
+        widths = [info.expert_shape(p, self.layer)[1] for p in info.projections]
         for t, name in enumerate(self.types):
-            fits = [TYPES[name].fits(m.shape[1]) for m in matrices]
+            fits = [TYPES[name].fits(width) for width in widths]
             for errors in (found.block, found.relative, found.weight):
                 check_finite(errors[fits, t], f"errors of {name}")
 
-    def _sample(
-        self,
-        number: int,
-        flat: Tensor,
-        norm: Tensor,
-        routing: RouterOutput,
-        tokens: RoutedTokens,
-        norms_sq: Tensor,
-        hidden_sq: Tensor,
-    ) -> Sample:
-        """Up to max_tokens of the expert's tokens; for an expert without any the nearest, worth one together.
-
-        `hidden_sq` [n]: squared norm of the hidden state after the expert. Where an expert makes a massive
-        activation, that is what the next layer's norm divides by.
-        """
-        limit = self.options.max_tokens
-        if not len(tokens):
-            tokens = self.decoder.nearest_tokens(routing, number, limit)
-            hidden = flat[tokens.index]
-            weights = tokens.weights / len(tokens) ** 0.5
-            return Sample(self.decoder.norm(hidden, norm), weights, _inverse_norm(hidden.square().sum(1)))
-        rng = np.random.default_rng([self.options.seed, self.layer, number, 1])
-        relative = norms_sq / hidden_sq.clamp(min=1e-30)
-        # Tokens that matter to either sum of errors.
-        importance = norms_sq / norms_sq.sum().clamp(min=1e-30) + relative / relative.sum().clamp(min=1e-30)
-        drawn = draw(importance.numpy(), limit, rng)
-        x = self.decoder.norm(flat[tokens.index[drawn.index]], norm)
-        scale = _inverse_norm(hidden_sq[drawn.index])
-        return Sample(x, tokens.weights[drawn.index] * drawn.weight.sqrt(), scale)
-
-    def _errors(self, number: int, expert: Expert, sample: Sample, stats: LayerStatistics) -> ExpertErrors:
-        return expert_errors(
-            expert,
-            sample,
-            stats.imatrix_in[number].astype(np.float32),
-            stats.imatrix_mid[number].astype(np.float32),
-            self.types,
-            max_rows=self.options.max_rows,
-            seed=(self.options.seed, self.layer, number),
-            threads=self.threads,
-        )
-
-
-def _mean_cosine(before: Tensor, added: Tensor) -> float:
-    """Mean cosine between the hidden states [n, n_embd] before and after the feed-forward block adds to
-    them.
-    """
-    parts = zip(torch.split(before, CHUNK), torch.split(added, CHUNK), strict=True)
-    total = sum(float(torch.cosine_similarity(a, a + b, dim=-1).sum(dtype=torch.float64)) for a, b in parts)
-    return total / len(before)
-
-
-def _inverse_norm(sq: Tensor) -> Tensor:
-    return sq.clamp(min=1e-30).rsqrt().float()
+    def _make_up(self, disturbance: Disturbance) -> None:
+        """Without a function nothing can be rounded: a tenth of the outputs' energy in random directions."""
+        outputs = self.rows.sampled_outputs()
+        generator = torch.Generator().manual_seed(self.options.seed)
+        noise = torch.randn(outputs.shape, generator=generator)
+        size = outputs.square().sum(2, keepdim=True) * 0.1
+        noise *= (size / noise.square().sum(2, keepdim=True)).sqrt()
+        hidden = torch.from_numpy(self.rows.hidden_sq[self.samples].astype(np.float64)).clamp(min=1e-30)
+        disturbance.error = float((size[..., 0].sum(1) / hidden).sum())
+        disturbance.rounded = noise.sum(1)

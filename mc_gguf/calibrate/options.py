@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mc_gguf.artifacts import PROJECTIONS, Calibration, ModelInfo
+from mc_gguf.artifacts import Calibration, ModelInfo
+from mc_gguf.calibrate.disturbance import SENSITIVITY_TOKENS
 from mc_gguf.calibrate.expert_errors import MAX_ROWS, MAX_TOKENS
-from mc_gguf.calibrate.sensitivity import SENSITIVITY_TOKENS
+from mc_gguf.calibrate.matrices import MATRIX_TOKENS
 from mc_gguf.common.errors import McError
 from mc_gguf.ggml.types import CANDIDATES, FALLBACKS, TYPES, ggml_type
 from mc_gguf.source.text import Corpus
@@ -26,6 +27,7 @@ class CalibrationOptions:
         max_tokens: tokens of an expert that its errors are measured on; the result is scaled to all of its
             tokens.
         sensitivity_tokens: tokens that show how sensitive each layer is to dropped and to rounded experts.
+        matrix_tokens: tokens that errors and prices of other matrices are measured on.
         seed: random seed for the choice of rows and tokens.
         threads: 0 means all cores. The result does not depend on it.
     """
@@ -34,6 +36,7 @@ class CalibrationOptions:
     max_rows: int = MAX_ROWS
     max_tokens: int = MAX_TOKENS
     sensitivity_tokens: int = SENSITIVITY_TOKENS
+    matrix_tokens: int = MATRIX_TOKENS
     seed: int = 0
     threads: int = 0
 
@@ -47,7 +50,7 @@ def measured_types(info: ModelInfo, wanted: Sequence[str] | None) -> tuple[str, 
 
     Raises McError when a type is unknown, or none of the types fits some projection.
     """
-    widths = {p: info.expert_shape(p)[1] for p in PROJECTIONS}
+    widths = {p: info.expert_shape(p)[1] for p in info.projections}
     names = [ggml_type(name).name for name in wanted] if wanted else list(CANDIDATES)
     if not wanted and any(not TYPES[n].fits(w) for n in CANDIDATES for w in widths.values()):
         names += FALLBACKS
@@ -73,6 +76,7 @@ def calibration_identity(
         "max_tokens": options.max_tokens,
         "seed": options.seed,
         "sensitivity_tokens": options.sensitivity_tokens,
+        "matrix_tokens": options.matrix_tokens,
     }
 
 

@@ -39,12 +39,9 @@ class LayerStatistics(Statistics):
         return tuple(line for line in cls.table() if not line.from_all_layers)
 
     @classmethod
-    def zeros(
-        cls, info: ModelInfo, types: Sequence[str], attention_types: Sequence[str], attention_width: int
-    ) -> LayerStatistics:
+    def zeros(cls, info: ModelInfo, types: Sequence[str]) -> LayerStatistics:
         """Arrays of zeros with the shapes that a layer of the model has."""
-        sizes = axis_sizes(info, types, attention_types)
-        sizes |= {"quantile": N_QUANTILES, "attention_width": attention_width}
+        sizes = axis_sizes(info, types) | {"quantile": N_QUANTILES}
         return cls({line.name: np.zeros([sizes[axis] for axis in line.axes[1:]]) for line in cls.lines()})
 
 

@@ -122,13 +122,14 @@ tensor_options = together(
         "f-norm and hessian, and the controls random and inverted.  [default: pmq]",
     ),
     tensors(
-        "--attention",
+        "--others",
         metavar="NAME|T,T,...",
-        help="fixed (the types of the next two options), or chosen within the same --size: auto (from all "
-        "measured types), or from the types given here.  [default: auto with --size, strategy pmq or layer "
-        "and objective kld, unless one of the next two options is given; else fixed]",
+        help="Types of the matrices that are not experts (attention, shared experts, dense layers): fixed (those "
+        "of the next two options), or chosen within the same --size: auto (from all measured types), or from "
+        "the types given here.  [default: auto with --size, strategy pmq or layer and objective kld, unless one "
+        "of the next two options is given; else fixed]",
     ),
-    tensors("--attn-type", metavar="T", help="Type of attention q and output.  [default: Q6_K]"),
+    tensors("--attn-type", metavar="T", help="Type of attention q and output, and of all without an option.  [default: Q6_K]"),
     tensors("--attn-kv-type", metavar="T", help="Type of attention k and v.  [default: Q8_0]"),
     tensors("--embd-type", metavar="T", help="Type of the token embeddings.  [default: Q6_K]"),
     tensors("--output-type", metavar="T", help="Type of the output matrix.  [default: Q6_K]"),

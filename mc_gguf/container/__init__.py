@@ -18,7 +18,6 @@ from __future__ import annotations
 from mc_gguf.container.keys import has_own_keys
 from mc_gguf.container.layout import (
     OutputTensor,
-    attention_place,
     encode_header,
     expert_bpw,
     file_bytes,
@@ -34,7 +33,6 @@ from mc_gguf.container.update import load_routing, update_routing
 __all__ = [
     "MixedGguf",
     "OutputTensor",
-    "attention_place",
     "base_metadata",
     "describe_model",
     "encode_header",

@@ -29,8 +29,8 @@ KEY_ROUTING_MODEL = f"{ROUTING_PREFIX}model"
 
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 # A stack of experts as llama.cpp names it, and a part of one: its map, or one of its groups.
-STOCK_NAME = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
-PART_NAME = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down)_exps\.weight)\.(.+)")
+STOCK_NAME = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps\.weight")
+PART_NAME = re.compile(r"(blk\.\d+\.ffn_(?:gate_up|gate|up|down)_exps\.weight)\.(.+)")
 
 
 def has_own_keys(keys: Iterable[str]) -> bool:

@@ -5,7 +5,6 @@ its header.
 from __future__ import annotations
 
 import math
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mc_gguf.artifacts import ATTENTION, PROJECTIONS, FixedTypes, ModelInfo, TensorSpec, expert_tensor_name
+from mc_gguf.artifacts import FixedTypes, ModelInfo, TensorSpec
 from mc_gguf.common.errors import FormatError, McError
 from mc_gguf.container.keys import (
     FINGERPRINT,
@@ -27,7 +26,7 @@ from mc_gguf.container.keys import (
 from mc_gguf.container.routing import routing_bytes, routing_kv
 from mc_gguf.ggml.gguf_file import DEFAULT_ALIGNMENT, pad
 from mc_gguf.ggml.gguf_writer import add_values
-from mc_gguf.ggml.types import MAP_TYPE, MAX_GROUPS, SIXTEEN_BIT, TYPES, GgmlType, ggml_type
+from mc_gguf.ggml.types import MAP_TYPE, MAX_GROUPS, SIXTEEN_BIT, TYPES, TYPES_BY_NAME, GgmlType, ggml_type
 from mc_gguf.routing.metadata import RoutingMetadata
 
 _FINGERPRINT_BYTES = 64
@@ -41,8 +40,7 @@ _OWN_KEYS = {
     KEY_CALIBRATION: 8 + _FINGERPRINT_BYTES,
 }
 _QUANTIZATION_VERSION = 2
-
-_ATTENTION = re.compile(rf"blk\.(\d+)\.attn_({'|'.join(ATTENTION)})\.weight")
+_INTEGERS = ("I8", "I16", "I32", "I64")
 
 ExpertTypes = Mapping[str, Sequence[Sequence[str]]]
 
@@ -86,9 +84,9 @@ def layout(
     Raises McError when a type is unknown or does not fit the rows, or a row of `experts` is missing.
     """
     rows = {
-        expert_tensor_name(layer, projection): _expert_row(info, experts, projection, index)
-        for index, layer in enumerate(info.expert_layers)
-        for projection in PROJECTIONS
+        stack.name: _expert_row(info, experts, projection, info.expert_layers.index(layer))
+        for (layer, projection), stack in info.stacks.items()
+        if layer < info.n_layer
     }
     keep_f32 = any(t.type in SIXTEEN_BIT for t in info.tensors)
     entries: list[OutputTensor] = []
@@ -134,36 +132,30 @@ def _expert_tensors(spec: TensorSpec, row: Sequence[GgmlType]) -> list[OutputTen
     return [OutputTensor(f"{spec.name}.map", (2, n_expert), MAP_TYPE, 0, spec, None, table), *groups]
 
 
-def attention_place(name: str) -> tuple[int, str] | None:
-    """(layer, one of ATTENTION) of an attention matrix; None for other tensors."""
-    found = _ATTENTION.fullmatch(name)
-    return (int(found[1]), found[2]) if found else None
-
-
 def fixed_type(spec: TensorSpec, fixed: FixedTypes, keep_f32: bool = True) -> GgmlType:
-    """The type of a tensor that is not an expert stack.
+    """The type of a tensor that is not an expert stack: what `fixed.others` says, else this.
 
     F32 for one-dimensional tensors, the router, biases, and (with `keep_f32`, for 16-bit sources) whatever
     the source holds as F32. Where the rows are not whole blocks of the wanted type, Q8_0; where they are not
     of that either, F16.
     """
-    if (
-        len(spec.shape) == 1
-        or "ffn_gate_inp" in spec.name
-        or not spec.name.endswith(".weight")
-        or (keep_f32 and spec.type == "F32")
-    ):
+    if spec.name in fixed.others:
+        return TYPES_BY_NAME[fixed.others[spec.name]]
+    if spec.type in _INTEGERS:
+        return TYPES_BY_NAME[spec.type]
+    if not spec.is_matrix or (keep_f32 and spec.type == "F32"):
         return TYPES["F32"]
     if spec.name in ("token_embd.weight", "output.weight"):
         wanted = fixed.token_embd if spec.name.startswith("token_embd") else fixed.output
-    elif fixed.attention and (place := attention_place(spec.name)):
-        wanted = fixed.attention_type(*place)
     else:
         wanted = fixed.attn_kv if spec.name.endswith(("attn_k.weight", "attn_v.weight")) else fixed.attn
-    for name in (wanted, "Q8_0"):
+    for name in (wanted, "Q8_0", "F16"):
         if ggml_type(name).fits(spec.shape[0]):
-            return ggml_type(name)
-    return TYPES["F16"]
+            found = ggml_type(name)
+            break
+    # A source that is quantized already gains nothing from more bits.
+    own = TYPES_BY_NAME[spec.type]
+    return own if own.bpw < found.bpw else found
 
 
 def header_bytes(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
+from mc_gguf.artifacts import ALL_PROJECTIONS, expert_tensor_name
 from mc_gguf.common.arguments import PathLike
 from mc_gguf.common.errors import FormatError, McError
 from mc_gguf.container.keys import KEY_CALIBRATION, KEY_PLAN, KEY_VERSION
@@ -130,8 +130,8 @@ def describe_model(model: MixedGguf) -> dict[str, Any]:
         {
             "layer": layer,
             "experts": [
-                {p: model.type_of(layer, p, e).name for p in PROJECTIONS if (layer, p) in model.slices}
-                for e in range(max(len(model.slices.get((layer, p), ())) for p in PROJECTIONS))
+                {p: model.type_of(layer, p, e).name for p in ALL_PROJECTIONS if (layer, p) in model.slices}
+                for e in range(max(len(model.slices.get((layer, p), ())) for p in ALL_PROJECTIONS))
             ],
         }
         for layer in model.layers

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mc_gguf.artifacts import PROJECTIONS
+from mc_gguf.artifacts import ALL_PROJECTIONS, PROJECTIONS
 from mc_gguf.common.units import format_size
 from mc_gguf.routing.report import summary
 
@@ -33,9 +33,15 @@ def render_description(description: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *_layers(description["layers"]), *_totals(description)])
 
 
+def projections(layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The matrices that experts have in some layer; those of most models where there are no experts."""
+    found = {p for layer in layers for expert in layer["experts"] for p in expert}
+    return tuple(p for p in ALL_PROJECTIONS if p in found) or PROJECTIONS
+
+
 def _cell(expert: Mapping[str, str]) -> str:
-    """gate/up/down, or a single name when the three types are the same."""
-    types = [expert.get(p, "-") for p in PROJECTIONS]
+    """gate/up/down, or a single name when all types are the same."""
+    types = list(expert.values())
     return types[0] if len(set(types)) == 1 else "/".join(types)
 
 
@@ -50,9 +56,9 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> list[str]:
         same = [
             f"{layer['layer']:>5}  {row[0]} (all {len(row)})" for layer, row in zip(layers, rows, strict=True)
         ]
-        return ["layer  experts (gate/up/down)", *same, ""]
+        return [f"layer  experts ({'/'.join(projections(layers))})", *same, ""]
     if max(map(len, rows)) > MAX_COLUMNS:
-        return ["layer  experts of each gate/up/down", *_counted(layers, rows), ""]
+        return [f"layer  experts of each {'/'.join(projections(layers))}", *_counted(layers, rows), ""]
     heads = [str(e) for e in range(max(map(len, rows)))]
     widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
     table = [
@@ -76,9 +82,11 @@ def _totals(description: Mapping[str, Any]) -> list[str]:
     """Per type: the number of expert matrices of each projection, and of all tensors with their bytes."""
     counts: Counter[tuple[str, str]] = Counter()
     for layer in description["layers"]:
-        counts.update((p, expert[p]) for expert in layer["experts"] for p in PROJECTIONS if p in expert)
-    lines = [f"{'type':8} {'gate':>6} {'up':>6} {'down':>6} {'tensors':>8} {'size':>12}"]
+        counts.update((p, expert[p]) for expert in layer["experts"] for p in expert)
+    found = projections(description["layers"])
+    heads = " ".join(f"{p:>7}" for p in found)
+    lines = [f"{'type':8} {heads} {'tensors':>8} {'size':>12}"]
     for name, total in description["tensors"].items():
-        experts = " ".join(f"{counts[p, name] or '':>6}" for p in PROJECTIONS)
+        experts = " ".join(f"{counts[p, name] or '':>7}" for p in found)
         lines.append(f"{name:8} {experts} {total['tensors']:>8} {format_size(total['bytes']):>12}")
     return lines

@@ -5,13 +5,13 @@ or the key.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
+from mc_gguf.artifacts import ALL_PROJECTIONS, PROJECTIONS, expert_tensor_name
 from mc_gguf.common.errors import FormatError
 from mc_gguf.container.keys import (
     FINGERPRINT,
@@ -89,7 +89,7 @@ class Validator:
                 )
         if ours:
             self.check_whole_file(found)
-        return dict(sorted(found.items(), key=lambda item: (item[0][0], PROJECTIONS.index(item[0][1]))))
+        return dict(sorted(found.items(), key=lambda item: (item[0][0], ALL_PROJECTIONS.index(item[0][1]))))
 
     def check_keys(self) -> None:
         for key, type_id in (
@@ -222,7 +222,7 @@ class Validator:
     def check_whole_file(self, slices: Slices) -> None:
         """The rules about more than one tensor: complete layers, the average bits, the end of the file."""
         for layer in sorted({layer for layer, _ in slices}):
-            for projection in PROJECTIONS:
+            for projection in _complete({p for found, p in slices if found == layer}):
                 if (layer, projection) not in slices:
                     raise self.violation(
                         f"tensor {expert_tensor_name(layer, projection)}", "is missing; the others are there"
@@ -244,12 +244,23 @@ class Validator:
             raise FormatError(f"{where}: the file has {shard.file_bytes} bytes; it must end at {end}")
 
     def check_shapes(self, layer: int, slices: Slices) -> None:
-        gate, up, down = (slices[layer, projection][0].shape for projection in PROJECTIONS)
-        if up != gate:
+        shapes = {p: slices[found, p][0].shape for found, p in slices if found == layer}
+        down = shapes.pop("down")
+        first = next(iter(shapes))
+        for projection, shape in shapes.items():
+            if shape != shapes[first]:
+                name, what = expert_tensor_name(layer, projection), f"do not fit {first}'s {shapes[first]}"
+                raise self.violation(f"tensor {name}", f"experts {shape} {what}")
+        cols, rows = shapes[first]
+        if down != (rows // 2 if first == "gate_up" else rows, cols):
             raise self.violation(
-                f"tensor {expert_tensor_name(layer, 'up')}", f"experts {up} do not fit gate's {gate}"
+                f"tensor {expert_tensor_name(layer, 'down')}",
+                f"experts {down} do not fit {first}'s {shapes[first]}",
             )
-        if down != gate[::-1]:
-            raise self.violation(
-                f"tensor {expert_tensor_name(layer, 'down')}", f"experts {down} do not fit gate's {gate}"
-            )
+
+
+def _complete(found: Set[str]) -> tuple[str, ...]:
+    """The matrices that an expert must have, of which `found` are there."""
+    if "gate_up" in found:
+        return ("gate_up", "down")
+    return PROJECTIONS if "gate" in found else ("up", "down")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from mc_gguf import runtime
 from mc_gguf.common.errors import McError
-from mc_gguf.ggml.types import MAX_WEIGHT, GgmlType, ggml_type
+from mc_gguf.ggml.types import MAX_WEIGHT, TYPES, TYPES_BY_NAME, GgmlType, ggml_type
 
 # Rows are handed to a thread in pieces of about this many weights: small enough to balance the threads, large
 # enough to make the overhead negligible.
@@ -212,13 +212,14 @@ def dequantize_rows(data: NDArray[np.uint8], type_name: str, cols: int, rows: in
 
     Raises McError when `data` has the wrong size.
     """
-    kind = ggml_type(type_name)
+    kind = TYPES_BY_NAME[type_name]
     source = np.ascontiguousarray(data, dtype=np.uint8).reshape(-1)
     if source.nbytes != rows * kind.row_bytes(cols):
         raise McError(f"{rows} x {cols} weights of {kind.name} do not take {source.nbytes} bytes")
     if kind.id == 0:
         return source.view(np.float32).reshape(rows, cols).copy()
-    init([kind.name])
+    if kind.name in TYPES:
+        init([kind.name])
     output = np.empty((rows, cols), dtype=np.float32)
     traits = _ggml().ggml_get_type_traits(kind.id).contents
     traits.to_float(source.ctypes.data, output.ctypes.data, rows * cols)

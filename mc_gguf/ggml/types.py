@@ -22,7 +22,7 @@ class Use(Flag):
     IMATRIX = auto()  # ggml's quantizer refuses to work without an importance matrix
     SLOW = auto()  # ggml's quantizer takes longer than all of error compensation
     EXPERTS = auto()  # the planner chooses from it for experts unless the user names types
-    ATTENTION = auto()  # the planner chooses from it for attention matrices
+    MATRICES = auto()  # the planner chooses from it for matrices that are not experts
     FALLBACK = auto()  # measured and planned where rows are not multiples of 256, which k- and i-quants need
     UNQUANTIZED = auto()  # 16 bits per weight, as models are published
     FOREIGN = auto()  # may appear in a file, but mc_gguf never writes weights in it
@@ -75,11 +75,11 @@ class GgmlType:
 
 MAX_WEIGHT = 65504.0  # the largest number of F16; no trained model has a weight near it
 
-_IMATRIX, _SLOW, _EXPERTS, _ATTENTION = Use.IMATRIX, Use.SLOW, Use.EXPERTS, Use.ATTENTION
+_IMATRIX, _SLOW, _EXPERTS, _MATRICES = Use.IMATRIX, Use.SLOW, Use.EXPERTS, Use.MATRICES
 _FALLBACK, _UNQUANTIZED, _FOREIGN, _NONE = Use.FALLBACK, Use.UNQUANTIZED, Use.FOREIGN, Use.NONE
 
 # Sorted by size. All names below are derived from this table and keep its order. Types below Q3_K are no
-# candidates for attention matrices because they hardly pay there (docs/explanation/allocation.md).
+# candidates for other matrices because they hardly pay there (docs/explanation/allocation.md).
 # fmt: off
 GGML_TYPES: tuple[GgmlType, ...] = (
     #        name      id  block  bytes ftype use
@@ -91,15 +91,15 @@ GGML_TYPES: tuple[GgmlType, ...] = (
     GgmlType("Q2_K",    10, 256,   84,  10, _EXPERTS),
     GgmlType("IQ3_XXS", 18, 256,   98,  23, _IMATRIX | _SLOW | _EXPERTS),
     GgmlType("IQ3_S",   21, 256,  110,  26, _SLOW | _EXPERTS),
-    GgmlType("Q3_K",    11, 256,  110,  12, _EXPERTS | _ATTENTION),
-    GgmlType("IQ4_XS",  23, 256,  136,  30, _EXPERTS | _ATTENTION),
-    GgmlType("IQ4_NL",  20,  32,   18,  25, _ATTENTION | _FALLBACK),
+    GgmlType("Q3_K",    11, 256,  110,  12, _EXPERTS | _MATRICES),
+    GgmlType("IQ4_XS",  23, 256,  136,  30, _EXPERTS | _MATRICES),
+    GgmlType("IQ4_NL",  20,  32,   18,  25, _MATRICES | _FALLBACK),
     GgmlType("Q4_0",     2,  32,   18,   2, _NONE),
-    GgmlType("Q4_K",    12, 256,  144,  15, _EXPERTS | _ATTENTION),
+    GgmlType("Q4_K",    12, 256,  144,  15, _EXPERTS | _MATRICES),
     GgmlType("Q5_0",     6,  32,   22,   8, _FALLBACK),
-    GgmlType("Q5_K",    13, 256,  176,  17, _ATTENTION),
-    GgmlType("Q6_K",    14, 256,  210,  18, _ATTENTION),
-    GgmlType("Q8_0",     8,  32,   34,   7, _ATTENTION | _FALLBACK),
+    GgmlType("Q5_K",    13, 256,  176,  17, _EXPERTS | _MATRICES),
+    GgmlType("Q6_K",    14, 256,  210,  18, _EXPERTS | _MATRICES),
+    GgmlType("Q8_0",     8,  32,   34,   7, _EXPERTS | _MATRICES | _FALLBACK),
     GgmlType("F16",      1,   1,    2,   1, _UNQUANTIZED),
     GgmlType("BF16",    30,   1,    2,  32, _UNQUANTIZED),
     GgmlType("F32",      0,   1,    4,   0, _NONE),
@@ -128,10 +128,13 @@ def _names(use: Use) -> tuple[str, ...]:
 
 # Every type that a file may hold, by its id.
 TYPES_BY_ID: dict[int, GgmlType] = {t.id: t for t in GGML_TYPES}
+TYPES_BY_NAME: dict[str, GgmlType] = {t.name: t for t in GGML_TYPES}
+# The quantized types that a source may have.
+READABLE = frozenset(t.name for t in GGML_TYPES if t.block_size > 1 and t.name not in ("Q8_1", "Q8_K"))
 # The types that mc_gguf writes weights in, by name.
 TYPES: dict[str, GgmlType] = {t.name: t for t in GGML_TYPES if Use.FOREIGN not in t.use}
 CANDIDATES = _names(Use.EXPERTS)
-ATTENTION_CANDIDATES = _names(Use.ATTENTION)
+MATRIX_CANDIDATES = _names(Use.MATRICES)
 FALLBACKS = _names(Use.FALLBACK)
 SIXTEEN_BIT = _names(Use.UNQUANTIZED)
 # The type of the tensors that map experts to their places.

@@ -6,7 +6,7 @@
 - planner.py     plan(): checks, strategy, Plan      - strategies.py  the strategies and their table
 - objectives.py  what is minimised                   - problem.py     bytes and errors of every choice
 - program.py     items within an exact limit         - solver.py      the multiple-choice knapsack
-- attention.py   attention matrices as items         - published.py   the dynamic program of strategy mc
+- others.py      other matrices as items             - published.py   the dynamic program of strategy mc
 - summary.py     what a plan amounts to              - request.py     what a user asks of a plan
 - proposals.py   sizes, where no budget was given
 """
@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from mc_gguf.plan.objectives import OBJECTIVES
-from mc_gguf.plan.planner import decides_attention, plan, stand_in
+from mc_gguf.plan.planner import decides_others, plan, stand_in
 from mc_gguf.plan.problem import Budget, Experts, FileBytes, fixed_types
 from mc_gguf.plan.request import PlanRequest
 from mc_gguf.plan.strategies import STRATEGIES, Strategy
@@ -27,7 +27,7 @@ __all__ = [
     "FileBytes",
     "PlanRequest",
     "Strategy",
-    "decides_attention",
+    "decides_others",
     "fixed_types",
     "plan",
     "stand_in",

@@ -1,4 +1,4 @@
-"""What a plan minimises: each objective turns a calibration into the error [L, E, 3, T] of every type.
+"""What a plan minimises: each objective turns a calibration into the error [L, E, P, T] of every type.
 
     OBJECTIVES["kld"](calibration, types)
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mc_gguf.artifacts import PROJECTIONS, Calibration, Floats
+from mc_gguf.artifacts import Calibration, Floats
 from mc_gguf.common.errors import ArtifactError
 from mc_gguf.plan.published import EXPONENTS, share
 
@@ -120,7 +120,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def measured(calibration: Calibration, types: Sequence[str], name: str) -> Floats:
-    """The calibration's array [L, E, 3, T] for `types`, with nan for types that it did not measure.
+    """The calibration's array [L, E, P, T] for `types`, with nan for types that it did not measure.
 
     Raises ArtifactError when it did not measure the array at all.
     """
@@ -136,15 +136,14 @@ def _n_used(calibration: Calibration) -> int:
 
 
 def _rated(calibration: Calibration, types: Sequence[str], importance: Floats) -> Floats:
-    """[L, E, 3, T]: the importance [L, E] of the expert times the rate of the type."""
+    """[L, E, P, T]: the importance [L, E] of the expert times the rate of the type."""
     return np.asarray(importance[..., None, None] * type_rates(calibration, types))
 
 
 def type_rates(calibration: Calibration, types: Sequence[str]) -> Floats:
-    """[3, T]: relative squared error of each type, the median over all experts that saw text."""
+    """[P, T]: relative squared error of each type, the median over all experts that saw text."""
     used = (calibration.frequency > 0) & (calibration.output_sq > 0)
     if not used.any():
         raise ArtifactError("no expert of this calibration saw any text; calibrate again")
     relative = block(calibration, types)[used] / calibration.output_sq[used][:, None, None]
-    assert relative.shape[1:] == (len(PROJECTIONS), len(types))
     return np.asarray(np.median(np.maximum(relative, 0.0), axis=0))

@@ -8,17 +8,18 @@ model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
 from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan
 from mc_gguf.common.errors import BudgetError, McError
-from mc_gguf.ggml.types import ATTENTION_CANDIDATES, CANDIDATES, ggml_type
+from mc_gguf.ggml.types import MATRIX_CANDIDATES, CANDIDATES, ggml_type
 from mc_gguf.plan import published
-from mc_gguf.plan.attention import build_attention, make_up_errors
+from mc_gguf.plan.others import build_others, make_up_errors
 from mc_gguf.plan.objectives import DEFAULT_OBJECTIVES, OBJECTIVES
 from mc_gguf.plan.problem import (
     Budget,
@@ -37,7 +38,7 @@ from mc_gguf.plan.strategies import STRATEGIES, Choice, Strategy, Task
 class _Decision:
     """The types that were decided, with the figures that follow from them, named as in Plan.
 
-    `attention` is FixedTypes.attention where the strategy decided it, else empty.
+    `others` is FixedTypes.others where the strategy decided it, else empty.
     """
 
     types: tuple[str, ...]
@@ -49,11 +50,11 @@ class _Decision:
     bits: tuple[tuple[int, ...], ...] | None = None
     predicted_kld: float | None = None
     layer_ratio: float | None = None
-    attention: tuple[tuple[str, ...], ...] = ()
+    others: dict[str, str] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
         """The fields that a Plan has, too."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "attention"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "others"}
 
 
 def plan(
@@ -65,7 +66,7 @@ def plan(
     seed: int = 0,
     file_bytes: FileBytes | None = None,
     objective: str | None = None,
-    attention: Sequence[str] | None = None,
+    others: Sequence[str] | None = None,
 ) -> Plan:
     """Decide the type of every expert's projection under `budget`.
 
@@ -79,8 +80,8 @@ def plan(
         file_bytes: gives the exact size of a file. A size budget needs it; with others it is only reported.
         objective: a name in OBJECTIVES (default: the best one that the calibration has data for). Strategy mc
             and the published baselines have their own.
-        attention: types to choose from for every attention matrix, within the same bytes. Empty: all that
-            were measured. None: attention has the types that `fixed` says.
+        others: types to choose from for every other matrix, within the same bytes. Empty: all that were
+            measured. None: they have the types that `fixed` says.
 
     Raises:
         BudgetError: the budget cannot be met; the message gives the feasible range.
@@ -95,7 +96,7 @@ def plan(
     elif calibration.model is None and chosen.takes_nominal_bits and budget.bits_per_layer is not None:
         decided = _from_published_statistics(calibration, budget.bits_per_layer)
     else:
-        decided = _solve(calibration, budget, chosen, types, fixed, seed, file_bytes, objective, attention)
+        decided = _solve(calibration, budget, chosen, types, fixed, seed, file_bytes, objective, others)
     return _assemble(calibration, budget, strategy, objective, fixed, seed, file_bytes, decided)
 
 
@@ -111,8 +112,8 @@ def _assemble(
 ) -> Plan:
     """The Plan that says what was decided, and from what."""
     model = calibration.model
-    if decided.attention:
-        fixed = replace(fixed, attention=decided.attention)
+    if decided.others:
+        fixed = replace(fixed, others=decided.others)
     return Plan(
         strategy=strategy,
         budget=budget.to_json(),
@@ -136,28 +137,29 @@ def _solve(
     seed: int,
     file_bytes: FileBytes | None,
     objective: str,
-    attention: Sequence[str] | None,
+    others: Sequence[str] | None,
 ) -> _Decision:
     """What `strategy` decides for a calibration of a model."""
-    if attention is not None:
-        _check_attention(budget, strategy, objective)
+    if others is not None:
+        _check_others(budget, strategy, objective)
     check_has_model(calibration)
     candidates = strategy.types or candidate_types(calibration, types)
     problem = build_problem(calibration, candidates, OBJECTIVES[objective])
-    matrices = build_attention(calibration, attention) if attention is not None else None
+    matrices = build_others(calibration, others) if others is not None else None
     task = Task(calibration, budget, problem, fixed, file_bytes, matrices, seed)
     return _decision(task, strategy.decide(task))
 
 
-def decides_attention(calibration: Calibration, budget: Budget, strategy: str, objective: str | None) -> bool:
-    """Whether plan() can decide the types of attention matrices, too, under this request."""
+def decides_others(calibration: Calibration, budget: Budget, strategy: str, objective: str | None) -> bool:
+    """Whether plan() can decide the types of other matrices, too, under this request."""
     chosen = STRATEGIES.get(strategy)
     return (
         budget.size_bytes is not None
         and chosen is not None
-        and chosen.takes_attention
+        and chosen.takes_others
         and _objective_of(chosen, objective, calibration) == "kld"
-        and calibration.has("attention_error")
+        and calibration.has("matrix_error", "matrix_price")
+        and len(calibration.matrices) > 0
     )
 
 
@@ -170,8 +172,9 @@ def stand_in(model: ModelInfo, types: Sequence[str] | None) -> Calibration:
     wanted = [ggml_type(name).name for name in types or CANDIDATES]
     names = tuple(dict.fromkeys((*wanted, *NOMINAL_TYPES)))
     each = np.ones((len(model.expert_layers), model.n_expert))
-    by_type = np.ones((*each.shape, len(PROJECTIONS), len(names)))
-    attention_types, attention_error = make_up_errors(model, ATTENTION_CANDIDATES)
+    n_projection = len(model.projections)
+    by_type = np.ones((*each.shape, n_projection, len(names)))
+    matrices, matrix_types, matrix_error = make_up_errors(model, MATRIX_CANDIDATES)
     statistics = {
         "frequency": each,
         "routing_weight": each,
@@ -179,15 +182,21 @@ def stand_in(model: ModelInfo, types: Sequence[str] | None) -> Calibration:
         "nominal_error": np.ones((*each.shape, 3)),
         "kld_per_error": np.ones(len(each)),
         "block_score": np.ones(len(each)),
-        "hessian_trace": np.ones((*each.shape, len(PROJECTIONS))),
+        "hessian_trace": np.ones((*each.shape, n_projection)),
         "sq_error": by_type,
         "relative_error": by_type,
         "weight_error": by_type,
     }
-    if attention_error is not None:
-        statistics["attention_error"] = attention_error
+    if matrix_error.size:
+        statistics |= {"matrix_error": matrix_error, "matrix_price": np.ones(len(matrices))}
+    else:
+        matrices = matrix_types = ()
     return replace(
-        Calibration.blank(model), types=names, statistics=statistics, attention_types=attention_types
+        Calibration.blank(model),
+        types=names,
+        statistics=statistics,
+        matrices=matrices,
+        matrix_types=matrix_types,
     )
 
 
@@ -235,19 +244,19 @@ def _fixed_parameters(fixed: FixedTypes) -> dict[str, str]:
     }
 
 
-def _check_attention(budget: Budget, strategy: Strategy, objective: str) -> None:
-    """Refuse a request whose program attention cannot be part of."""
+def _check_others(budget: Budget, strategy: Strategy, objective: str) -> None:
+    """Refuse a request whose program other matrices cannot be part of."""
     if budget.size_bytes is None:
         raise BudgetError(
-            "attention can only be decided within a budget for the size of the whole file",
-            parameter="attention",
+            "the types of other matrices can only be decided within a budget for the size of the whole file",
+            parameter="others",
         )
-    if not strategy.takes_attention or objective != "kld":
+    if not strategy.takes_others or objective != "kld":
         raise McError(
-            f"attention can only be decided by strategy {_names(lambda s: s.takes_attention)} with objective "
-            f"kld, of a calibration that measured it, not by {strategy.name} with {objective}; "
-            "leave attention fixed",
-            parameter="attention",
+            f"the types of other matrices can only be decided by strategy {_names(lambda s: s.takes_others)} "
+            "with objective kld, of a calibration that measured them, not by "
+            f"{strategy.name} with {objective}; leave others fixed",
+            parameter="others",
         )
 
 
@@ -264,11 +273,11 @@ def _objective_of(strategy: Strategy, wanted: str | None, calibration: Calibrati
 def _decision(task: Task, choice: Choice) -> _Decision:
     problem, columns = task.problem, choice.columns
     predicted_kld = problem.predicted_kld(columns)
-    rows: tuple[tuple[str, ...], ...] = ()
-    if task.attention is not None and choice.attention is not None:
+    others: dict[str, str] = {}
+    if task.others is not None and choice.others is not None:
         assert predicted_kld is not None  # it is the objective
-        predicted_kld += task.attention.predicted_kld(choice.attention)
-        rows = task.attention.rows(choice.attention)
+        predicted_kld += task.others.predicted_kld(choice.others)
+        others = task.others.named(choice.others)
     return _Decision(
         problem.candidates,
         problem.experts(columns),
@@ -279,7 +288,7 @@ def _decision(task: Task, choice: Choice) -> _Decision:
         _rows(choice.bits) if choice.bits is not None else None,
         predicted_kld,
         choice.layer_ratio,
-        rows,
+        others,
     )
 
 
@@ -303,6 +312,6 @@ def _sixteen_bit(calibration: Calibration) -> _Decision:
     model = check_has_model(calibration)
     name = sixteen_bit_type(model)
     table = ((name,) * calibration.n_expert,) * len(calibration.layers)
-    n_weight = sum(rows * cols for rows, cols in map(model.expert_shape, PROJECTIONS))
-    n_byte = 2 * n_weight * calibration.n_expert * len(calibration.layers)
-    return _Decision((name,), dict.fromkeys(PROJECTIONS, table), ggml_type(name).bpw, n_byte, 0.0, 0.0)
+    n_byte = 2 * sum(math.prod(stack.shape) for stack in model.stacks.values())
+    experts = dict.fromkeys(model.projections, table)
+    return _Decision((name,), experts, ggml_type(name).bpw, n_byte, 0.0, 0.0)

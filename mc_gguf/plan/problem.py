@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -9,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, expert_tensor_name
+from mc_gguf.artifacts import Calibration, FixedTypes, ModelInfo
 from mc_gguf.common.errors import ArtifactError, BudgetError, McError
 from mc_gguf.ggml.types import CANDIDATES, FALLBACKS, MAX_GROUPS, SIXTEEN_BIT, ggml_type
 from mc_gguf.plan.objectives import Objective, block, kld
@@ -54,12 +55,12 @@ class Budget:
 class Problem:
     """L layers, E experts, T types. The types are columns: `candidates` first, then fallbacks.
 
-    An assignment is one column for every expert and projection, [L, E, 3].
+    P counts model.projections. An assignment is one column for every expert and projection, [L, E, P].
 
-    `error` [L, E, 3, T]        what is minimised; inf: the matrix cannot have the type; nan: not measured
-    `block_error` [L, E, 3, T]  squared error of the block's output, whatever is minimised
-    `kld` [L, E, 3, T]          KL divergence as in objective kld, nats per token; None: not measured
-    `size` [3, T]               bytes of one expert's matrix; 0 where it cannot have the type
+    `error` [L, E, P, T]        what is minimised; inf: the matrix cannot have the type; nan: not measured
+    `block_error` [L, E, P, T]  squared error of the block's output, whatever is minimised
+    `kld` [L, E, P, T]          KL divergence as in objective kld, nats per token; None: not measured
+    `size` [L, P, T]            bytes of one expert's matrix; 0 where it cannot have the type
     `output_sq`                 squared norm of all experts' outputs, the unit of predicted_error
     """
 
@@ -80,11 +81,11 @@ class Problem:
     @property
     def n_weight(self) -> int:
         """Routed expert weights of the whole model."""
-        each = sum(rows * cols for rows, cols in (self.model.expert_shape(p) for p in PROJECTIONS))
-        return len(self.layers) * self.n_expert * each
+        return sum(math.prod(stack.shape) for stack in self.model.stacks.values())
 
     def expert_bytes(self, columns: Ints) -> int:
-        return int(self.size[np.arange(len(PROJECTIONS)), columns].sum())
+        size = np.broadcast_to(self.size[:, None], self.error.shape)
+        return int(np.take_along_axis(size, columns[..., None], axis=-1).sum())
 
     def bpw(self, columns: Ints) -> float:
         return 8 * self.expert_bytes(columns) / self.n_weight
@@ -107,7 +108,7 @@ class Problem:
     def experts(self, columns: Ints) -> dict[str, tuple[tuple[str, ...], ...]]:
         """The assignment by name: [projection][layer][expert]."""
         names = np.array(self.types, dtype=object)[columns]
-        return {p: tuple(tuple(row) for row in names[:, :, i].tolist()) for i, p in enumerate(PROJECTIONS)}
+        return {p: tuple(tuple(row) for row in names[:, :, i].tolist()) for i, p in enumerate(self.model.projections)}
 
 
 def _sum_of(error: Floats, columns: Ints) -> float:
@@ -131,11 +132,6 @@ def candidate_types(calibration: Calibration, types: Sequence[str] | None) -> tu
             f"there are no types to choose from; name some of {', '.join(calibration.types or CANDIDATES)}",
             parameter="types",
         )
-    if len(set(wanted)) > MAX_GROUPS:
-        raise McError(
-            f"{len(set(wanted))} types are too many: a layer can hold at most {MAX_GROUPS} in one file",
-            parameter="types",
-        )
     return tuple(t.name for t in sorted(set(wanted), key=lambda t: (t.bpw, t.id)))
 
 
@@ -147,20 +143,25 @@ def build_problem(calibration: Calibration, types: Sequence[str], objective: Obj
     statistics, ArtifactError for arrays that are inconsistent.
     """
     model = _checked_model(calibration)
-    usable = np.array([[_fits(model, p, name) for name in types] for p in PROJECTIONS])
+    stacks = [(layer, p) for layer in model.expert_layers for p in model.projections]
+    usable = np.array([[_fits(model, *stack, name) for name in types] for stack in stacks])
     columns = list(types)
-    for p, projection in enumerate(PROJECTIONS):
-        if usable[p].any():
+    for i, stack in enumerate(stacks):
+        if usable[i].any():
             continue
-        name = fallback_type(model, projection)
+        name = fallback_type(model, *stack)
         if name not in columns:
             columns.append(name)
             usable = np.pad(usable, ((0, 0), (0, 1)))
-        usable[p, columns.index(name)] = True
+        usable[i, columns.index(name)] = True
     size = np.zeros(usable.shape, dtype=np.int64)
     for i, t in zip(*np.nonzero(usable), strict=True):
-        size[i, t] = _matrix_bytes(model, PROJECTIONS[i], columns[t])
-    error, block_error = (_usable_errors(of(calibration, types), usable) for of in (objective, block))
+        size[i, t] = _matrix_bytes(model, *stacks[i], columns[t])
+    shape = (len(model.expert_layers), len(model.projections), len(columns))
+    size, usable = size.reshape(shape), usable.reshape(shape)
+    wanted = objective(calibration, types)
+    usable, size = _limited(wanted, usable, size)
+    error, block_error = (_usable_errors(values, usable) for values in (wanted, block(calibration, types)))
     divergence = _usable_errors(kld(calibration, types), usable) if calibration.has("kld_per_error") else None
     return Problem(
         model,
@@ -176,16 +177,47 @@ def build_problem(calibration: Calibration, types: Sequence[str], objective: Obj
 
 
 def _usable_errors(error: Floats, usable: NDArray[np.bool_]) -> Floats:
-    """[L, E, 3, T]: `error` with columns added for the fallbacks.
+    """[L, E, P, T]: `error` with columns added for the fallbacks.
 
     Nobody knows a fallback's error, but where there is one there is nothing to choose, so it counts as 0. An
     error that was estimated from a sample of rows may be below zero; it counts as 0, too.
     """
-    shape = (*error.shape[:3], usable.shape[1] - error.shape[3])
+    shape = (*error.shape[:3], usable.shape[-1] - error.shape[-1])
     whole = np.concatenate([np.maximum(error, 0.0), np.zeros(shape)], axis=-1)
-    if np.isposinf(whole[:, :, usable]).any():
+    usable = np.broadcast_to(usable[:, None], whole.shape)
+    if np.isposinf(whole[usable]).any():
         raise ArtifactError("the calibration has infinite errors for types that can be used; calibrate again")
     return np.where(usable, whole, np.inf)
+
+
+def _limited(
+    error: Floats, usable: NDArray[np.bool_], size: Ints
+) -> tuple[NDArray[np.bool_], Ints]:
+    """`usable` and `size` [L, P, T] with at most MAX_GROUPS types for every stack, which is what a file can hold.
+
+    Where more are possible, those go first that lie farthest above the lower convex hull of error over size,
+    summed over the experts of the stack: some mixture of two others has less error in the same bytes.
+    """
+    usable, size = usable.copy(), size.copy()
+    n_type = error.shape[-1]
+    total = np.maximum(error, 0.0).sum(axis=1)
+    for layer, p in np.argwhere(usable[:, :, :n_type].sum(axis=-1) > MAX_GROUPS):
+        left = [t for t in np.flatnonzero(usable[layer, p]) if t < n_type]
+        while len(left) > MAX_GROUPS:
+            left.sort(key=lambda t: (size[layer, p, t], total[layer, p, t]))
+            worst = max(range(1, len(left) - 1), key=lambda i: _excess(left, i, size[layer, p], total[layer, p]))
+            gone = left.pop(worst)
+            usable[layer, p, gone], size[layer, p, gone] = False, 0
+    return usable, size
+
+
+def _excess(types: Sequence[int], i: int, size: Ints, error: Floats) -> float:
+    """How far the error of types[i] is above that of a mixture of its neighbours in size."""
+    before, this, after = types[i - 1], types[i], types[i + 1]
+    span = size[after] - size[before]
+    share = (size[this] - size[before]) / span if span else 0.0
+    mixed = error[before] + share * (error[after] - error[before])
+    return float((error[this] - mixed) / max(mixed, 1e-30))
 
 
 def check_has_model(calibration: Calibration) -> ModelInfo:
@@ -207,25 +239,24 @@ def _checked_model(calibration: Calibration) -> ModelInfo:
     return model
 
 
-def _fits(model: ModelInfo, projection: str, name: str) -> bool:
-    return ggml_type(name).fits(model.expert_shape(projection)[1])
+def _fits(model: ModelInfo, layer: int, projection: str, name: str) -> bool:
+    return ggml_type(name).fits(model.expert_shape(projection, layer)[1])
 
 
-def _matrix_bytes(model: ModelInfo, projection: str, name: str) -> int:
-    rows, cols = model.expert_shape(projection)
+def _matrix_bytes(model: ModelInfo, layer: int, projection: str, name: str) -> int:
+    rows, cols = model.expert_shape(projection, layer)
     return rows * ggml_type(name).row_bytes(cols)
 
 
-def fallback_type(model: ModelInfo, projection: str) -> str:
+def fallback_type(model: ModelInfo, layer: int, projection: str) -> str:
     """The type of a projection whose rows fit no candidate: the smallest that fits, at worst a 16-bit one."""
-    fitting = [name for name in FALLBACKS if _fits(model, projection, name)]
+    fitting = [name for name in FALLBACKS if _fits(model, layer, projection, name)]
     return min(fitting, key=lambda name: ggml_type(name).bpw) if fitting else sixteen_bit_type(model)
 
 
 def sixteen_bit_type(model: ModelInfo) -> str:
     """The source's own 16-bit type; for a 32-bit source BF16, which holds its range."""
-    stacks = {expert_tensor_name(layer, p) for layer in range(model.n_layer) for p in PROJECTIONS}
-    found = {t.type for t in model.tensors if t.name in stacks}
+    found = {stack.type for stack in model.stacks.values()}
     return next((name for name in SIXTEEN_BIT if name in found), "BF16")
 
 

@@ -1,6 +1,6 @@
 """The integer program that strategies solve: items to choose for, under a limit that is measured exactly.
 
-An assignment is `columns` [L, E, 3]: indices into Problem.types. The solver (solver.py) knows only the bytes
+An assignment is `columns` [L, E, P]: indices into Problem.types. The solver (solver.py) knows only the bytes
 of the items themselves; here its capacity is corrected until the whole file, headers included, fits.
 """
 
@@ -48,7 +48,7 @@ class Limit:
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """N things that each get one type, and how a choice [N] for them becomes an assignment [L, E, 3]."""
+    """N things that each get one type, and how a choice [N] for them becomes an assignment [L, E, P]."""
 
     knapsack: Knapsack
     columns: Callable[[Ints], Ints]
@@ -57,7 +57,7 @@ class Items:
 def expert_items(problem: Problem) -> Items:
     """One item for every (layer, expert, projection)."""
     shape = problem.error.shape
-    size = np.broadcast_to(problem.size, shape).reshape(-1, shape[-1])
+    size = np.broadcast_to(problem.size[:, None], shape).reshape(-1, shape[-1])
     return Items(Knapsack(problem.error.reshape(size.shape), size), lambda choice: choice.reshape(shape[:-1]))
 
 
@@ -65,7 +65,7 @@ def layer_items(problem: Problem) -> Items:
     """One item for every (layer, projection): all of its experts share one type, as in a plain GGUF."""
     n_layer, n_expert, n_projection, n_type = problem.error.shape
     error = problem.error.sum(axis=1).reshape(-1, n_type)
-    size = np.broadcast_to(problem.size * n_expert, (n_layer, n_projection, n_type)).reshape(-1, n_type)
+    size = (problem.size * n_expert).reshape(-1, n_type)
 
     def columns(choice: Ints) -> Ints:
         one = choice.reshape(n_layer, 1, n_projection)

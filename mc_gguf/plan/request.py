@@ -9,7 +9,7 @@ from mc_gguf.artifacts import Calibration, FixedTypes, Plan
 from mc_gguf.common.arguments import MAX_INT, Names, number, to_bytes, to_types, whole
 from mc_gguf.common.errors import McError, about
 from mc_gguf.ggml.types import ggml_type
-from mc_gguf.plan.planner import decides_attention, plan
+from mc_gguf.plan.planner import decides_others, plan
 from mc_gguf.plan.problem import Budget, FileBytes
 
 _FIELDS = {"attn_type": "attn", "attn_kv_type": "attn_kv", "embd_type": "token_embd", "output_type": "output"}
@@ -27,10 +27,10 @@ class PlanRequest:
         objective: what the strategy minimises, a name in mc_gguf.plan.OBJECTIVES; by default the best one
             that the calibration has data for.
         types: ggml types to choose from for experts; by default all that were measured.
-        attention: "fixed", or "auto" (all measured types) or types to choose from for every attention
-            matrix, within `size`. By default attention is chosen where it can be, unless `attn_type` or
-            `attn_kv_type` is given.
-        attn_type: type of attention q and output, by default Q6_K.
+        others: "fixed", or "auto" (all measured types) or types to choose from for every matrix that is no
+            expert: attention, shared experts, dense layers; within `size`. By default they are chosen where
+            they can be, unless `attn_type` or `attn_kv_type` is given.
+        attn_type: type of attention q and output and of all that has no other option, by default Q6_K.
         attn_kv_type: type of attention k and v, by default Q8_0.
         embd_type: type of the token embeddings, by default Q6_K.
         output_type: type of the output matrix, by default Q6_K.
@@ -43,7 +43,7 @@ class PlanRequest:
     strategy: str | None = None
     objective: str | None = None
     types: Names | None = None
-    attention: Names | None = None
+    others: Names | None = None
     attn_type: str | None = None
     attn_kv_type: str | None = None
     embd_type: str | None = None
@@ -55,7 +55,7 @@ class PlanRequest:
         (bits_per_layer,) = whole(0, MAX_INT, or_none=True, bits_per_layer=self.bits_per_layer)
         for name, value in (("seed", seed), ("bpw", bpw), ("bits_per_layer", bits_per_layer)):
             object.__setattr__(self, name, value)
-        for name, names in (("types", self.types), ("attention", self.attention)):
+        for name, names in (("types", self.types), ("others", self.others)):
             with about(name):
                 to_types(names or ())
         for name in _FIELDS:
@@ -86,7 +86,7 @@ class PlanRequest:
 
     @property
     def fixed(self) -> FixedTypes:
-        return replace(FixedTypes(), **self._given())  # type: ignore[arg-type]  # never `attention`
+        return replace(FixedTypes(), **self._given())  # type: ignore[arg-type]  # never `others`
 
     def _given(self) -> Mapping[str, str]:
         """The types that were given, by field of FixedTypes. Raises McError for an unknown one."""
@@ -97,25 +97,25 @@ class PlanRequest:
                     given[field] = ggml_type(name).name
         return given
 
-    def attention_types(self, calibration: Calibration) -> tuple[str, ...] | None:
-        """Types to choose from for attention. Empty: all that were measured. None: as `fixed` says.
+    def other_types(self, calibration: Calibration) -> tuple[str, ...] | None:
+        """Types to choose from for other matrices. Empty: all that were measured. None: as `fixed` says.
 
-        Raises McError when `attention` contradicts `attn_type` or `attn_kv_type`, or names nothing.
+        Raises McError when `others` contradicts `attn_type` or `attn_kv_type`, or names nothing.
         """
-        fixes_attention = not {"attn", "attn_kv"}.isdisjoint(self._given())
-        if self.attention is None:
+        fixes_some = not {"attn", "attn_kv"}.isdisjoint(self._given())
+        if self.others is None:
             request = (self.budget, self.strategy_name, self.objective)
-            return () if not fixes_attention and decides_attention(calibration, *request) else None
-        names = to_types(self.attention)
+            return () if not fixes_some and decides_others(calibration, *request) else None
+        names = to_types(self.others)
         if names == ("FIXED",):
             return None
-        if fixes_attention:
+        if fixes_some:
             raise McError(
-                "attention chooses the types that attn_type and attn_kv_type fix; give one or the other",
-                parameter="attention",
+                "others chooses the types that attn_type and attn_kv_type fix; give one or the other",
+                parameter="others",
             )
         if not names:
-            raise McError("give fixed, auto or names of types", parameter="attention")
+            raise McError("give fixed, auto or names of types", parameter="others")
         return () if names == ("AUTO",) else names
 
     def plan(self, calibration: Calibration, file_bytes: FileBytes | None) -> Plan:
@@ -129,5 +129,5 @@ class PlanRequest:
             self.seed,
             file_bytes,
             self.objective,
-            self.attention_types(calibration),
+            self.other_types(calibration),
         )

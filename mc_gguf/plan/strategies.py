@@ -14,14 +14,14 @@ from functools import cached_property
 
 import numpy as np
 
-from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Calibration, FixedTypes
+from mc_gguf.artifacts import NOMINAL_TYPES, Calibration, FixedTypes
 from mc_gguf.common.errors import BudgetError
 from mc_gguf.common.units import format_size
 from mc_gguf.plan import published
-from mc_gguf.plan.attention import (
-    Attention,
-    add_attention,
-    limit_with_attention,
+from mc_gguf.plan.others import (
+    Others,
+    add_others,
+    limit_with_others,
     split_assignment,
     total_error,
 )
@@ -42,23 +42,23 @@ from mc_gguf.plan.program import (
 class Choice:
     """What a strategy decided.
 
-    `columns` [L, E, 3]   indices into Problem.types
+    `columns` [L, E, P]   indices into Problem.types
     `gap`                 optimality gap of the program; None where none was solved
-    `attention` [L, 4]    indices into Attention.types; None unless the task decides attention, too
+    `others` [M]           indices into Others.types; None unless the task decides other matrices, too
     `bits` [L, E]         nominal bits; None where the strategy has none
     `layer_ratio`         error relative to the best plan with one type per layer and projection
     """
 
     columns: Ints
     gap: float | None = None
-    attention: Ints | None = None
+    others: Ints | None = None
     bits: Ints | None = None
     layer_ratio: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a strategy has to decide: `problem` within `budget`; with `attention`, those matrices, too.
+    """What a strategy has to decide: `problem` within `budget`; with `others`, those matrices, too.
 
     `file_bytes` measures a file, whose other tensors have the types `fixed`. `seed` is for what is random.
     """
@@ -68,7 +68,7 @@ class Task:
     problem: Problem
     fixed: FixedTypes
     file_bytes: FileBytes | None
-    attention: Attention | None
+    others: Others | None
     seed: int
 
     @cached_property
@@ -94,20 +94,20 @@ class Task:
         return Limit(budget.size_bytes, measure, wobble, "file size", _in_bytes)
 
     def solve(self, items: Items) -> Choice:
-        """The least error within the limit, for these items and, if there is attention, its matrices."""
-        if self.attention is None:
+        """The least error within the limit, for these items and, if there are others, those matrices."""
+        if self.others is None:
             return Choice(*solve_program(items, self.limit))
         assert self.file_bytes is not None  # self.limit raised
-        limit = limit_with_attention(self.limit, self.problem, self.attention, self.fixed, self.file_bytes)
-        flat, gap = solve_program(add_attention(items, self.attention), limit)
-        columns, attention = split_assignment(self.problem, self.attention, flat)
-        return Choice(columns, gap, attention)
+        limit = limit_with_others(self.limit, self.problem, self.others, self.fixed, self.file_bytes)
+        flat, gap = solve_program(add_others(items, self.others), limit)
+        columns, others = split_assignment(self.problem, self.others, flat)
+        return Choice(columns, gap, others)
 
     def error(self, choice: Choice) -> float:
         """What the program minimised, of this choice."""
-        if self.attention is None or choice.attention is None:
+        if self.others is None or choice.others is None:
             return self.problem.total_error(choice.columns)
-        return total_error(self.problem, self.attention, choice.columns, choice.attention)
+        return total_error(self.problem, self.others, choice.columns, choice.others)
 
 
 def _in_bytes(size: int) -> str:
@@ -121,7 +121,7 @@ class Strategy:
     `meaning`             one line for whoever chooses a strategy
     `objective`           its own objective (a name in OBJECTIVES); None: the user chooses
     `types`               its own candidates; empty: the user chooses among those that were measured
-    `takes_attention`     it can decide attention matrices in the same program
+    `takes_others`     it can decide other matrices in the same program
     `takes_nominal_bits`  it knows nominal bits, so that a budget may be bits_per_layer
     """
 
@@ -130,7 +130,7 @@ class Strategy:
     meaning: str
     objective: str | None = None
     types: tuple[str, ...] = ()
-    takes_attention: bool = False
+    takes_others: bool = False
     takes_nominal_bits: bool = False
 
 
@@ -179,13 +179,12 @@ def _most_nominal_bits(task: Task, cost: Floats) -> Ints:
 
 
 def _nominal_columns(problem: Problem, bits: Ints) -> Ints:
-    """Columns [L, E, 3] of the types that stand for nominal bits [L, E]; a projection's fallback where it
+    """Columns [L, E, P] of the types that stand for nominal bits [L, E]; a projection's fallback where it
     has one.
     """
-    columns = np.repeat(bits[..., None] - 1, len(PROJECTIONS), axis=-1)
-    for p, size in enumerate(problem.size):
-        if not size[0]:
-            columns[..., p] = int(size.argmax())
+    columns = np.repeat(bits[..., None] - 1, problem.size.shape[1], axis=-1)
+    for layer, p in np.argwhere(problem.size[:, :, 0] == 0):
+        columns[layer, :, p] = int(problem.size[layer, p].argmax())
     return columns
 
 
@@ -195,12 +194,12 @@ def uniform(task: Task) -> Choice:
     A projection whose rows do not fit the type keeps the smallest type that it can have.
     """
     problem, limit = task.problem, task.limit
-    usable = np.isfinite(problem.error[0, 0])
+    usable = np.isfinite(problem.error[:, 0])  # [L, P, T]
     own = expert_items(problem).knapsack.smallest().reshape(problem.error.shape[:3])
     options = []
-    for t in range(usable.shape[1]):
-        if usable[:, t].any():
-            columns = np.where(usable[:, t], t, own)
+    for t in range(usable.shape[-1]):
+        if usable[..., t].any():
+            columns = np.where(usable[:, None, :, t], t, own)
             options.append((problem.expert_bytes(columns), -problem.total_error(columns), columns))
     options.sort(key=lambda option: option[:2])
     check_feasible(limit, options[0][2], options[-1][2], OTHER_RANGES)
@@ -223,13 +222,13 @@ def inverted(task: Task) -> Choice:
     gain = _largest_gain(problem).reshape(flat.shape)
     result = np.empty_like(flat)
     for p in range(flat.shape[1]):
-        by_size = flat[np.argsort(problem.size[p, flat[:, p]], kind="stable"), p]
+        by_size = flat[np.argsort(problem.size[:, p].max(axis=0)[flat[:, p]], kind="stable"), p]
         result[np.argsort(-gain[:, p], kind="stable"), p] = by_size
     return _made_to_fit(task, result)
 
 
 def _largest_gain(problem: Problem) -> Floats:
-    """Error [L, E, 3] that the largest type saves compared with the smallest."""
+    """Error [L, E, P] that the largest type saves compared with the smallest."""
     knapsack = expert_items(problem).knapsack
     rows = np.arange(len(knapsack.error))
     saved = knapsack.error[rows, knapsack.smallest()] - knapsack.error[rows, knapsack.largest()]
@@ -243,7 +242,7 @@ def _made_to_fit(task: Task, columns: Ints) -> Choice:
 
 
 _ALL = (
-    Strategy("pmq", pmq, "one program over the whole model", takes_attention=True),
+    Strategy("pmq", pmq, "one program over the whole model", takes_others=True),
     Strategy(
         "mc",
         mc,
@@ -254,7 +253,7 @@ _ALL = (
     ),
     Strategy("uniform", uniform, "one type for all experts"),
     Strategy(
-        "layer", per_layer, "one type per layer and projection, for stock llama.cpp", takes_attention=True
+        "layer", per_layer, "one type per layer and projection, for stock llama.cpp", takes_others=True
     ),
     Strategy("random", random, "control: pmq's types, shuffled among the experts"),
     Strategy("inverted", inverted, "control: pmq's types, given to the wrong experts"),

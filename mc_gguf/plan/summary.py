@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mc_gguf.artifacts import ATTENTION, PROJECTIONS, FixedTypes, Plan
+from mc_gguf.artifacts import FixedTypes, Plan
 from mc_gguf.common.units import format_size
 from mc_gguf.ggml.types import ggml_type
 
@@ -18,8 +18,8 @@ PAYS = 0.95
 class PlanSummary:
     """Figures of a plan.
 
-    `type_counts[projection][type]` counts experts, the smallest type first; `attention_counts[part][type]`
-    counts layers and is empty unless the plan decided attention. `predicted_kld` is in nats per token.
+    `type_counts[projection][type]` counts experts, the smallest type first; `other_counts[type]`
+    counts other matrices and is empty unless the plan decided them. `predicted_kld` is in nats per token.
     """
 
     strategy: str
@@ -37,7 +37,7 @@ class PlanSummary:
     layer_ratio: float | None
     optimality_gap: float | None
     notes: tuple[str, ...]
-    attention_counts: dict[str, dict[str, int]]
+    other_counts: dict[str, int]
     refinement: dict[str, float | str] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -54,11 +54,10 @@ class PlanSummary:
         rows.append(("layers", f"{self.n_layer} of {self.n_expert} experts"))
         for projection, counts in self.type_counts.items():
             rows.append((projection, _listed(counts)))
-        rows += [(f"attn {part}", _listed(counts)) for part, counts in self.attention_counts.items()]
-        fixed = {name: kind for name, kind in asdict(self.fixed).items() if name != "attention"}
-        if self.attention_counts:
-            del fixed["attn"], fixed["attn_kv"]
-        rows.append(("others", ", ".join(f"{name} {kind}" for name, kind in fixed.items())))
+        if self.other_counts:
+            rows.append(("other matrices", _listed(self.other_counts)))
+        fixed = {name: kind for name, kind in asdict(self.fixed).items() if name != "others"}
+        rows.append(("fixed", ", ".join(f"{name} {kind}" for name, kind in fixed.items())))
         if self.predicted_error is not None:
             error = f"{100 * self.predicted_error:.4g} % of the experts' output energy"
             rows.append(("predicted error", error))
@@ -76,12 +75,12 @@ class PlanSummary:
 
 def summarize_plan(plan: Plan) -> PlanSummary:
     """The figures of `plan`. All of them are in the plan; nothing is estimated anew."""
-    counts = {p: _counts(plan, p) for p in PROJECTIONS}
+    counts = {p: _counts(plan, p) for p in plan.experts}
     return PlanSummary(
         plan.strategy,
         plan.budget,
         len(plan.layers),
-        len(plan.experts["gate"][0]),
+        len(plan.experts["down"][0]),
         plan.file_bytes,
         plan.expert_bytes,
         plan.expert_bpw,
@@ -93,18 +92,13 @@ def summarize_plan(plan: Plan) -> PlanSummary:
         plan.layer_ratio,
         plan.optimality_gap,
         _notes(plan, counts),
-        _attention_counts(plan),
+        _by_size(Counter(plan.fixed.others.values())),
         plan.refinement,
     )
 
 
 def _counts(plan: Plan, projection: str) -> dict[str, int]:
     return _by_size(Counter(name for row in plan.experts[projection] for name in row))
-
-
-def _attention_counts(plan: Plan) -> dict[str, dict[str, int]]:
-    columns = list(zip(*plan.fixed.attention, strict=True))
-    return {part: _by_size(Counter(column)) for part, column in zip(ATTENTION, columns, strict=False)}
 
 
 def _listed(counts: dict[str, int]) -> str:

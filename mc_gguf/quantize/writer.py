@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf import container
-from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, ModelInfo, Plan
+from mc_gguf.artifacts import NO_CALIBRATION, Calibration, ModelInfo, Plan
 from mc_gguf.artifacts.matching import check_inputs
 from mc_gguf.common.errors import ArtifactError, McError, SourceError
 from mc_gguf.common.progress import Progress
@@ -133,7 +133,7 @@ def _check_imatrix(calibration: Calibration | None, plan: Plan, tensors: tuple[O
     text reached.
     """
     for t in tensors:
-        if t.experts is None and t.type.needs_imatrix and _attention_imatrix(calibration, plan, t) is None:
+        if t.experts is None and t.type.needs_imatrix and _imatrix_of(calibration, t) is None:
             raise McError(
                 f"{t.name} cannot be {t.type.name}, which needs an importance matrix, and calibration "
                 "measured none for it; choose another type"
@@ -211,7 +211,7 @@ def _make(
     if loaded.dtype == np.uint8:
         return loaded
     t = piece.tensor
-    imatrix = _attention_imatrix(calibration, plan, t)
+    imatrix = _imatrix_of(calibration, t)
     if piece.expert is not None and calibration is not None:
         layer, projection = _place(t.source.name)
         imatrix = calibration.imatrix(layer, projection, piece.expert)
@@ -227,14 +227,9 @@ def _make(
 def _place(name: str) -> tuple[int, str]:
     """(layer, projection) of the expert stack `name`."""
     _, layer, rest = name.split(".", 2)
-    return int(layer), next(p for p in PROJECTIONS if rest.startswith(f"ffn_{p}_"))
+    return int(layer), rest.removeprefix("ffn_").removesuffix("_exps.weight")
 
 
-def _attention_imatrix(
-    calibration: Calibration | None, plan: Plan, tensor: OutputTensor
-) -> NDArray[np.float32] | None:
-    """The importance matrix of an attention matrix whose type the plan chose."""
-    place = container.attention_place(tensor.name)
-    if not plan.fixed.attention or calibration is None or place is None:
-        return None
-    return calibration.attention_imatrix(*place)
+def _imatrix_of(calibration: Calibration | None, tensor: OutputTensor) -> NDArray[np.float32] | None:
+    """The importance matrix of a matrix that is no expert."""
+    return None if calibration is None else calibration.matrix_imatrix(tensor.source.name)

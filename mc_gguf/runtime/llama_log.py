@@ -10,13 +10,14 @@ import logging
 import sys
 
 import llama_cpp
-from llama_cpp._logger import logger
+from llama_cpp._logger import logger, set_verbose
 
 LOG_ERROR = 4  # enum ggml_log_level
 LOG_WARN = 3
 KEPT_LINES = 8
 _OVERRIDE = "Bad metadata override type for key "
 
+set_verbose(False)  # until somebody asks for it, as llama_cpp.Llama does
 _errors: list[str] = []  # llama.cpp's latest error messages, the oldest first
 _overrides: list[str] = []  # what it said of metadata overrides that it ignored
 

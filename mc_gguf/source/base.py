@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import PROJECTIONS, ModelInfo, TensorSpec, expert_tensor_name
+from mc_gguf.artifacts import EXPERT_STACK, PROJECTIONS, ModelInfo, TensorSpec, expert_tensor_name
 from mc_gguf.common.errors import SourceError
 from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, UINT32, Value
 from mc_gguf.ggml.gguf_writer import add_values
@@ -25,6 +25,10 @@ _COUNTS = (
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("expert_count", "expert_used_count", "expert_feed_forward_length", "rope.dimension_count"),
 )
+# The sets of matrices that an expert may have.
+_SETS = {
+    frozenset(names): names for names in (PROJECTIONS, ("up", "down"), ("gate_up", "down"))
+}
 SAMPLE_BYTES = 4096
 SAMPLES_PER_TENSOR = 3
 
@@ -43,12 +47,13 @@ _OF_NO_WEIGHT = ("general.", "tokenizer.chat_template")
 class Checkpoint(Protocol):
     """A 16/32-bit MoE model whose weights are read one at a time. Names, order and permutations are GGUF's.
 
-    `hparams` is the GGUF metadata of the architecture without its prefix ("attention.head_count",
+    `gguf` is the file (the first shard) of a model that is a GGUF already. `hparams` is the GGUF metadata of the architecture without its prefix ("attention.head_count",
     "rope.freq_base", "expert_used_count", ...). Reading raises SourceError.
     """
 
     info: ModelInfo
     hparams: Mapping[str, Any]
+    gguf: Path | None
     bos_id: int | None
     add_bos: bool
 
@@ -128,23 +133,7 @@ def make_info(
     check_layout(path, tensors)
     n_layer = count_of(path, hparams, "block_count", MAX_LAYERS)
     n_expert = count_of(path, hparams, "expert_count", MAX_EXPERTS)
-    n_used = count_of(path, hparams, "expert_used_count", n_expert)
-    specs = {t.name: t for t in tensors}
-    layers = [i for i in range(n_layer) if expert_tensor_name(i, "down") in specs]
-    if not layers:
-        raise SourceError(f"{path} has no whole layer of {n_expert} routed experts; is it complete?")
-    gate = expert_tensor_name(layers[0], "gate")
-    n_embd, n_ff = specs[gate].shape[:2] if gate in specs else (0, 0)
-    for layer in layers:
-        for projection in PROJECTIONS:
-            name = expert_tensor_name(layer, projection)
-            expected = (n_ff, n_embd, n_expert) if projection == "down" else (n_embd, n_ff, n_expert)
-            if name not in specs or specs[name].shape != expected:
-                found = specs[name].shape if name in specs else "nothing"
-                raise SourceError(
-                    f"{path}: expected {name} of shape {list(expected)}, found {found}; such a model is not "
-                    "supported"
-                )
+    n_ff = _check_stacks(path, tensors, n_layer, n_expert)
     _check_stored_types(path, kv, architecture)
     check_tensors(path, architecture, hparams, n_vocab_of(kv), tensors)
     kept = select_metadata(kv)
@@ -152,14 +141,46 @@ def make_info(
         architecture=architecture,
         n_layer=n_layer,
         n_expert=n_expert,
-        n_expert_used=n_used,
-        n_embd=n_embd,
+        n_expert_used=_n_used(path, hparams, n_expert),
+        n_embd=count_of(path, hparams, "embedding_length"),
         n_ff=n_ff,
         fingerprint=fingerprint(kept, architecture, tensors, samples),
         kv_bytes=measure_metadata(kept, architecture),
         n_kv=len(kept) + 1,
         tensors=tuple(tensors),
     )
+
+
+def _n_used(path: Path, hparams: Mapping[str, Any], n_expert: int) -> int:
+    """The most experts that a token uses in one layer."""
+    found = hparams.get("expert_used_count")
+    if not isinstance(found, list):
+        return count_of(path, hparams, "expert_used_count", n_expert)
+    return max((count_of(path, {"expert_used_count": n}, "expert_used_count", n_expert) for n in found if n), default=1)
+
+
+def _check_stacks(path: Path, tensors: Sequence[TensorSpec], n_layer: int, n_expert: int) -> int:
+    """The width of an expert, the largest where layers differ. Raises SourceError unless every layer with
+    experts has a whole set of stacks, the same in all, whose shapes go together.
+    """
+    stacks: dict[int, dict[str, tuple[int, ...]]] = {}
+    for spec in tensors:
+        if match := EXPERT_STACK.fullmatch(spec.name):
+            stacks.setdefault(int(match[1]), {})[match[2]] = spec.shape
+    if not any("down" in found for found in stacks.values()):
+        raise SourceError(f"{path} has no whole layer of {n_expert} routed experts; is it complete?")
+    wanted = _SETS.get(frozenset(p for found in stacks.values() for p in found), ())
+    for layer, found in sorted(stacks.items()):
+        down = found.get("down", (0, 0, 0))
+        for projection in wanted or PROJECTIONS:
+            n_row = down[0] * (2 if projection == "gate_up" else 1)
+            expected = down if projection == "down" else (down[1], n_row, n_expert)
+            if found.get(projection) != expected or expected[2:] != (n_expert,) or not all(expected):
+                raise SourceError(
+                    f"{path}: expected {expert_tensor_name(layer, projection)} of shape {list(expected)}, found "
+                    f"{list(found.get(projection, ())) or 'nothing'}; such a model is not supported"
+                )
+    return max(found["down"][0] for found in stacks.values())
 
 
 def _check_stored_types(path: Path, kv: Mapping[str, Value], architecture: str) -> None:

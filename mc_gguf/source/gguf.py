@@ -15,7 +15,9 @@ from mc_gguf.artifacts import TensorSpec, expert_tensor_name
 from mc_gguf.common.errors import FormatError, RuntimeBuildError, SourceError
 from mc_gguf.ggml.gguf_file import GgufHeader, TensorEntry
 from mc_gguf.ggml.gguf_writer import add_values
+from mc_gguf.ggml.quantizers import dequantize_rows
 from mc_gguf.ggml.shards import joined, read_shards
+from mc_gguf.ggml.types import READABLE, TYPES_BY_NAME
 from mc_gguf.source.base import bos_of, hparams_of, make_info, sample_offsets, select_metadata
 from mc_gguf.source.values import check_weights
 
@@ -35,10 +37,10 @@ class GgufCheckpoint:
         if not isinstance(architecture, str):
             raise SourceError(f"{path} has no key general.architecture, so it is not a model")
         specs = [TensorSpec(e.name, e.shape, e.type.name) for e in self._entries.values()]
-        if quantized := next((s for s in specs if s.type not in _FLOATS), None):
-            raise SourceError(
-                f"{path}: {quantized.name} is {quantized.type}; give the 16-bit or 32-bit model"
-            )
+        for spec in specs:
+            if _is_weight(spec) and spec.type not in _FLOATS and spec.type not in READABLE:
+                raise SourceError(f"{path}: {spec.name} is {spec.type}, which this mc_gguf cannot read")
+        self.gguf: Path | None = header.path
         self._kv = select_metadata(kv)
         self.hparams: Mapping[str, Any] = hparams_of(kv, architecture)
         self.bos_id, self.add_bos = bos_of(kv)
@@ -60,12 +62,12 @@ class GgufCheckpoint:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         entry = self._entry(name)
-        return _as_f32(self.raw(name), entry.type.name).reshape(tuple(reversed(entry.shape)))
+        return _as_f32(self.raw(name), entry.type.name, entry.shape[0]).reshape(tuple(reversed(entry.shape)))
 
     def expert(self, layer: int, projection: str, expert: int) -> NDArray[np.float32]:
         name = expert_tensor_name(layer, projection)
-        raw = self.raw(name, expert)
-        return _as_f32(raw, self._entry(name).type.name).reshape(self.info.expert_shape(projection))
+        raw, (rows, cols) = self.raw(name, expert), self.info.expert_shape(projection, layer)
+        return _as_f32(raw, self._entry(name).type.name, cols).reshape(rows, cols)
 
     def raw(self, name: str, expert: int | None = None) -> NDArray[np.uint8]:
         entry = self._entry(name)
@@ -74,7 +76,8 @@ class GgufCheckpoint:
         data = np.fromfile(path, dtype=np.uint8, count=n_bytes, offset=entry.offset + n_bytes * (expert or 0))
         if len(data) != n_bytes:
             raise SourceError(f"{path}: {name} is cut off; the file has become shorter since it was opened")
-        check_weights(path, name, data, entry.type.name, expert)
+        if entry.type.name in _FLOATS:
+            check_weights(path, name, data, entry.type.name, expert)
         return data
 
     def tokenize(self, text: str) -> list[int]:
@@ -104,7 +107,15 @@ class GgufCheckpoint:
                         yield f"{name}.{part}".encode() + file.read(length)
 
 
-def _as_f32(raw: NDArray[np.uint8], type_name: str) -> NDArray[np.float32]:
+def _is_weight(spec: TensorSpec) -> bool:
+    return spec.name.endswith(".weight")
+
+
+def _as_f32(raw: NDArray[np.uint8], type_name: str, cols: int) -> NDArray[np.float32]:
+    if type_name == "I32":
+        return raw.view(np.int32).astype(np.float32)
+    if type_name not in _FLOATS:
+        return dequantize_rows(raw, type_name, cols, len(raw) // TYPES_BY_NAME[type_name].row_bytes(cols))
     if type_name == "BF16":
         wide = raw.view(np.uint16).astype(np.uint32)
         wide <<= 16

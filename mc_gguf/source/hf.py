@@ -53,6 +53,8 @@ class HfCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.gguf: Path | None = None
+        self._gguf_py = load_gguf()
         stored = check_directory(path)
         conversion = load_conversion()
         try:
@@ -105,7 +107,7 @@ class HfCheckpoint:
         return self._expert(expert_tensor_name(layer, projection), expert)
 
     def raw(self, name: str, expert: int | None = None) -> NDArray[np.uint8]:
-        gguf = load_gguf()
+        gguf = self._gguf_py
         weights = self.tensor(name) if expert is None else self._expert(name, expert)
         data = gguf.quants.quantize(weights, gguf.GGMLQuantizationType[self._types[name]])
         return np.ascontiguousarray(data).view(np.uint8).reshape(-1)

@@ -230,7 +230,8 @@ def _trimmed(shape: Shape) -> Shape:
 
 def _is_free(name: str) -> bool:
     """Tensors that models may have, in shapes that are not checked here."""
-    return name == "output.weight" or name.startswith(("rope_freqs.", "rope_factors_"))
+    is_scale = name.endswith((".scale", ".input_scale"))  # of NVFP4 weights
+    return is_scale or name == "output.weight" or name.startswith(("rope_freqs.", "rope_factors_"))
 
 
 def pad_vocabulary(kv: Mapping[str, Value], tensors: Iterable[TensorSpec]) -> dict[str, Value]:

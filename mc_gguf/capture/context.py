@@ -1,0 +1,123 @@
+"""A llama_context that evaluates whole batches of rows while an eval callback listens."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_gguf.capture.graph import check_layout
+from mc_gguf.common.errors import McError, SourceError
+
+CONTEXT_STEP = 256  # tokens
+
+Callback = Callable[[int, bool, object], bool]
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where and how the runtime computes: threads, layers on a GPU, and of these how many keep their experts
+    on the CPU.
+    """
+
+    threads: int = 1
+    gpu_layers: int = 0
+    cpu_moe: int = 0
+
+
+class Context:
+    """The model in the GGUF `path`, with `n_seq` sequences of `n_ctx` tokens, all of them in one ubatch.
+
+    A context manager. Raises SourceError, with llama.cpp's reason, when the model cannot be loaded, and
+    McError when there is no memory for the context.
+    """
+
+    def __init__(
+        self, path: Path, n_ctx: int, n_seq: int, devices: Devices, callback: Callback
+    ) -> None:
+        self.path, self.n_ctx, self.n_seq = path, n_ctx, n_seq
+        self._devices, self._python_callback = devices, callback
+        self._model: Any = None
+        self._context: Any = None
+
+    def __enter__(self) -> Self:
+        from mc_gguf.runtime.llama_library import listen, llama_cpp, reason
+
+        check_layout()
+        self._llama = llama_cpp
+        listen()
+        model_params: Any = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = self._devices.gpu_layers
+        self._model = llama_cpp.llama_model_load_from_file(str(self.path).encode(), model_params)
+        if not self._model:
+            raise SourceError(f"the runtime cannot load {self.path}: {reason() or 'it does not say why'}")
+        params: Any = llama_cpp.llama_context_default_params()
+        per_sequence = -(-self.n_ctx // CONTEXT_STEP) * CONTEXT_STEP
+        params.n_ctx = self.n_seq * per_sequence
+        params.n_batch = params.n_ubatch = self.n_seq * self.n_ctx
+        params.n_seq_max = self.n_seq
+        params.kv_unified = False
+        params.n_threads = params.n_threads_batch = self._devices.threads
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
+        params.no_perf = True
+        # Kept as an attribute: C holds no reference to it.
+        self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._python_callback)
+        params.cb_eval = self._callback
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            why = reason() or "there may be too little memory"
+            self._close()
+            raise McError(f"{self.path}: llama.cpp cannot make a context of {params.n_ctx} tokens: {why}")
+        self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._context:
+            self._llama.llama_free(self._context)
+        if self._model:
+            self._llama.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def evaluate(self, rows: NDArray[np.int32]) -> None:
+        """Compute `rows` [n <= n_seq, length <= n_ctx], each a sequence of its own that begins at its first
+        token, in one ubatch in this order. What was computed before is forgotten.
+        """
+        llama = self._llama
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        n, length = rows.shape
+        tokens = np.ascontiguousarray(rows, dtype=np.int32).ravel()
+        positions = np.tile(np.arange(length, dtype=np.int32), n)
+        sequences = np.repeat(np.arange(n, dtype=np.int32), length)
+        counts, wanted = np.ones(n * length, dtype=np.int32), np.ones(n * length, dtype=np.int8)
+        addresses = np.uintp(sequences.ctypes.data) + np.arange(n * length, dtype=np.uintp) * np.uintp(4)
+        ints = ctypes.POINTER(ctypes.c_int32)
+        batch = llama.llama_batch(
+            n_tokens=n * length,
+            token=tokens.ctypes.data_as(ints),
+            embd=None,
+            pos=positions.ctypes.data_as(ints),
+            n_seq_id=counts.ctypes.data_as(ints),
+            seq_id=addresses.ctypes.data_as(ctypes.POINTER(ints)),
+            logits=wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        status = llama.llama_decode(self._context, batch)
+        if status:
+            raise McError(
+                f"{self.path}: llama.cpp could not compute {n * length} tokens (llama_decode returned {status})"
+            )
+
+    def logits(self, n_tokens: int) -> NDArray[np.float32]:
+        """Logits [n_tokens, n_vocab] of what was just evaluated: llama.cpp's own memory."""
+        found: Any = self._llama.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(found, (n_tokens, self.n_vocab))
