@@ -8,6 +8,7 @@ another budget needs no second calibration. A killed run continues inside the st
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -177,7 +178,25 @@ class Conversion:
             forget_work(path)  # of a calibration with other options
             return found
         self._check_space(text, options)
-        return calibrate_to_file(self.checkpoint, text, path, options, request.resume, request.quiet)
+        return calibrate_to_file(
+            self.checkpoint, text, path, options, request.resume, request.quiet, self._hand_over
+        )
+
+    def _hand_over(self, calibration: Calibration, folder: Path) -> None:
+        """What the runtime made of the text serves error compensation, too."""
+        from mc_gguf.capture.copy import MODEL, SPOOL
+        from mc_gguf.compensate.experts import STATES
+        from mc_gguf.quantize.writer import model_workdir
+
+        if not self.request.compensate:
+            return
+        with model_workdir(self.checkpoint.info, calibration, self.output, self.request.resume) as work:
+            target = work.path(STATES)
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir()
+            for name in (MODEL, SPOOL):
+                if (folder / name).exists():
+                    (folder / name).rename(target / name)
 
     @property
     def calibration_path(self) -> Path:
@@ -226,7 +245,7 @@ class Conversion:
         finish = plan.file_bytes or 0
         if self.request.compensate:
             finish += experts.bank_bytes(model, experts.wanted_by(plan))
-            finish += experts.state_bytes(model, text.rows.size)
+            finish += experts.state_bytes(self.checkpoint, text.rows.size)
         n_bytes = max(finish, state_bytes(self.checkpoint, text.rows, options))
         left_before = work_bytes(self.output, self.calibration_path)
         check_space(self.output.parent, n_bytes - left_before, f"making {self.output.name}")

@@ -183,14 +183,7 @@ class Calibration(Statistics):
                 f"{path} is not a calibration file ({why(error)}); make one with: mc-gguf calibrate"
             ) from error
         try:
-            return cls(
-                model,
-                **named,
-                corpus=corpus,
-                statistics=arrays,
-                fingerprint=fingerprint,
-                tool=tool,
-            )
+            return cls(model, **named, corpus=corpus, statistics=arrays, fingerprint=fingerprint, tool=tool)
         except ArtifactError as error:
             raise ArtifactError(f"{path}: {error}; make a new one with: mc-gguf calibrate") from error
 

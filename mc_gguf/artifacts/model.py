@@ -29,7 +29,7 @@ def expert_tensor_name(layer: int, projection: str) -> str:
 # What upstream's llama-quantize leaves as it is too (tensor_allows_quantization in src/llama-quant.cpp): routers,
 # tiny matrices, and what is not multiplied by as a matrix.
 _KEPT = (
-    *("ffn_gate_inp", "_norm.weight", "ssm_conv1d", "shortconv.conv", "time_mix_", "attn_rel_b", "position_embd"),
+    *("ffn_gate_inp", "norm", "ssm_conv1d", "shortconv.conv", "time_mix_", "attn_rel_b", "position_embd"),
     *("token_types", "altup", "laurel", "per_layer_model_proj", "indexer.k_proj", "indexer.q_proj"),
     *("_ape.weight", "hc_", "_conv.weight", "conv1d"),
 )

@@ -114,7 +114,9 @@ class Plan:
         body = {k: v for k, v in asdict(self).items() if k not in ("fingerprint", "experts", "bits")}
         others = body["fixed"].pop("others")
         body |= {"format": "mc_gguf.plan", "version": PLAN_VERSION}
-        rows: dict[str, Sequence[Sequence[object]]] = {f"{_EXPERTS}{p}": row for p, row in self.experts.items()}
+        rows: dict[str, Sequence[Sequence[object]]] = {
+            f"{_EXPERTS}{p}": row for p, row in self.experts.items()
+        }
         if self.bits is not None:
             rows["bits"] = self.bits
         if others:
@@ -184,7 +186,11 @@ def _check_values(plan: Plan) -> None:
             raise ValueError(f"{name} is {value!r}")
     fixed = asdict(plan.fixed)
     others = fixed.pop("others")
-    for name, found in (("types", plan.types), ("fixed", fixed.values()), ("others", [*others, *others.values()])):
+    for name, found in (
+        ("types", plan.types),
+        ("fixed", fixed.values()),
+        ("others", [*others, *others.values()]),
+    ):
         if not all(isinstance(kind, str) for kind in found):
             raise ValueError(f"{name} has a value that is no name of a type")
     if not all(isinstance(layer, int) and layer >= 0 for layer in plan.layers):

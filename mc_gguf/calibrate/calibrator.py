@@ -14,7 +14,7 @@ experts and about experts that few tokens reached.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import Calibration, Floats, ModelInfo
+from mc_gguf.artifacts import Calibration, ModelInfo
 from mc_gguf.calibrate.expert_errors import nominal_errors
-from mc_gguf.calibrate.finite import check_finite, place
+from mc_gguf.calibrate.finite import check_finite
 from mc_gguf.calibrate.layer import LayerMeasurement
 from mc_gguf.calibrate.matrices import Matrix, matrix_types, measured_matrices
 from mc_gguf.calibrate.options import (
@@ -36,18 +36,12 @@ from mc_gguf.calibrate.options import (
     calibration_identity,
     measured_types,
 )
-from mc_gguf.calibrate.state import MODEL, SPOOL, STATE_VERSION, CalibrationState
+from mc_gguf.calibrate.state import STATE_VERSION, CalibrationState
 from mc_gguf.calibrate.statistics import LayerStatistics, merge_layers, stack_layers
 from mc_gguf.calibrate.super_experts import super_experts
-from mc_gguf.capture.capture import (
-    CaptureOptions,
-    LayerRows,
-    capture,
-    sampled_tokens,
-    spool_bytes,
-)
+from mc_gguf.capture.capture import CaptureOptions, LayerRows, capture, sampled_tokens, spool_bytes
 from mc_gguf.capture.context import Devices
-from mc_gguf.capture.copy import copy_bytes, runnable
+from mc_gguf.capture.copy import MODEL, SPOOL, copy_bytes, runnable
 from mc_gguf.capture.price import Change, divergences
 from mc_gguf.capture.spool import Spool
 from mc_gguf.common.errors import SourceError
@@ -72,9 +66,13 @@ def calibrate_to_file(
     options: CalibrationOptions = DEFAULT_OPTIONS,
     resume: bool = True,
     quiet: bool = False,
+    hand_over: Callable[[Calibration, Path], None] | None = None,
 ) -> Calibration:
     """calibrate_checkpoint() into the file `output`, continuing what a killed run left beside it unless
     `resume` is False.
+
+    `hand_over` is called with the calibration and the folder in which MODEL and SPOOL are, before they are
+    removed.
     """
     types = measured_types(checkpoint.info, options.types)
     identity = calibration_identity(checkpoint.info, text, types, options) | {"state": STATE_VERSION}
@@ -82,6 +80,8 @@ def calibrate_to_file(
         work.check_space(state_bytes(checkpoint, text.rows, options))
         result = work.path("result.safetensors")
         calibration = calibrate_checkpoint(checkpoint, text, options, work.directory, quiet).save(result)
+        if hand_over is not None:
+            hand_over(calibration, work.directory)
         work.publish(result)
     return calibration
 
@@ -227,17 +227,14 @@ class _Run:
         return self.state.change(number)[part]
 
     def _assemble(
-        self,
-        types: tuple[str, ...],
-        names: Sequence[str],
-        measured: dict[str, Any],
-        prices: dict[str, float],
+        self, types: tuple[str, ...], names: Sequence[str], measured: dict[str, Any], prices: dict[str, float]
     ) -> Calibration:
         info, tiny = self.checkpoint.info, np.finfo(np.float64).tiny
         statistics = merge_layers(self.state.layers)
         rounding_error = stack_layers(self.state.layers)[LayerStatistics.rounding_error.name]
         dropped, rounded = (
-            np.array([prices[f"{kind} {layer}"] for layer in info.expert_layers]) for kind in ("drop", "round")
+            np.array([prices[f"{kind} {layer}"] for layer in info.expert_layers])
+            for kind in ("drop", "round")
         )
         statistics["routing_sensitivity"] = dropped
         statistics["kld_per_error"] = rounded / np.maximum(rounding_error, tiny)
@@ -247,7 +244,9 @@ class _Run:
             statistics["matrix_error"] = np.array(errors, dtype=np.float64)
             statistics["matrix_price"] = np.array([prices[n] / max(measured[n][2], tiny) for n in names])
             statistics["matrix_in"] = np.concatenate([np.float32(measured[n][1]) for n in names])
-        corpus = self.text.to_json() | {"measured": calibration_identity(info, self.text, types, self.options)}
+        corpus = self.text.to_json() | {
+            "measured": calibration_identity(info, self.text, types, self.options)
+        }
         return Calibration(
             info,
             info.expert_layers,

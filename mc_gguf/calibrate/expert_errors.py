@@ -295,7 +295,7 @@ class _Inner(_Change):
 
     def _by_unit(self, rows: Tensor) -> Tensor:
         """[..., units]: the sum over the rows of each unit."""
-        return rows.unflatten(-1, (self.n_part, self.expert.n_ff)).sum(-2) if self.n_part > 1 else rows
+        return rows.view(*rows.shape[:-1], self.n_part, -1).sum(-2) if self.n_part > 1 else rows
 
     @cached_property
     def image(self) -> tuple[Tensor, Tensor]:
@@ -329,7 +329,9 @@ class _Inner(_Change):
             return float(each.sum()), float((each * scale.square()).sum())
         basis, image = self.image[0][:, units.index], self.image[1]
         one = torch.ones_like(scale)
-        plain, relative = (self._scaled_up(units, dh * s, columns, basis * s, image * s) for s in (one, scale))
+        plain, relative = (
+            self._scaled_up(units, dh * s, columns, basis * s, image * s) for s in (one, scale)
+        )
         return plain, relative
 
     def _scaled_up(self, units: Drawn, dh: Tensor, columns: Tensor, basis: Tensor, image: Tensor) -> float:

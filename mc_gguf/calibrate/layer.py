@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf.artifacts import Floats
@@ -25,15 +26,14 @@ from mc_gguf.calibrate.finite import check_finite, place
 from mc_gguf.calibrate.options import CalibrationOptions
 from mc_gguf.calibrate.routed import RoutedTokens, Routing
 from mc_gguf.calibrate.statistics import N_QUANTILES, LayerStatistics
+from mc_gguf.calibrate.verify import verified_function
 from mc_gguf.capture.capture import LayerRows
-from mc_gguf.capture.expert import Expert, aligned, read_expert
+from mc_gguf.capture.expert import aligned, read_expert
 from mc_gguf.capture.function import ExpertFunction
 from mc_gguf.common.progress import Progress
 from mc_gguf.ggml.types import TYPES
 from mc_gguf.source import Checkpoint
 
-# How far a verified function's values may be from the runtime's, which multiplies in 16 bits, or in 8.
-_TOLERANCE = 0.05
 _CHUNK = 2048  # rows of inputs at once
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class LayerMeasurement:
     checkpoint: Checkpoint
     rows: LayerRows
     types: tuple[str, ...]
-    samples: np.ndarray
+    samples: NDArray[np.int64]
     options: CalibrationOptions
     threads: int
 
@@ -73,7 +73,14 @@ class LayerMeasurement:
             check_finite(routing.probs, "probabilities")
             check_finite(rows.hidden_sq.astype(np.float64), "squared hidden states")
         disturbance = Disturbance(routing, self.samples, info.expert_width)
-        function = self._verified(routing)
+        function, why = verified_function(self.checkpoint, routing)
+        if function is None:
+            log.warning(
+                "layer %d: what its experts compute is not recognised (%s), so errors are measured with "
+                "importance matrices alone, which is less exact",
+                layer,
+                why,
+            )
         for number in range(info.n_expert):
             with place(layer, f"expert {number}"):
                 self._expert(number, routing, function, disturbance, stats)
@@ -99,35 +106,6 @@ class LayerMeasurement:
         ratios = probs[:, 1:] / np.maximum(probs[:, :1], 1e-30)
         n_rank = ratios.shape[1]
         stats.ratio_quantiles[:n_rank] = np.quantile(ratios, np.linspace(0, 1, N_QUANTILES), axis=0).T
-
-    def _verified(self, routing: Routing) -> ExpertFunction | None:
-        """The experts' function, if it gives what the runtime computed; without one the errors are measured
-        with the importance matrices alone, which is said.
-        """
-        function, middle = self.rows.function, torch.from_numpy(self.rows.middle)
-        if function is None:
-            self._warn(f"the operation {self.rows.unknown} is not known")
-            return None
-        error = total = 0.0
-        for number in np.unique(routing.experts[: len(middle)]):
-            tokens, slots = np.nonzero(routing.experts[: len(middle)] == number)
-            expert = read_expert(self.checkpoint, self.layer, int(number), function)
-            expected = middle[tokens, slots]
-            found = expert.hidden(self.rows.inputs(tokens, slots))
-            error += float((found - expected).square().sum(dtype=torch.float64))
-            total += float(expected.square().sum(dtype=torch.float64))
-        if error <= _TOLERANCE**2 * total:
-            return function
-        self._warn(f"{function.text} differs from what the runtime computes by {(error / total) ** 0.5:.2g}")
-        return None
-
-    def _warn(self, why: str) -> None:
-        log.warning(
-            "layer %d: what its experts compute is not recognised (%s), so errors are measured with importance "
-            "matrices alone, which is less exact",
-            self.layer,
-            why,
-        )
 
     def _expert(
         self,
@@ -173,18 +151,19 @@ class LayerMeasurement:
     ) -> ExpertErrors:
         into = stats.imatrix_in[number].astype(np.float32)
         middle = stats.imatrix_mid[number, : self._n_ff].astype(np.float32)
-        how = {"max_rows": self.options.max_rows, "threads": self.threads}
-        seed = (self.options.seed, self.layer, number)
+        max_rows, seed = self.options.max_rows, (self.options.seed, self.layer, number)
         if function is None:
             projections = self.checkpoint.info.projections
             matrices = {p: aligned(self.checkpoint.expert(self.layer, p, number)) for p in projections}
             relative = float((norms_sq / np.maximum(self.rows.hidden_sq[tokens.index], 1e-30)).sum())
             total = float(norms_sq.sum())
-            return imatrix_errors(matrices, total, relative, into, middle, self.types, seed=seed, **how)
+            return imatrix_errors(
+                matrices, total, relative, into, middle, self.types, max_rows, seed, self.threads
+            )
         expert = read_expert(self.checkpoint, self.layer, number, function)
         disturbance.add_rounded(number, expert)
         sample = self._sample(number, routing, tokens, norms_sq)
-        return expert_errors(expert, sample, into, middle, self.types, seed=seed, **how)
+        return expert_errors(expert, sample, into, middle, self.types, max_rows, seed, self.threads)
 
     @property
     def _n_ff(self) -> int:
@@ -210,7 +189,7 @@ class LayerMeasurement:
         weights = tokens.weights[at] * drawn.weight.double().sqrt().numpy()
         return self._sample_of(tokens.index[at], tokens.slots[at], weights)
 
-    def _sample_of(self, index: np.ndarray, slots: np.ndarray, weights: Floats) -> Sample:
+    def _sample_of(self, index: NDArray[np.int64], slots: NDArray[np.int64], weights: Floats) -> Sample:
         hidden_sq = torch.from_numpy(self.rows.hidden_sq[index].astype(np.float64))
         scale = hidden_sq.clamp(min=1e-30).rsqrt().float()
         return Sample(self.rows.inputs(index, slots), torch.from_numpy(weights).float(), scale)

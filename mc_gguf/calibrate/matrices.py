@@ -86,7 +86,9 @@ class Matrix:
         matrix, inputs = aligned(self.checkpoint.tensor(self.name)), self.inputs()
         return torch.cat([inputs @ (rounded(part) - part).T for part in torch.split(matrix, _ROWS)], dim=1)
 
-    def measure(self, types: Sequence[str], max_rows: int, seed: Sequence[int], threads: int) -> MatrixMeasurement:
+    def measure(
+        self, types: Sequence[str], max_rows: int, seed: Sequence[int], threads: int
+    ) -> MatrixMeasurement:
         """Raises McError for values that are not finite."""
         key = self.spool.facts["matrices"][self.name]
         mean = self.spool.sums[f"{key}.sq"] / max(1.0, float(self.spool.sums[f"{key}.n"][0]))

@@ -59,7 +59,9 @@ class Routing:
     def tokens_of(self, expert: int) -> RoutedTokens:
         """The tokens that are routed to `expert`, ascending."""
         starts = self._starts
-        flat = self._slots[starts[expert] : starts[expert + 1]] if expert + 1 < len(starts) else self._slots[:0]
+        flat = (
+            self._slots[starts[expert] : starts[expert + 1]] if expert + 1 < len(starts) else self._slots[:0]
+        )
         index, slots = np.divmod(flat, self.experts.shape[1])
         return RoutedTokens(index, slots, self.probs[index, slots], self.weights[index, slots])
 

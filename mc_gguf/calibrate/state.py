@@ -32,7 +32,6 @@ from mc_gguf.common.arrays import write_array
 from mc_gguf.common.files import atomic_write
 
 STATE_VERSION = 6
-MODEL, SPOOL = "model.gguf", "spool"
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +94,9 @@ class CalibrationState:
     def _change_path(self, number: int) -> Path:
         return self.directory / f"change-{number}.npy"
 
-    def remembered(self, name: str, keys: list[str], make: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
+    def remembered(
+        self, name: str, keys: list[str], make: Callable[[list[str]], dict[str, Any]]
+    ) -> dict[str, Any]:
         """Values by key, of which NAME.json has some already: `make` gives those of the keys that it lacks,
         which are then kept. Values are JSON documents.
         """

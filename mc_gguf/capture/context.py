@@ -38,9 +38,7 @@ class Context:
     McError when there is no memory for the context.
     """
 
-    def __init__(
-        self, path: Path, n_ctx: int, n_seq: int, devices: Devices, callback: Callback
-    ) -> None:
+    def __init__(self, path: Path, n_ctx: int, n_seq: int, devices: Devices, callback: Callback) -> None:
         self.path, self.n_ctx, self.n_seq = path, n_ctx, n_seq
         self._devices, self._python_callback = devices, callback
         self._model: Any = None

@@ -16,6 +16,8 @@ from mc_gguf.container.layout import OutputTensor
 from mc_gguf.ggml.gguf_file import DEFAULT_ALIGNMENT, pad
 from mc_gguf.source import Checkpoint
 
+MODEL, SPOOL = "model.gguf", "spool"  # in the folder in which a text's evaluation is kept
+
 
 def runnable(checkpoint: Checkpoint, path: Path, bar: Progress) -> Path:
     """A GGUF with the weights of `checkpoint`: its own file, or `path`, which is written if need be."""

@@ -148,21 +148,20 @@ def evaluate(function: Expression, products: Mapping[str, Tensor], vectors: Vect
     if op == "half":
         n = values[0].shape[-1] // 2
         return values[0][..., n * rest[0] : n * (rest[0] + 1)]
-    if op == "bias":
-        return values[0] + vectors(rest[1])
-    if op == "scale":
-        return values[0] * vectors(rest[1])
+    if op in ("bias", "scale"):
+        vector = vectors(rest[1])
+        return values[0] + vector if op == "bias" else values[0] * vector
     if op in _UNARY:
         return _UNARY[op](values[0])
     if op in _BINARY:
         return _BINARY[op](values[0], values[1])
     if op == "SCALE":
-        return values[0] * rest[1] + rest[2]
+        return torch.add(values[0] * rest[1], rest[2])
     if op == "CLAMP":
         return values[0].clamp(rest[1], rest[2])
     if op in _GLU:
         return _GLU[op](values[0]) * values[1]
-    gate, up, *limits = *values, *rest[2:]
+    gate, up, limits = values[0], values[1], rest[2:]
     if op == "GLU.SWIGLU_OAI":
         gate = gate.clamp(max=limits[1])
         return gate * torch.sigmoid(limits[0] * gate) * (up.clamp(-limits[1], limits[1]) + 1)

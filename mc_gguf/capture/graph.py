@@ -90,7 +90,8 @@ class Node:
 
     @property
     def name(self) -> str:
-        return self._raw.name.decode("utf-8", "replace")
+        name: bytes = self._raw.name
+        return name.decode("utf-8", "replace")
 
     @property
     def op(self) -> str:

@@ -71,7 +71,7 @@ def divergences(
                 for s in range(len(group)):
                     total[first + s] += _divergence(bases[r], logits[s])
                 bar.advance(len(group) * length, "sensitivity")
-    return np.maximum(total / (n_rows * length), 0.0)
+    return np.asarray(np.maximum(total / (n_rows * length), 0.0))
 
 
 def _vocabulary(path: Path) -> int:

@@ -87,7 +87,7 @@ class Spool:
         try:
             with safe_open(self.folder / _SUMS, framework="numpy") as file:
                 header = json.loads((file.metadata() or {})["mc_gguf"])
-                self.sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                self.sums = {name: file.get_tensor(name) for name in file.keys()}
             self.facts, self.done = header["facts"], int(header["done"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             self.sums, self.facts, self.done = {}, {}, 0

@@ -129,7 +129,11 @@ tensor_options = together(
         "the types given here.  [default: auto with --size, strategy pmq or layer and objective kld, unless one "
         "of the next two options is given; else fixed]",
     ),
-    tensors("--attn-type", metavar="T", help="Type of attention q and output, and of all without an option.  [default: Q6_K]"),
+    tensors(
+        "--attn-type",
+        metavar="T",
+        help="Type of attention q and output, and of all without an option.  [default: Q6_K]",
+    ),
     tensors("--attn-kv-type", metavar="T", help="Type of attention k and v.  [default: Q8_0]"),
     tensors("--embd-type", metavar="T", help="Type of the token embeddings.  [default: Q6_K]"),
     tensors("--output-type", metavar="T", help="Type of the output matrix.  [default: Q6_K]"),

@@ -1,13 +1,13 @@
 """Error compensation for a model: the experts' blocks of a plan, put into a Bank, layer by layer.
 
-The token rows that the calibration was made from go through the model once more, with its 16-bit weights. The
-Hessians of every expert are those of its own routed inputs (hessian.py). Every matrix is quantized with and
-without compensation, and the result with less squared error on held-out tokens goes into the bank. What the
-bank has already is not made again. The hidden states after each layer are kept in a folder, so that a killed
-run continues where it was.
+The inputs of the experts for the calibration's own text lie in a spool (capture/), which calibration left, or
+which is made anew by evaluating the text. The Hessians of every expert are those of its own routed inputs
+(hessian.py). Every matrix is quantized with and without compensation, and the result with less squared error
+on held-out tokens goes into the bank. What the bank has already is not made again, so a killed run continues
+where it was.
 
-Memory holds the hidden states (16 KB per token at n_embd 4096), one expert in float32, and the Hessian of
-down with its factor and copies of both (822 MB each at n_ff 14336: about 4 GB).
+Memory holds one expert in float32, and the Hessian of down with its factor and copies of both (822 MB each at
+n_ff 14336: about 4 GB).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -25,26 +26,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mc_gguf import __version__
-from mc_gguf.artifacts import NO_CALIBRATION, PROJECTIONS, Calibration, ModelInfo, Plan
+from mc_gguf.artifacts import NO_CALIBRATION, Calibration, ModelInfo, Plan
 from mc_gguf.artifacts.matching import check_inputs
 from mc_gguf.calibrate.finite import place
-from mc_gguf.common.arrays import write_array
+from mc_gguf.calibrate.routed import Routing
+from mc_gguf.calibrate.verify import verified_function
+from mc_gguf.capture.capture import CaptureOptions, LayerRows, capture, spool_bytes
+from mc_gguf.capture.context import Devices
+from mc_gguf.capture.copy import MODEL, SPOOL, copy_bytes, runnable
+from mc_gguf.capture.expert import Expert, read_expert
+from mc_gguf.capture.function import ExpertFunction
+from mc_gguf.capture.spool import Spool
 from mc_gguf.common.errors import ArtifactError, about
-from mc_gguf.common.files import atomic_write, check_space
+from mc_gguf.common.files import check_space
 from mc_gguf.common.progress import Progress, progress
-from mc_gguf.common.workdir import Workdir, keep_only
+from mc_gguf.common.workdir import Workdir
 from mc_gguf.compensate.bank import Bank, bank_key, matrix_bytes
-from mc_gguf.compensate.hessian import Collector, HessianTokens, Inputs, held_out_tokens, run_expert
+from mc_gguf.compensate.hessian import Collector, HessianTokens, Inputs, collect, held_out_tokens
 from mc_gguf.compensate.matrix import DEFAULT, CompensationOptions, quantize_compensated, supports
-from mc_gguf.compensate.products import exact_products, fast_products
+from mc_gguf.compensate.products import fast_products
 from mc_gguf.ggml.quantizers import dequantize_rows, init, quantize_rows, warn_if_lost
 from mc_gguf.runtime.upstream import patchset_digest
 from mc_gguf.source import Checkpoint
-from mc_gguf.source.decoder import Decoder, Expert, RouterOutput
 from mc_gguf.source.text import Corpus, load_corpus
 
-_REVISION = 3  # of what makes the blocks besides the patch set: a bank of another revision is not used
-# In a working directory: the bank, and the hidden states of a pass that fills it.
+_REVISION = 4  # of what makes the blocks besides the patch set: a bank of another revision is not used
+# In a working directory: the bank, and what the text's evaluation gives to fill it.
 BANK, STATES = "bank", "states"
 
 log = logging.getLogger(__name__)
@@ -82,10 +89,10 @@ def wanted_by(plan: Plan) -> Wanted:
     """The matrices of a plan whose types can be compensated."""
     return {
         (layer, expert): frozenset(
-            (p, t) for p in PROJECTIONS if supports(t := plan.type_of(layer, expert, p))
+            (p, t) for p in plan.experts if supports(t := plan.type_of(layer, expert, p))
         )
         for layer in plan.layers
-        for expert in range(len(plan.experts["gate"][0]))
+        for expert in range(len(plan.experts["down"][0]))
     }
 
 
@@ -133,8 +140,9 @@ def compensate(
     """Fill `bank` with the wanted matrices: the same bytes for any number of `threads`, however often it was
     interrupted.
 
-    The hidden states after each layer are kept in the folder `states`, which belongs to one model and
-    calibration; without one, a pass that was interrupted starts at the first layer again.
+    What the runtime makes of the text is kept in the folder `states`, which belongs to one model and
+    calibration; without one, it is in a temporary folder. Layers whose experts compute something that is not
+    recognised (capture/function.py) are left out: their matrices are quantized without compensation.
 
     `keep_going` is asked after every expert, with the number of matrices made and of all; when it returns
     False, the pass ends and the outcome is not complete.
@@ -147,14 +155,31 @@ def compensate(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode(), fast_products(checkpoint.info.n_embd):
-            run = _Pass(
-                Decoder(checkpoint), calibration, missing, bank, threads, options, outcome, states, keep_going
-            )
+        with torch.no_grad(), fast_products(checkpoint.info.n_embd), ExitStack() as stack:
+            folder = states or Path(stack.enter_context(TemporaryDirectory(prefix="mc-gguf-")))
+            spool = captured(checkpoint, corpus, folder, threads, bar)
+            run = _Pass(checkpoint, calibration, missing, bank, threads, options, outcome, spool, keep_going)
             run.run(corpus.rows, bar)
     finally:
         torch.set_num_threads(before)
+    if states and outcome.is_complete:
+        shutil.rmtree(states)
     return outcome
+
+
+def captured(
+    checkpoint: Checkpoint, corpus: Corpus, folder: Path, threads: int, bar: Progress | None
+) -> Spool:
+    """What the runtime makes of the text, from `folder` as far as it is there."""
+    spool = Spool(folder / SPOOL)
+    if spool.done < corpus.n_tokens:
+        none = np.zeros(0, dtype=np.int64)
+        with progress("capture", total=corpus.n_tokens, unit="tokens", quiet=bar is None) as own:
+            model = runnable(checkpoint, folder / MODEL, own)
+            capture(
+                model, checkpoint.info, CaptureOptions(corpus.rows, none, none), Devices(threads), spool, own
+            )
+    return spool
 
 
 def compensated_bank(
@@ -184,7 +209,7 @@ def compensated_bank(
     corpus = calibration_text(checkpoint, calibration, files)
     bank, states = open_bank(folder or work.path(BANK), calibration), work.path(STATES)
     own_bank = 0 if folder else bank_bytes(checkpoint.info, wanted)
-    work.check_space(own_bank + state_bytes(checkpoint.info, corpus.rows.size) + (plan.file_bytes or 0))
+    work.check_space(own_bank + state_bytes(checkpoint, corpus.rows.size) + (plan.file_bytes or 0))
     if folder:
         check_space(folder, bank_bytes(checkpoint.info, missing_from(bank, wanted)), f"the bank {folder}")
     with progress("compensate", unit="matrices", quiet=quiet) as bar:
@@ -205,80 +230,68 @@ def missing_from(bank: Bank, wanted: Wanted) -> Wanted:
 
 def bank_bytes(model: ModelInfo, wanted: Wanted) -> int:
     """What the wanted matrices take on disk in a bank."""
-    shapes = {projection: model.expert_shape(projection) for projection in PROJECTIONS}
     return sum(
-        matrix_bytes(*shapes[projection], name) for kinds in wanted.values() for projection, name in kinds
+        matrix_bytes(*model.expert_shape(projection, layer), name)
+        for (layer, _), kinds in wanted.items()
+        for projection, name in kinds
     )
 
 
-def state_bytes(model: ModelInfo, n_tokens: int) -> int:
-    """The most that the hidden states of a pass take on disk: those after two layers, for a moment."""
-    return 2 * 4 * model.n_embd * n_tokens
+def state_bytes(checkpoint: Checkpoint, n_tokens: int) -> int:
+    """About the most that the evaluation of a text keeps on disk."""
+    return copy_bytes(checkpoint) + spool_bytes(checkpoint.info, n_tokens, 0, 0)
 
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    decoder: Decoder
+    checkpoint: Checkpoint
     calibration: Calibration
     missing: Wanted
     bank: Bank
     threads: int
     options: CompensationOptions
     outcome: Outcome
-    states: Path | None
+    spool: Spool
     keep_going: Callable[[int, int], bool] | None
 
     def run(self, rows: NDArray[np.int32], bar: Progress | None) -> None:
-        """Go through the layers up to the last one with a missing matrix."""
-        last = max(layer for layer, _ in self.missing)
-        done, hidden = self._resume(min(layer for layer, _ in self.missing), rows)
+        """Go through the layers with a missing matrix."""
         total, made = sum(len(kinds) for kinds in self.missing.values()), 0
-        for layer in range(done, last + 1):
-            self.decoder.attention(layer, hidden)
-            flat = hidden.view(-1, hidden.shape[-1])
-            with exact_products():  # a rounded router would choose other experts than the runtime does
-                routing = self.decoder.route(layer, flat)
-            norm = self.decoder.ffn_norm(layer)
-            held_out = held_out_tokens(*hidden.shape[:2])
-            added = self.decoder.unrouted(layer)(flat)
-            for expert in range(self.decoder.shape.n_expert):
-                kinds = self.missing.get((layer, expert), frozenset())
-                self._expert(layer, expert, kinds, flat, norm, routing, held_out, added)
+        held_out = held_out_tokens(*rows.shape)
+        for layer in sorted({layer for layer, _ in self.missing}):
+            found = LayerRows(self.spool, layer, rows.size, 0)
+            routing = Routing(found)
+            function, _ = verified_function(self.checkpoint, routing)
+            for number in sorted(expert for at, expert in self.missing if at == layer):
+                kinds = self.missing[layer, number]
+                if function is not None:
+                    self._expert(layer, number, kinds, function, routing, held_out)
                 made += len(kinds)
                 if bar:
                     bar.update(made, total, note=f"layer {layer}")
                 if self.keep_going and not self.keep_going(made, total):
                     self.outcome.is_complete = False
                     return
-            flat += added
-            self._save(layer + 1, hidden)
-        if self.states:
-            shutil.rmtree(self.states)
 
     def _expert(
         self,
         layer: int,
         number: int,
         kinds: frozenset[tuple[str, str]],
-        flat: Tensor,
-        norm: Tensor,
-        routing: RouterOutput,
+        function: ExpertFunction,
+        routing: Routing,
         held_out: Tensor,
-        added: Tensor,
     ) -> None:
-        expert, collector = self.decoder.expert(layer, number), None
-        tokens = HessianTokens.routed(routing, number, held_out)
-        if kinds:
-            tokens = HessianTokens.enough(self.decoder, routing, number, max(expert.gate.shape), held_out)
-            projections = {p for p, _ in kinds}
-            collector = Collector(expert, bool(projections & {"gate", "up"}), "down" in projections)
-        run_expert(self.decoder, expert, flat, norm, tokens, added, collector)
+        expert = read_expert(self.checkpoint, layer, number, function)
+        tokens = HessianTokens.enough(routing, number, max(expert.down.shape), held_out)
+        projections = {p for p, _ in kinds}
+        collector = Collector(expert, bool(projections - {"down"}), "down" in projections)
+        collect(expert, routing, tokens, collector)
         for projection, name in sorted(kinds):
-            assert collector is not None
             inputs = collector.inputs(projection == "down")
             with place(layer, f"expert {number}, {projection}"):
                 blocks = self._matrix(layer, number, projection, name, expert, inputs)
-            stack, weights = f"blk.{layer}.ffn_{projection}_exps.weight", getattr(expert, projection).numpy()
+            stack, weights = f"blk.{layer}.ffn_{projection}_exps.weight", expert.matrices[projection].numpy()
             warn_if_lost(f"{stack}, expert {number}", weights, blocks, name)
             self.bank.put(layer, projection, number, name, blocks)
 
@@ -286,7 +299,7 @@ class _Pass:
         self, layer: int, number: int, projection: str, name: str, expert: Expert, inputs: Inputs
     ) -> NDArray[np.uint8]:
         """The blocks that are better on held-out inputs; if there are none, the compensated blocks."""
-        weights: NDArray[np.float32] = getattr(expert, projection).numpy()
+        weights: NDArray[np.float32] = expert.matrices[projection].numpy()
         importance = self.calibration.imatrix(layer, projection, number)
         plain = quantize_rows(weights, name, importance, self.threads)
         options = self.options.for_tokens(inputs.n_tokens, weights.shape[1])
@@ -299,29 +312,6 @@ class _Pass:
             return plain
         self.outcome.compensated += 1
         return best
-
-    def _resume(self, first: int, rows: NDArray[np.int32]) -> tuple[int, Tensor]:
-        """(number of layers done, hidden states after them): the last kept states that layer `first` can
-        start from.
-        """
-        if self.states is not None:
-            for layer in range(first, 0, -1):
-                with suppress(OSError, ValueError):
-                    # Copied into torch's own memory: alignment can change the last bit of a product.
-                    return layer, torch.from_numpy(np.load(self._path(layer), allow_pickle=False)).clone()
-        return 0, self.decoder.embed(rows)
-
-    def _save(self, layer: int, hidden: Tensor) -> None:
-        """Keep the states before `layer` and delete all others."""
-        if self.states is None:
-            return
-        with atomic_write(self._path(layer)) as file:
-            write_array(file, hidden.numpy())
-        keep_only(self.states, [self._path(layer).name])
-
-    def _path(self, layer: int) -> Path:
-        assert self.states is not None
-        return self.states / f"hidden-{layer}.npy"
 
 
 def output_error(

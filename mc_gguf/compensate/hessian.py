@@ -1,8 +1,8 @@
 """What error compensation has to know about one expert: the second moments of its routed inputs, and held-out
 inputs.
 
-Per expert there are x [tokens, n_embd], the normalised inputs of gate and up, and h = silu(gate x) * (up x)
-[tokens, n_ff], the inputs of down. Each is multiplied by the token's routing weight g, because the error of
+Per expert there are x [tokens, n_embd], the inputs of gate and up, and h [tokens, n_ff], the inputs of down,
+which the expert makes of them (capture/function.py). Each is multiplied by the token's routing weight g, because the error of
 the block's output is proportional to g^2. (The error of gate and up goes through down as well, differently
 for every row; but the weight of a row does not change what is best for it.) Every HELD_OUT_EVERY-th row of
 the text is kept aside, and up to HELD_OUT of its tokens judge the result. Whole rows are kept aside because a
@@ -12,7 +12,7 @@ pass.
 The Hessian of an expert with few tokens has directions in which nothing was seen, and a solution that puts
 its error there is worthless on other text. The Hessian is therefore shrunk towards the layer's: the tokens
 that come nearest to being routed to the expert are added, with the weight that the runtime would give the
-expert in the last place (Decoder.nearest_tokens) times the root of SHRINKAGE, until there are ENOUGH tokens
+expert in the last place (Routing.nearest) times the root of SHRINKAGE, until there are ENOUGH tokens
 per column. This is defined for down as well, whose inputs no other expert shares.
 """
 
@@ -20,12 +20,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from mc_gguf.calibrate.routed import Routing
+from mc_gguf.capture.expert import Expert
 from mc_gguf.compensate.products import add_squares, mirror
-from mc_gguf.source.decoder import CHUNK, Decoder, Expert, RouterOutput
 
+CHUNK = 2048  # tokens at once
 HELD_OUT_EVERY = 8
 HELD_OUT = 512
 ENOUGH = 4  # tokens per column
@@ -53,39 +57,42 @@ class HessianTokens:
 
     Attributes:
         index: [n] numbers of the tokens.
-        weights: [n] what their inputs are multiplied by.
+        slots: [n] the slots in which they have the expert.
+        weights: [n] float32, what their inputs are multiplied by.
         held_out: [n] bool, those that judge the result.
         n_routed: how many are routed to the expert: the first ones. The rest are the nearest others.
     """
 
-    index: Tensor
+    index: NDArray[np.int64]
+    slots: NDArray[np.int64]
     weights: Tensor
     held_out: Tensor
     n_routed: int
 
     @classmethod
-    def routed(cls, output: RouterOutput, expert: int, held_out: Tensor) -> HessianTokens:
+    def routed(cls, routing: Routing, expert: int, held_out: Tensor) -> HessianTokens:
         """The tokens that are routed to the expert; `held_out` [N] marks those of all tokens that are kept
         aside.
         """
-        tokens = output.tokens_of(expert)
-        return cls(tokens.index, tokens.weights, held_out[tokens.index], len(tokens))
+        tokens = routing.tokens_of(expert)
+        weights = torch.from_numpy(tokens.weights).float()
+        return cls(tokens.index, tokens.slots, weights, held_out[torch.from_numpy(tokens.index)], len(tokens))
 
     @classmethod
-    def enough(
-        cls, decoder: Decoder, output: RouterOutput, expert: int, n_cols: int, held_out: Tensor
-    ) -> HessianTokens:
+    def enough(cls, routing: Routing, expert: int, n_cols: int, held_out: Tensor) -> HessianTokens:
         """The routed tokens and, if they are fewer than ENOUGH per column, the nearest others that are not
         held out.
         """
-        own = cls.routed(output, expert, held_out)
+        own = cls.routed(routing, expert, held_out)
         missing = ENOUGH * n_cols - len(own.index)
         if missing <= 0:
             return own
-        others = decoder.nearest_tokens(output, expert, missing, excluded=held_out)
+        others = routing.nearest(expert, missing, excluded=held_out.numpy())
+        weights = torch.from_numpy(others.weights * SHRINKAGE**0.5).float()
         return cls(
-            torch.cat([own.index, others.index]),
-            torch.cat([own.weights, others.weights * SHRINKAGE**0.5]),
+            np.concatenate([own.index, others.index]),
+            np.concatenate([own.slots, others.slots]),
+            torch.cat([own.weights, weights]),
             torch.cat([own.held_out, torch.zeros(len(others), dtype=torch.bool)]),
             own.n_routed,
         )
@@ -101,7 +108,7 @@ class Collector:
     """Collects the inputs of one expert's matrices: of gate and up (if `inner`), and of down (if `down`)."""
 
     def __init__(self, expert: Expert, inner: bool, down: bool) -> None:
-        n_ff, n_embd = expert.gate.shape
+        n_embd, n_ff = expert.down.shape
         self._sums = [torch.zeros(n, n) if wanted else None for n, wanted in ((n_embd, inner), (n_ff, down))]
         self._aside: list[list[Tensor]] = [[], []]
         self._n_tokens = 0
@@ -126,25 +133,9 @@ class Collector:
         return Inputs(total, held_out, self._n_tokens)
 
 
-def run_expert(
-    decoder: Decoder,
-    expert: Expert,
-    flat: Tensor,
-    norm: Tensor,
-    tokens: HessianTokens,
-    added: Tensor,
-    collector: Collector | None,
-) -> None:
-    """Add the expert's output for its routed tokens to `added`, and collect its matrices' inputs."""
-    if not len(tokens.index):
-        return
-    for part in torch.split(torch.arange(len(tokens.index)), CHUNK):
-        x = decoder.norm(flat[tokens.index[part]], norm)
-        h = expert.hidden(x)
-        if collector is not None:
-            collector.add((x, h), tokens.weights[part], tokens.held_out[part])
-        routed = max(0, min(len(part), tokens.n_routed - int(part[0])))
-        if routed:
-            part = part[:routed]
-            y = (h[:routed] @ expert.down.T).mul_(tokens.weights[part, None])
-            added.index_add_(0, tokens.index[part], y)
+def collect(expert: Expert, routing: Routing, tokens: HessianTokens, collector: Collector) -> None:
+    """Give the inputs of the expert's matrices for `tokens` to `collector`."""
+    for first in range(0, len(tokens.index), CHUNK):
+        part = slice(first, first + CHUNK)
+        x = routing.rows.inputs(tokens.index[part], tokens.slots[part])
+        collector.add((x, expert.hidden(x)), tokens.weights[part], tokens.held_out[part])

@@ -48,7 +48,9 @@ def kld(calibration: Calibration, types: Sequence[str]) -> Floats:
     error in this layer was measured to cause (calibrate/sensitivity.py).
     """
     price = calibration.kld_per_error
-    return np.asarray(relative(calibration, types) * price[:, None, None, None])
+    error = relative(calibration, types)
+    finite = np.where(np.isinf(error), 0.0, error)  # where a type does not fit: infinite at any price
+    return np.asarray(np.where(np.isinf(error), np.inf, finite * price[:, None, None, None]))
 
 
 def hessian(calibration: Calibration, types: Sequence[str]) -> Floats:

@@ -80,8 +80,8 @@ def build_others(calibration: Calibration, types: Sequence[str]) -> Others:
     kld = np.where(np.isfinite(error), error, 0.0).clip(min=0.0) * calibration.matrix_price[:, None]
     specs = {t.name: t for t in model.tensors}
     size = np.array([[_file_size(specs[matrix], name) for name in names] for matrix in calibration.matrices])
-    possible = (size > 0).any(axis=1) if size.size else np.zeros(0, dtype=bool)
-    if not possible.any():
+    possible = [bool((row > 0).any()) for row in size]
+    if not any(possible):
         raise McError(
             f"no matrix but the experts can have any of the types {', '.join(names)}; leave others fixed",
             parameter="others",
@@ -100,9 +100,7 @@ def make_up_errors(model: ModelInfo, types: Sequence[str]) -> tuple[tuple[str, .
 
 def is_decided(spec: TensorSpec) -> bool:
     """Whether a calibration of a model is likely to have measured the matrix: it knows after the fact."""
-    return (
-        spec.name.startswith("blk.") and spec.is_matrix and len(spec.shape) == 2 and min(spec.shape) > 1
-    )
+    return spec.name.startswith("blk.") and spec.is_matrix and len(spec.shape) == 2 and min(spec.shape) > 1
 
 
 def _file_size(spec: TensorSpec, name: str) -> int:

@@ -17,10 +17,10 @@ import numpy as np
 
 from mc_gguf.artifacts import NOMINAL_TYPES, PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan
 from mc_gguf.common.errors import BudgetError, McError
-from mc_gguf.ggml.types import MATRIX_CANDIDATES, CANDIDATES, ggml_type
+from mc_gguf.ggml.types import CANDIDATES, MATRIX_CANDIDATES, ggml_type
 from mc_gguf.plan import published
-from mc_gguf.plan.others import build_others, make_up_errors
 from mc_gguf.plan.objectives import DEFAULT_OBJECTIVES, OBJECTIVES
+from mc_gguf.plan.others import build_others, make_up_errors
 from mc_gguf.plan.problem import (
     Budget,
     FileBytes,

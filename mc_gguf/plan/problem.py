@@ -108,7 +108,10 @@ class Problem:
     def experts(self, columns: Ints) -> dict[str, tuple[tuple[str, ...], ...]]:
         """The assignment by name: [projection][layer][expert]."""
         names = np.array(self.types, dtype=object)[columns]
-        return {p: tuple(tuple(row) for row in names[:, :, i].tolist()) for i, p in enumerate(self.model.projections)}
+        return {
+            p: tuple(tuple(row) for row in names[:, :, i].tolist())
+            for i, p in enumerate(self.model.projections)
+        }
 
 
 def _sum_of(error: Floats, columns: Ints) -> float:
@@ -144,19 +147,19 @@ def build_problem(calibration: Calibration, types: Sequence[str], objective: Obj
     """
     model = _checked_model(calibration)
     stacks = [(layer, p) for layer in model.expert_layers for p in model.projections]
-    usable = np.array([[_fits(model, *stack, name) for name in types] for stack in stacks])
+    usable = np.array([[_fits(model, layer, p, name) for name in types] for layer, p in stacks])
     columns = list(types)
-    for i, stack in enumerate(stacks):
+    for i, (layer, p) in enumerate(stacks):
         if usable[i].any():
             continue
-        name = fallback_type(model, *stack)
+        name = fallback_type(model, layer, p)
         if name not in columns:
             columns.append(name)
             usable = np.pad(usable, ((0, 0), (0, 1)))
         usable[i, columns.index(name)] = True
     size = np.zeros(usable.shape, dtype=np.int64)
     for i, t in zip(*np.nonzero(usable), strict=True):
-        size[i, t] = _matrix_bytes(model, *stacks[i], columns[t])
+        size[i, t] = _matrix_bytes(model, stacks[i][0], stacks[i][1], columns[t])
     shape = (len(model.expert_layers), len(model.projections), len(columns))
     size, usable = size.reshape(shape), usable.reshape(shape)
     wanted = objective(calibration, types)
@@ -190,9 +193,7 @@ def _usable_errors(error: Floats, usable: NDArray[np.bool_]) -> Floats:
     return np.where(usable, whole, np.inf)
 
 
-def _limited(
-    error: Floats, usable: NDArray[np.bool_], size: Ints
-) -> tuple[NDArray[np.bool_], Ints]:
+def _limited(error: Floats, usable: NDArray[np.bool_], size: Ints) -> tuple[NDArray[np.bool_], Ints]:
     """`usable` and `size` [L, P, T] with at most MAX_GROUPS types for every stack, which is what a file can hold.
 
     Where more are possible, those go first that lie farthest above the lower convex hull of error over size,
@@ -202,10 +203,12 @@ def _limited(
     n_type = error.shape[-1]
     total = np.maximum(error, 0.0).sum(axis=1)
     for layer, p in np.argwhere(usable[:, :, :n_type].sum(axis=-1) > MAX_GROUPS):
-        left = [t for t in np.flatnonzero(usable[layer, p]) if t < n_type]
+        left = [int(t) for t in np.flatnonzero(usable[layer, p]) if t < n_type]
         while len(left) > MAX_GROUPS:
             left.sort(key=lambda t: (size[layer, p, t], total[layer, p, t]))
-            worst = max(range(1, len(left) - 1), key=lambda i: _excess(left, i, size[layer, p], total[layer, p]))
+            worst = max(
+                range(1, len(left) - 1), key=lambda i: _excess(left, i, size[layer, p], total[layer, p])
+            )
             gone = left.pop(worst)
             usable[layer, p, gone], size[layer, p, gone] = False, 0
     return usable, size

@@ -18,13 +18,7 @@ from mc_gguf.artifacts import NOMINAL_TYPES, Calibration, FixedTypes
 from mc_gguf.common.errors import BudgetError
 from mc_gguf.common.units import format_size
 from mc_gguf.plan import published
-from mc_gguf.plan.others import (
-    Others,
-    add_others,
-    limit_with_others,
-    split_assignment,
-    total_error,
-)
+from mc_gguf.plan.others import Others, add_others, limit_with_others, split_assignment, total_error
 from mc_gguf.plan.problem import Budget, FileBytes, Floats, Ints, Problem, bytes_for_bpw
 from mc_gguf.plan.program import (
     OTHER_RANGES,
@@ -252,9 +246,7 @@ _ALL = (
         takes_nominal_bits=True,
     ),
     Strategy("uniform", uniform, "one type for all experts"),
-    Strategy(
-        "layer", per_layer, "one type per layer and projection, for stock llama.cpp", takes_others=True
-    ),
+    Strategy("layer", per_layer, "one type per layer and projection, for stock llama.cpp", takes_others=True),
     Strategy("random", random, "control: pmq's types, shuffled among the experts"),
     Strategy("inverted", inverted, "control: pmq's types, given to the wrong experts"),
     # Published baselines solve pmq's program, but minimise what their authors measured (objectives.py).

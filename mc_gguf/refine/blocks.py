@@ -84,12 +84,12 @@ def compensated_blocks(
     `folder` is that of the bank, and hidden states are kept in `states`. `files` hold the calibration's text
     (none: the bundled one).
     """
-    allowed = wanted_types(problem.size, start, NEAR)
+    allowed = wanted_types(problem.size[0], start, NEAR)
     text = calibration_text(checkpoint, calibration, files)
     bank, forecast = open_bank(folder, calibration), Forecast(MAX_SHARE * seconds)
     wanted = _wanted(calibration, problem, allowed)
     n_bytes = bank_bytes(checkpoint.info, missing_from(bank, wanted))
-    n_bytes += state_bytes(checkpoint.info, text.rows.size)
+    n_bytes += state_bytes(checkpoint, text.rows.size)
     remedy = "make room, or search without compensation"
     check_space(folder, n_bytes, "a search among compensated matrices", remedy)
     with progress("compensate", unit="matrices", quiet=quiet) as bar:

@@ -131,7 +131,7 @@ class Search:
         rng = np.random.default_rng([self.seed, self.state.rounds])
         n_row, n_draw = len(self.here), N_DRAW if len(self.memory.draws) < ENOUGH_DRAWS else 1
         rows = np.sort(rng.permutation(n_row)[: self.state.expansion_rows])
-        wanted = wanted_types(self.scope.problem.size, self.state.columns, self.reach)
+        wanted = wanted_types(self.scope.problem.size[0], self.state.columns, self.reach)
         if self.allowed is not None:
             wanted &= self.allowed
         self.memory.add(expand(self.evaluator, rows, wanted, n_draw, int(rng.integers(1 << 31))))
@@ -175,7 +175,9 @@ class Search:
 
     def _solve(self, coupling: float, damping: float) -> Ints:
         problem, start = self.scope.problem, self.state.columns
-        size = np.broadcast_to(problem.size, problem.error.shape).reshape(-1, problem.error.shape[-1])
+        size = np.broadcast_to(problem.size[:, None], problem.error.shape).reshape(
+            -1, problem.error.shape[-1]
+        )
         program = Program(self.memory.gradient, self.memory.scaled(), size, coupling, damping)
         capacity, least = self.scope.capacity(start), problem.expert_bytes(start)
         for _ in range(MAX_TRIES):

@@ -26,9 +26,7 @@ _COUNTS = (
     *("expert_count", "expert_used_count", "expert_feed_forward_length", "rope.dimension_count"),
 )
 # The sets of matrices that an expert may have.
-_SETS = {
-    frozenset(names): names for names in (PROJECTIONS, ("up", "down"), ("gate_up", "down"))
-}
+_SETS = {frozenset(names): names for names in (PROJECTIONS, ("up", "down"), ("gate_up", "down"))}
 SAMPLE_BYTES = 4096
 SAMPLES_PER_TENSOR = 3
 
@@ -156,7 +154,10 @@ def _n_used(path: Path, hparams: Mapping[str, Any], n_expert: int) -> int:
     found = hparams.get("expert_used_count")
     if not isinstance(found, list):
         return count_of(path, hparams, "expert_used_count", n_expert)
-    return max((count_of(path, {"expert_used_count": n}, "expert_used_count", n_expert) for n in found if n), default=1)
+    return max(
+        (count_of(path, {"expert_used_count": n}, "expert_used_count", n_expert) for n in found if n),
+        default=1,
+    )
 
 
 def _check_stacks(path: Path, tensors: Sequence[TensorSpec], n_layer: int, n_expert: int) -> int:

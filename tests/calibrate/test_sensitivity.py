@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mc_gguf.calibrate.sensitivity import SENSITIVITY_TOKENS, branch_rows
 from numpy.typing import NDArray
 from torch.profiler import ProfilerActivity, profile
 
 from mc_gguf.artifacts import Calibration
 from mc_gguf.calibrate.calibrator import calibrate_checkpoint
 from mc_gguf.calibrate.options import CalibrationOptions
-from mc_gguf.calibrate.sensitivity import SENSITIVITY_TOKENS, branch_rows
 from mc_gguf.calibrate.statistics import N_QUANTILES
 from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.source import open_checkpoint

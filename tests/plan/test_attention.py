@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mc_gguf.plan.attention import COMPENSATED
 
 from mc_gguf.artifacts import ATTENTION, PROJECTIONS, Calibration, FixedTypes, Plan
 from mc_gguf.common.errors import ArtifactError, BudgetError, McError
 from mc_gguf.container import file_bytes
 from mc_gguf.plan import Budget, FileBytes, plan, stand_in
-from mc_gguf.plan.attention import COMPENSATED
 from mc_gguf.plan.summary import summarize_plan
 from tests.support.synthetic_calibration import calibration, with_attention
 

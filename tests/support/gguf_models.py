@@ -94,6 +94,7 @@ class RandomCheckpoint:
             tensors=tuple(tensors),
         )
         self.hparams: Mapping[str, Any] = {}
+        self.gguf: Path | None = None
         self.bos_id: int | None = 1
         self.add_bos = True
 

@@ -6,13 +6,17 @@ It converts names and permutes Q and K itself, independently of mc_gguf.source.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import PROJECTIONS, ModelInfo, TensorSpec, expert_tensor_name
+from mc_gguf.artifacts import EXPERT_STACK, PROJECTIONS, ModelInfo, TensorSpec, expert_tensor_name
+from mc_gguf.ggml.gguf_file import FLOAT32, STRING, UINT32, Value
+from mc_gguf.ggml.gguf_writer import add_values
+from mc_gguf.source.base import measure_metadata
 from tests.support import TINY
 
 _NAMES = {
@@ -63,6 +67,18 @@ def random_mixtral(seed: int = 0, **changes: Any) -> Any:
     return model.float().eval()
 
 
+def _stored_type(name: str, weights: NDArray[np.float32]) -> str:
+    """The type of a tensor in the converter's files."""
+    return "F32" if weights.ndim == 1 or "ffn_gate_inp" in name else "BF16"
+
+
+def _as_stored(weights: NDArray[np.float32], kind: str) -> NDArray[np.uint8]:
+    flat = np.ascontiguousarray(weights).reshape(-1)
+    if kind == "F32":
+        return flat.view(np.uint8)
+    return (flat.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+
+
 class MemoryCheckpoint:
     """A mc_gguf.source.Checkpoint over a transformers Mixtral."""
 
@@ -81,14 +97,16 @@ class MemoryCheckpoint:
             "expert_count": config.num_local_experts,
             "expert_used_count": config.num_experts_per_tok,
         }
+        self.gguf: Path | None = None
         self.bos_id: int | None = config.bos_token_id
         self.add_bos = True
         self.n_reads = 0
         self._tensors: dict[str, NDArray[np.float32]] = {}
         self._experts: dict[tuple[int, str], NDArray[np.float32]] = {}
         for name, value in model.state_dict().items():
-            self._add(name, value.float().numpy(), config)
-        specs = [TensorSpec(n, t.shape[::-1], "BF16") for n, t in self._tensors.items()]
+            exact = value.bfloat16() if value.ndim > 1 and not name.endswith("mlp.gate.weight") else value
+            self._add(name, exact.float().numpy(), config)
+        specs = [TensorSpec(n, t.shape[::-1], _stored_type(n, t)) for n, t in self._tensors.items()]
         specs += [
             TensorSpec(expert_tensor_name(*key), t.shape[::-1], "BF16") for key, t in self._experts.items()
         ]
@@ -100,10 +118,21 @@ class MemoryCheckpoint:
             n_embd=config.hidden_size,
             n_ff=config.intermediate_size,
             fingerprint="memory",
-            kv_bytes=0,
-            n_kv=0,
+            kv_bytes=measure_metadata(self._metadata(config), "llama"),
+            n_kv=len(self._kv) + 1,
             tensors=tuple(specs),
         )
+
+    def _metadata(self, config: Any) -> dict[str, Value]:
+        counts = {k: v for k, v in self.hparams.items() if isinstance(v, int)}
+        counts |= {"attention.value_length": self.hparams["attention.key_length"]}
+        counts |= {"vocab_size": config.vocab_size, "embedding_length": config.hidden_size}
+        counts |= {"feed_forward_length": config.intermediate_size}
+        reals = {k: v for k, v in self.hparams.items() if isinstance(v, float)}
+        self._kv = {f"llama.{k}": Value(UINT32, v) for k, v in counts.items()}
+        self._kv |= {f"llama.{k}": Value(FLOAT32, float(np.float32(v))) for k, v in reals.items()}
+        self._kv["tokenizer.ggml.model"] = Value(STRING, "none")
+        return self._kv
 
     def _add(self, name: str, value: NDArray[np.float32], config: Any) -> None:
         if name in _NAMES:
@@ -125,10 +154,14 @@ class MemoryCheckpoint:
             self._tensors[f"blk.{layer}.{_LAYER_NAMES[rest]}"] = value
 
     def copy_kv(self, writer: Any) -> None:
-        raise NotImplementedError
+        add_values(writer, self._kv)
 
     def raw(self, name: str, expert: int | None = None) -> NDArray[np.uint8]:
-        raise NotImplementedError
+        match = EXPERT_STACK.fullmatch(name)
+        if match and expert is not None:
+            return _as_stored(self._experts[int(match[1]), match[2]][expert], "BF16")
+        weights = self._tensors[name]
+        return _as_stored(weights, _stored_type(name, weights))
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         return self._tensors[name].copy()
