@@ -29,6 +29,9 @@ NATIVE_FIXTURES = frozenset(("runtime", "unpatched_runtime", "tiny_gguf", "tiny_
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--without-runtime", action="store_true", help="Run what needs no built runtime.")
+    parser.addoption(
+        "--write-architectures", action="store_true", help="Write docs/reference/architectures.md anew."
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -26,8 +26,8 @@ def expert_tensor_name(layer: int, projection: str) -> str:
     return f"blk.{layer}.ffn_{projection}_exps.weight"
 
 
-# What upstream's llama-quantize leaves as it is too (tensor_allows_quantization in src/llama-quant.cpp): routers,
-# tiny matrices, and what is not multiplied by as a matrix.
+# What upstream's llama-quantize leaves as it is too (tensor_allows_quantization in src/llama-quant.cpp):
+# routers, tiny matrices, and what is not multiplied by as a matrix.
 _KEPT = (
     *("ffn_gate_inp", "norm", "ssm_conv1d", "shortconv.conv", "time_mix_", "attn_rel_b", "position_embd"),
     *("token_types", "altup", "laurel", "per_layer_model_proj", "indexer.k_proj", "indexer.q_proj"),
@@ -56,7 +56,8 @@ class ModelInfo:
 
     Attributes:
         architecture: the GGUF name.
-        n_layer: number of layers, with and without experts.
+        n_layer: number of layers, with and without experts; blocks that predict further tokens (MTP) do not
+            count, and their experts have the types of other tensors.
         n_expert: routed experts per layer.
         n_expert_used: experts per token; where layers differ, the most.
         n_embd: width of the hidden states.
@@ -95,14 +96,14 @@ class ModelInfo:
         return tuple(sorted({layer for layer, _ in self.stacks if layer < self.n_layer}))
 
     def expert_shape(self, projection: str, layer: int | None = None) -> tuple[int, int]:
-        """(rows, weights per row) of one expert's matrix; of the first layer with experts if none is given."""
+        """(rows, weights per row) of one expert's matrix, by default in the first layer with experts."""
         cols, rows = self.stacks[self.expert_layers[0] if layer is None else layer, projection].shape[:2]
         return rows, cols
 
     @property
     def expert_width(self) -> int:
-        """Width of what goes into an expert and of what comes out: n_embd, except in models whose experts work
-        in a space of their own.
+        """Width of what goes into an expert and of what comes out: n_embd, except in models whose experts
+        work in a space of their own.
         """
         return self.expert_shape("down")[0]
 

@@ -106,8 +106,8 @@ def calibrate_checkpoint(
         checkpoint: the model.
         text: the token rows.
         options: what is measured and how exactly.
-        directory: where the state is kept; it belongs to these arguments alone (a Workdir's). Without one, the
-            run cannot be continued.
+        directory: where the state is kept; it belongs to these arguments alone (a Workdir's). Without one,
+            the run cannot be continued.
         quiet: whether to show no progress.
 
     Raises SourceError for a model that the runtime cannot load or that gives values that are not finite, and

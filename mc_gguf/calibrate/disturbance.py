@@ -10,8 +10,8 @@ expert is in memory.
 
 Dropping. Of the outputs y_j of a token's experts, which the runtime computed, and the changes c_j of their
 weights, it is the sum of c_j y_j. Curve: for every quantile of w_j / w_0, the squared error of the block's
-output when all experts at rank 1 or later below that threshold are dropped. It is sum_jk c_j c_k <y_j, y_k>, so
-that one pass gives it for every quantile.
+output when all experts at rank 1 or later below that threshold are dropped. It is sum_jk c_j c_k <y_j, y_k>,
+so that one pass gives it for every quantile.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Disturbance:
         return torch.einsum("tk,tke->te", changes, self.routing.rows.sampled_outputs())
 
     def curve(self, ratio_quantiles: Floats) -> Floats:
-        """[Q] errors relative to the error at the median, for the thresholds `ratio_quantiles` [K-1, Q]. If the
-        median drops nothing they are taken to grow with q.
+        """[Q] errors relative to the error at the median, for the thresholds `ratio_quantiles` [K-1, Q]. If
+        the median drops nothing they are taken to grow with q.
         """
         n_quantile = ratio_quantiles.shape[1]
         outputs = self.routing.rows.sampled_outputs()

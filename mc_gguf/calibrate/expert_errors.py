@@ -1,20 +1,20 @@
 """The error of one expert under every type: ggml's quantizer, the expert's own importance matrix and tokens.
 
 With y = g W_down h, h = f(W_gate x, W_up x) with the model's own f (capture/function.py), and the final
-routing weight g, the error of one projection in type t is the sum over the routed tokens of |y_t - y|^2 with that projection alone replaced. It is exact
-when every row of the matrix and every routed token is used. Otherwise rows are sampled, because quantization
-works row by row, and so are tokens, with probabilities near their squared output, because a few of them can
-make most of an expert's error.
+routing weight g, the error of one projection in type t is the sum over the routed tokens of |y_t - y|^2 with
+that projection alone replaced. It is exact when every row of the matrix and every routed token is used.
+Otherwise rows are sampled, because quantization works row by row, and so are tokens, with probabilities near
+their squared output, because a few of them can make most of an expert's error.
 
 Sampling rows. A row of W_down makes one output, so the total is a plain sum over rows. A row i of W_gate or
-W_up makes one dh_i, and |W_down dh|^2 = sum_ij dh_i dh_j <w_i, w_j> has cross terms. Where gate and up are one
-matrix, the two rows of a hidden unit are drawn and changed together. Quantizers shrink
-weights (the error of a least-squares fit is not orthogonal to the weight: -25 % for IQ1_S), so the dh_i move
-together, and scaling up the sampled rows alone would be biased. The common part is known for all rows: dh = a
-b + r, where b = dh/da is the effect of shrinking the projection. Hence total = a^2 |W b|^2 + 2 a <W b, W r> +
-|W r|^2; the first term is exact, and the second and the diagonal of the third are sums over rows. Rows are
-drawn with probabilities near their expected share of the error (Horvitz-Thompson), systematically, and the
-same rows for every type, so that types are compared on equal terms.
+W_up makes one dh_i, and |W_down dh|^2 = sum_ij dh_i dh_j <w_i, w_j> has cross terms. Where gate and up are
+one matrix, the two rows of a hidden unit are drawn and changed together. Quantizers shrink weights (the error
+of a least-squares fit is not orthogonal to the weight: -25 % for IQ1_S), so the dh_i move together, and
+scaling up the sampled rows alone would be biased. The common part is known for all rows: dh = a b + r, where
+b = dh/da is the effect of shrinking the projection. Hence total = a^2 |W b|^2 + 2 a <W b, W r> + |W r|^2; the
+first term is exact, and the second and the diagonal of the third are sums over rows. Rows are drawn with
+probabilities near their expected share of the error (Horvitz-Thompson), systematically, and the same rows for
+every type, so that types are compared on equal terms.
 
 Beside the plain sum over tokens there is a sum of relative errors, |y_t - y|^2 / |hidden state|^2. RMS norms
 follow, so the effect of an error depends on its size relative to the hidden state, and the few tokens with
@@ -246,7 +246,8 @@ class _ExpertInputs:
         """The inputs x [T, n_embd] with weights g and scales [T]."""
         with torch.no_grad():
             products = expert.products(x)
-        # Hidden unit i depends on the products of its own rows alone, so the gradient of the sum is each's own.
+        # Hidden unit i depends on the products of its own rows alone, so the gradient of the sum is each's
+        # own.
         leaves = {p: z.clone().requires_grad_() for p, z in products.items()}
         with torch.enable_grad():
             hidden = expert.hidden_of(leaves)

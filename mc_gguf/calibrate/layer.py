@@ -1,8 +1,8 @@
 """One layer's measurement, from the spool: what its experts see, do and would lose under every type.
 
 Every expert is handled once: its weights are read, its statistics collected (frequency, routing weight,
-importance matrices, output norm), the error of every candidate type measured (expert_errors.py), the effect of
-rounding it computed for the sampled tokens (disturbance.py), and its weights freed.
+importance matrices, output norm), the error of every candidate type measured (expert_errors.py), the effect
+of rounding it computed for the sampled tokens (disturbance.py), and its weights freed.
 
 An expert that no token reached keeps a zero importance matrix, which quantizers treat like ones, and counts
 as if one token had reached it: by the rule of succession no more can be said. Its error is the mean over the
@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class LayerResult:
-    """What was measured of one layer: its statistics, and what rounding and dropping changes in its output for
-    the sampled tokens, float32 [2, S, n_embd] (dropped, rounded).
+    """What was measured of one layer: its statistics, and what rounding and dropping changes in its output
+    for the sampled tokens, float32 [2, S, n_embd] (dropped, rounded).
     """
 
     statistics: LayerStatistics

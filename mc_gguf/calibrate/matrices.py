@@ -1,10 +1,10 @@
-"""The matrices that are not experts: attention of any kind, shared experts, dense layers, projections of state
-spaces. The error of each under every type, and what rounding it changes in its products.
+"""The matrices that are not experts: attention of any kind, shared experts, dense layers, projections of
+state spaces. The error of each under every type, and what rounding it changes in its products.
 
 The error is the squared error of the matrix's products with its inputs, per token, when it has the type. The
-price that turns it into nats per token is measured for every matrix by itself (capture/price.py): the products
-with the rounded matrix take the place of the exact ones. Rows are independent, so a sample of them is enough
-for the errors.
+price that turns it into nats per token is measured for every matrix by itself (capture/price.py): the
+products with the rounded matrix take the place of the exact ones. Rows are independent, so a sample of them
+is enough for the errors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """capture(): a text through the runtime into a spool, resumable.
 
-Per MoE block the spool gets what spool.py lists; per other matrix the mean squares of its inputs over all of the
-text, and the inputs of the sampled tokens themselves.
+Per MoE block the spool gets what spool.py lists; per other matrix the mean squares of its inputs over all of
+the text, and the inputs of the sampled tokens themselves.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def capture(
         for number, first in enumerate(range(spool.done // ctx, n_rows, options.n_seq)):
             part = options.rows[first : first + options.n_seq]
             sink.begin(first * ctx, part.size)
+            observer.begin()
             context.evaluate(part)
             observer.check()
             sink.end()
@@ -176,15 +177,27 @@ class _Writer(Sink):
         if self.first == 0:
             self.spool.sums[f"blk.{layer}.hidden_median"] = np.array([float(tensor.abs().median())])
 
-    def matrix(self, name: str, node: Node) -> bool:
+    def wants_matrix(self, name: str) -> bool:
         return name in self._matrices
 
     def matrix_product(self, name: str, node: Node) -> None:
         inputs = node.src(1)
         assert inputs is not None
-        facts = self.spool.facts.setdefault("matrices", {})
         if inputs.kind or inputs.shape[0] != self._matrices[name][0]:
             return
+        whole = node.rows == self.n and node.shape[0] == self._matrices[name][1]
+        self._matrix_input(name, inputs, whole)
+
+    def final_input(self, node: Node) -> None:
+        name = "output.weight" if "output.weight" in self._matrices else "token_embd.weight"
+        if name in self._matrices and node.shape[0] == self._matrices[name][0]:
+            self._matrix_input(name, node, True)
+
+    def _matrix_input(self, name: str, inputs: Node, whole: bool) -> None:
+        """Add the rows of `inputs`. With `whole`, which says that the products are rows of tokens, the
+        sampled ones are kept.
+        """
+        facts = self.spool.facts.setdefault("matrices", {})
         known = self._inputs.get(inputs.address)
         if known is not None:
             facts.setdefault(name, known)
@@ -194,7 +207,7 @@ class _Writer(Sink):
         rows = torch.from_numpy(np.ascontiguousarray(values.reshape(-1, values.shape[-1])))
         self.spool.add(f"{key}.sq", rows.square().sum(dim=0).numpy())
         self.spool.add(f"{key}.n", np.array([len(rows)]))
-        if len(rows) != self.n or node.rows != self.n or node.shape[0] != self._matrices[name][1]:
+        if len(rows) != self.n or not whole:
             return
         local, place = self._sampled(self.options.matrix_samples)
         if len(local):
@@ -280,7 +293,7 @@ class LayerRows:
         return np.asarray(self._rows("hidden_sq", np.float32))
 
     def inputs(self, tokens: NDArray[np.int64], slots: NDArray[np.int64]) -> torch.Tensor:
-        """Rows [n, n_embd] of the block's input for tokens in slots; slots count where inputs are weighted."""
+        """Rows [n, n_embd] of the block's input for tokens; `slots` count where inputs are weighted."""
         each, n_embd = self.rows_per_token, int(self._facts()["n_embd"])
         rows, scale = self._rows("x", np.float16, each, n_embd), self._rows("x_scale", np.float32, each)
         at = (tokens, slots if each > 1 else np.zeros_like(slots))

@@ -17,7 +17,7 @@ from mc_gguf.common.errors import McError, SourceError
 
 CONTEXT_STEP = 256  # tokens
 
-Callback = Callable[[int, bool, object], bool]
+Callback = Callable[[int, bool, object], bool]  # a Listener, for one
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Context:
         self.path, self.n_ctx, self.n_seq = path, n_ctx, n_seq
         self._devices, self._python_callback = devices, callback
         self._model: Any = None
-        self._context: Any = None
+        self.handle: Any = None
 
     def __enter__(self) -> Self:
         from mc_gguf.runtime.llama_library import listen, llama_cpp, reason
@@ -67,8 +67,8 @@ class Context:
         # Kept as an attribute: C holds no reference to it.
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._python_callback)
         params.cb_eval = self._callback
-        self._context = llama_cpp.llama_init_from_model(self._model, params)
-        if not self._context:
+        self.handle = llama_cpp.llama_init_from_model(self._model, params)
+        if not self.handle:
             why = reason() or "there may be too little memory"
             self._close()
             raise McError(f"{self.path}: llama.cpp cannot make a context of {params.n_ctx} tokens: {why}")
@@ -81,18 +81,18 @@ class Context:
         self._close()
 
     def _close(self) -> None:
-        if self._context:
-            self._llama.llama_free(self._context)
+        if self.handle:
+            self._llama.llama_free(self.handle)
         if self._model:
             self._llama.llama_model_free(self._model)
-        self._context = self._model = None
+        self.handle = self._model = None
 
     def evaluate(self, rows: NDArray[np.int32]) -> None:
         """Compute `rows` [n <= n_seq, length <= n_ctx], each a sequence of its own that begins at its first
         token, in one ubatch in this order. What was computed before is forgotten.
         """
         llama = self._llama
-        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        llama.llama_memory_clear(llama.llama_get_memory(self.handle), True)
         n, length = rows.shape
         tokens = np.ascontiguousarray(rows, dtype=np.int32).ravel()
         positions = np.tile(np.arange(length, dtype=np.int32), n)
@@ -109,13 +109,14 @@ class Context:
             seq_id=addresses.ctypes.data_as(ctypes.POINTER(ints)),
             logits=wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
-        status = llama.llama_decode(self._context, batch)
+        status = llama.llama_decode(self.handle, batch)
         if status:
             raise McError(
-                f"{self.path}: llama.cpp could not compute {n * length} tokens (llama_decode returned {status})"
+                f"{self.path}: llama.cpp could not compute {n * length} tokens (llama_decode returned "
+                f"{status})"
             )
 
     def logits(self, n_tokens: int) -> NDArray[np.float32]:
         """Logits [n_tokens, n_vocab] of what was just evaluated: llama.cpp's own memory."""
-        found: Any = self._llama.llama_get_logits(self._context)
+        found: Any = self._llama.llama_get_logits(self.handle)
         return np.ctypeslib.as_array(found, (n_tokens, self.n_vocab))

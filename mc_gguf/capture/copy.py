@@ -36,7 +36,7 @@ def copy_bytes(checkpoint: Checkpoint) -> int:
 
 
 def write_copy(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a plain GGUF with the tensors of `checkpoint` as they are; the file appears once it is complete."""
+    """Write a plain GGUF with the tensors of `checkpoint` as they are; it appears once it is complete."""
     tensors = _tensors(checkpoint)
     header = container.encode_header(checkpoint, tensors, NO_CALIBRATION, NO_CALIBRATION, None)
     with atomic_write(path) as file:

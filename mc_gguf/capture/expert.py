@@ -57,7 +57,7 @@ class Expert:
         return self.hidden_of(self.products(x))
 
     def hidden_of(self, products: Mapping[str, Tensor], units: Tensor | None = None) -> Tensor:
-        """The input of down, of the hidden units `units` alone if given: `products` then have only their rows."""
+        """The input of down; of the hidden units `units` alone if given, whose rows `products` have then."""
         return self.function.hidden(products, lambda name: self._vector(name, units))
 
     def output(self, hidden: Tensor) -> Tensor:

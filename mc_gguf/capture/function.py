@@ -78,7 +78,7 @@ def function_of(node: Node) -> Expression:
         return _half(node, sources[0])
     if op == "ADD_ID":
         return ["bias", function_of(sources[0]), _vector(sources[1])]
-    if op == "MUL" and (scale := _scale_of(sources[1])):
+    if op == "MUL" and (scale := scale_of(sources[1])):
         return ["scale", function_of(sources[0]), scale]
     if op in _UNARY:
         return [op, function_of(sources[0])]
@@ -123,7 +123,7 @@ def _vector(node: Node) -> str:
     return node.name
 
 
-def _scale_of(node: Node) -> str:
+def scale_of(node: Node) -> str:
     """The name of the tensor with one scale per expert that was spread over the slots; empty: it is none."""
     while node.op in ("GET_ROWS", "REPEAT", "RESHAPE", "VIEW", "CONT"):
         source = node.src(0)

@@ -1,7 +1,7 @@
 """ggml's graph as the eval callback sees it: nodes with their sources, and the numbers in them.
 
-The callback (ggml_backend_sched_eval_callback) gets the address of a ggml_tensor. The struct is declared here a
-second time, from ggml.h of the pinned llama.cpp with our GGML_MAX_SRC; `check_layout` compares it with the
+The callback (ggml_backend_sched_eval_callback) gets the address of a ggml_tensor. The struct is declared here
+a second time, from ggml.h of the pinned llama.cpp with our GGML_MAX_SRC; `check_layout` compares it with the
 library's.
 """
 
@@ -60,7 +60,8 @@ def _ggml() -> Any:
     library.ggml_tensor_overhead.restype = size
     if library.ggml_tensor_overhead() != ctypes.sizeof(_Tensor) + _OBJECT_BYTES:
         raise RuntimeBuildError(
-            "the runtime's ggml_tensor is not the one that this mc_gguf was made for; run: mc-gguf runtime build"
+            "the runtime's ggml_tensor is not the one that this mc_gguf was made for; run: mc-gguf runtime "
+            "build"
         )
     return library
 
@@ -161,8 +162,8 @@ class Node:
         return np.ndarray(shape, _NUMPY_TYPES[raw.type], data, strides=strides)
 
     def add(self, first: int, values: NDArray[np.float32], *, slots: bool) -> None:
-        """Add `values` [n, width] to the float32 rows of tokens `first` to `first + n`; with `slots`, where each
-        token has several rows, to the first of them.
+        """Add `values` [n, width] to the float32 rows of tokens `first` to `first + n`; with `slots`, where
+        each token has several rows, to the first of them.
         """
         array = self.read()
         tokens = array[0, :, 0] if slots else array.reshape(-1, array.shape[-1])

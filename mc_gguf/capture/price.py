@@ -20,7 +20,8 @@ from torch import Tensor
 from mc_gguf.artifacts import EXPERT_STACK, Floats
 from mc_gguf.capture.context import Context, Devices
 from mc_gguf.capture.graph import Node
-from mc_gguf.capture.observer import MATMUL_ID
+from mc_gguf.capture.listener import Listener
+from mc_gguf.capture.observer import MATMUL_ID, is_weighted_input
 from mc_gguf.common.progress import Progress
 
 _TOKENS = 2048  # in one batch
@@ -94,11 +95,11 @@ def _divergence(base: Tensor, logits: Tensor) -> float:
     return total
 
 
-class _Adder:
-    """The eval callback: adds to the rows of the products that have changes in this batch."""
+class _Adder(Listener):
+    """Adds to the rows of the products that have changes in this batch."""
 
     def __init__(self) -> None:
-        self.error: BaseException | None = None
+        super().__init__()
         self._places: dict[str, list[tuple[int, Tensor]]] = {}
         self._block, self._has_down, self._is_weighted = "", False, False
 
@@ -106,31 +107,15 @@ class _Adder:
         """From now on add, by target, each tensor [n, width] to the rows from a number on."""
         self._places = places
 
-    def check(self) -> None:
-        """Raises what happened in a callback."""
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
+    def wants(self, node: Node) -> bool:
+        return bool(self._places) and self._target(node) in self._places
 
-    def __call__(self, address: int, ask: bool, _user_data: object) -> bool:
-        if self.error is not None:
-            return False
-        try:
-            if not self._places:
-                return not ask
-            node = Node(address)
-            target = self._target(node, ask)
-            if ask:
-                return target in self._places
-            for first, values in self._places[target]:
-                node.add(first, values.numpy(), slots=node.op != "MUL_MAT")
-        except BaseException as error:
-            self.error = error
-            return False
-        return True
+    def computed(self, node: Node) -> None:
+        for first, values in self._places[self._target(node)]:
+            node.add(first, values.numpy(), slots=node.op != "MUL_MAT")
 
-    def _target(self, node: Node, ask: bool) -> str:
-        """What the node's rows are: the products with a matrix, the weighted outputs of a block, or neither."""
+    def _target(self, node: Node) -> str:
+        """What the node's rows are: products with a matrix, weighted outputs of a block, or neither."""
         op = node.op
         if op == "MUL_MAT":
             weights = node.src(0)
@@ -141,8 +126,7 @@ class _Adder:
             if found is None or inputs is None:
                 return ""
             if self._block != f"blk.{found[1]}":
-                self._block, self._has_down = f"blk.{found[1]}", False
-                self._is_weighted = inputs.op == "MUL" and inputs.name.startswith("ffn_moe_weighted")
+                self._block, self._is_weighted = f"blk.{found[1]}", is_weighted_input(inputs)
             self._has_down = found[2] == "down"
             return self._block if self._has_down and self._is_weighted else ""
         if op == "MUL" and self._has_down and node.name.startswith("ffn_moe_weighted-"):

@@ -124,10 +124,10 @@ tensor_options = together(
     tensors(
         "--others",
         metavar="NAME|T,T,...",
-        help="Types of the matrices that are not experts (attention, shared experts, dense layers): fixed (those "
-        "of the next two options), or chosen within the same --size: auto (from all measured types), or from "
-        "the types given here.  [default: auto with --size, strategy pmq or layer and objective kld, unless one "
-        "of the next two options is given; else fixed]",
+        help="Types of the matrices that are not experts (attention, shared experts, dense layers): fixed "
+        "(those of the next two options), or chosen within the same --size: auto (from all measured types), "
+        "or from the types given here.  [default: auto with --size, strategy pmq or layer and objective kld, "
+        "unless one of the next two options is given; else fixed]",
     ),
     tensors(
         "--attn-type",

@@ -2,12 +2,12 @@
 inputs.
 
 Per expert there are x [tokens, n_embd], the inputs of gate and up, and h [tokens, n_ff], the inputs of down,
-which the expert makes of them (capture/function.py). Each is multiplied by the token's routing weight g, because the error of
-the block's output is proportional to g^2. (The error of gate and up goes through down as well, differently
-for every row; but the weight of a row does not change what is best for it.) Every HELD_OUT_EVERY-th row of
-the text is kept aside, and up to HELD_OUT of its tokens judge the result. Whole rows are kept aside because a
-token has near copies among the tokens of its own row, so that a solution that is bad on other text would
-pass.
+which the expert makes of them (capture/function.py). Each is multiplied by the token's routing weight g,
+because the error of the block's output is proportional to g^2. (The error of gate and up goes through down as
+well, differently for every row; but the weight of a row does not change what is best for it.) Every
+HELD_OUT_EVERY-th row of the text is kept aside, and up to HELD_OUT of its tokens judge the result. Whole rows
+are kept aside because a token has near copies among the tokens of its own row, so that a solution that is bad
+on other text would pass.
 
 The Hessian of an expert with few tokens has directions in which nothing was seen, and a solution that puts
 its error there is worthless on other text. The Hessian is therefore shrunk towards the layer's: the tokens

@@ -83,12 +83,13 @@ def layout(
 
     Raises McError when a type is unknown or does not fit the rows, or a row of `experts` is missing.
     """
-    rows = {
-        stack.name: _expert_row(info, experts, projection, info.expert_layers.index(layer))
-        for (layer, projection), stack in info.stacks.items()
-        if layer < info.n_layer
-    }
     keep_f32 = any(t.type in SIXTEEN_BIT for t in info.tensors)
+    rows: dict[str, tuple[GgmlType, ...]] = {}
+    for (layer, projection), stack in info.stacks.items():
+        if layer in info.expert_layers:
+            rows[stack.name] = _expert_row(info, experts, projection, info.expert_layers.index(layer))
+        else:  # of a block that predicts further tokens
+            rows[stack.name] = (fixed_type(stack, fixed, keep_f32),) * info.n_expert
     entries: list[OutputTensor] = []
     for spec in info.tensors:
         if spec.name in rows:

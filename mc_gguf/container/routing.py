@@ -76,13 +76,17 @@ def model_shape(header: GgufHeader) -> ModelShape:
     def count(name: str) -> int:
         key = f"{architecture}.{name}"
         value = header.get(key)
+        if isinstance(value, list) and value and all(isinstance(x, int) for x in value):
+            value = max(value)  # layers may differ
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             what = "missing" if value is None else f"{value!r}"
             raise FormatError(f"{header.path}: key {key}: is {what}; this is no model with experts")
         return value
 
     n_expert, n_used = count("expert_count"), count("expert_used_count")
-    shape = ModelShape(count("block_count"), n_expert, n_used, count("embedding_length"))
+    n_predict = header.get(f"{architecture}.nextn_predict_layers", 0)  # blocks that predict further tokens
+    n_layer = count("block_count") - (n_predict if isinstance(n_predict, int) else 0)
+    shape = ModelShape(n_layer, n_expert, n_used, count("embedding_length"))
     if shape.n_expert_used < 2:
         raise FormatError(
             f"{header.path}: key {architecture}.expert_used_count: every token uses one expert, and that one "

@@ -2,8 +2,8 @@
 
 Calibration measured for each of them the error of its products under every type, and what an error of the
 products costs in nats per token. The program weighs them as they will be in the file: error compensation, the
-default, leaves the share COMPENSATED of the experts' divergence, and other matrices are not compensated. Their
-types change nothing in a file but their own bytes.
+default, leaves the share COMPENSATED of the experts' divergence, and other matrices are not compensated.
+Their types change nothing in a file but their own bytes.
 
 With others an assignment is flat: the experts' columns [L, E, P], then those of the others [M].
 """
@@ -53,7 +53,8 @@ class Others:
 
 
 def build_others(calibration: Calibration, types: Sequence[str]) -> Others:
-    """Errors and bytes of `types` (empty: all that were measured). Matrices that can have none of them are left
+    """Errors and bytes of `types` (empty: all that were measured). Matrices that can have none of them are
+    left
     out: they have the types that are fixed.
 
     Raises ArtifactError for a calibration without errors of such matrices, McError for types that were not

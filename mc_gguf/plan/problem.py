@@ -194,7 +194,8 @@ def _usable_errors(error: Floats, usable: NDArray[np.bool_]) -> Floats:
 
 
 def _limited(error: Floats, usable: NDArray[np.bool_], size: Ints) -> tuple[NDArray[np.bool_], Ints]:
-    """`usable` and `size` [L, P, T] with at most MAX_GROUPS types for every stack, which is what a file can hold.
+    """`usable` and `size` [L, P, T] with at most MAX_GROUPS types for every stack, which is what a file can
+    hold.
 
     Where more are possible, those go first that lie farthest above the lower convex hull of error over size,
     summed over the experts of the stack: some mixture of two others has less error in the same bytes.

@@ -214,7 +214,8 @@ def _make(
     imatrix = _imatrix_of(calibration, t)
     if piece.expert is not None and calibration is not None:
         layer, projection = _place(t.source.name)
-        imatrix = calibration.imatrix(layer, projection, piece.expert)
+        is_measured = layer in calibration.layers
+        imatrix = calibration.imatrix(layer, projection, piece.expert) if is_measured else None
     which = t.source.name if piece.expert is None else f"{t.source.name}, expert {piece.expert}"
     try:
         blocks = quantize_rows(loaded, t.type.name, imatrix, threads)

@@ -55,6 +55,7 @@ KEPT_SOURCE = (
     "models/templates",
     "src",
     "tests/test-backend-ops.cpp",
+    "tests/test-llama-archs.cpp",
 )
 STEP = re.compile(r"^\[\s*(\d+)(?:/(\d+)\]|%\])\s*(.*)")  # ninja's [12/78] or make's [ 15%]
 COMPILERS = ("c++", "g++", "clang++")
@@ -310,9 +311,11 @@ def program_command(
     return [compiler, "-O2", "-std=c++17", "-pthread", *includes, source, *links, "-o", program]
 
 
-def compile_program(runtime: Runtime, source: Path, name: str, libraries: Sequence[str] = ()) -> Path:
-    """Compile a C++17 program against the runtime's headers and libraries, and `libraries` besides; returns
-    its path in the runtime's `bin`, where it is kept under a hash of its source.
+def compile_program(
+    runtime: Runtime, source: Path, name: str, libraries: Sequence[str] = (), headers: Path | None = None
+) -> Path:
+    """Compile a C++17 program against the runtime's headers and libraries, and `libraries` and the folder
+    `headers` besides; returns its path in the runtime's `bin`, where it is kept under a hash of its source.
 
     This is for tests and benchmarks: `source` may include ggml's and llama.cpp's headers, private ones too.
     """
@@ -321,6 +324,8 @@ def compile_program(runtime: Runtime, source: Path, name: str, libraries: Sequen
     unnamed = program_command(
         cxx_compiler(), runtime.source_dir, runtime.lib_dir, linked, source, folder / name
     )
+    if headers is not None:
+        unnamed[1:1] = [f"-I{headers}"]
     digest = hashlib.sha256(source.read_bytes() + " ".join(map(str, unnamed)).encode()).hexdigest()[:12]
     program = folder / f"{name}-{digest}"
     if program.is_file():

@@ -43,10 +43,11 @@ _OF_NO_WEIGHT = ("general.", "tokenizer.chat_template")
 
 
 class Checkpoint(Protocol):
-    """A 16/32-bit MoE model whose weights are read one at a time. Names, order and permutations are GGUF's.
+    """A MoE model whose weights are read one at a time. Names, order and permutations are GGUF's.
 
-    `gguf` is the file (the first shard) of a model that is a GGUF already. `hparams` is the GGUF metadata of the architecture without its prefix ("attention.head_count",
-    "rope.freq_base", "expert_used_count", ...). Reading raises SourceError.
+    `gguf` is the file (the first shard) of a model that is a GGUF. `hparams` is the GGUF metadata of the
+    architecture without its prefix ("attention.head_count", "rope.freq_base", "expert_used_count", ...).
+    Reading raises SourceError.
     """
 
     info: ModelInfo
@@ -131,7 +132,8 @@ def make_info(
     check_layout(path, tensors)
     n_layer = count_of(path, hparams, "block_count", MAX_LAYERS)
     n_expert = count_of(path, hparams, "expert_count", MAX_EXPERTS)
-    n_ff = _check_stacks(path, tensors, n_layer, n_expert)
+    n_ff = _check_stacks(path, tensors, n_expert)
+    n_layer -= _n_predict(path, hparams, n_layer)
     _check_stored_types(path, kv, architecture)
     check_tensors(path, architecture, hparams, n_vocab_of(kv), tensors)
     kept = select_metadata(kv)
@@ -160,7 +162,15 @@ def _n_used(path: Path, hparams: Mapping[str, Any], n_expert: int) -> int:
     )
 
 
-def _check_stacks(path: Path, tensors: Sequence[TensorSpec], n_layer: int, n_expert: int) -> int:
+def _n_predict(path: Path, hparams: Mapping[str, Any], n_layer: int) -> int:
+    """How many of the layers, the last ones, predict further tokens (MTP) and are no part of the model's own
+    pass.
+    """
+    key = "nextn_predict_layers"
+    return count_of(path, hparams, key, n_layer - 1) if hparams.get(key) else 0
+
+
+def _check_stacks(path: Path, tensors: Sequence[TensorSpec], n_expert: int) -> int:
     """The width of an expert, the largest where layers differ. Raises SourceError unless every layer with
     experts has a whole set of stacks, the same in all, whose shapes go together.
     """
@@ -178,8 +188,8 @@ def _check_stacks(path: Path, tensors: Sequence[TensorSpec], n_layer: int, n_exp
             expected = down if projection == "down" else (down[1], n_row, n_expert)
             if found.get(projection) != expected or expected[2:] != (n_expert,) or not all(expected):
                 raise SourceError(
-                    f"{path}: expected {expert_tensor_name(layer, projection)} of shape {list(expected)}, found "
-                    f"{list(found.get(projection, ())) or 'nothing'}; such a model is not supported"
+                    f"{path}: expected {expert_tensor_name(layer, projection)} of shape {list(expected)}, "
+                    f"found {list(found.get(projection, ())) or 'nothing'}; such a model is not supported"
                 )
     return max(found["down"][0] for found in stacks.values())
 

@@ -83,7 +83,8 @@ def check_tensors(
     if scalar := next((name for name, shape in found.items() if not shape), None):
         raise SourceError(f"{path}: {scalar} is a single number, not a matrix or a vector; download it again")
     n_layer = count_of(path, hparams, "block_count", MAX_LAYERS)
-    _check_layers(path, n_layer, found)
+    predicting = hparams.get("nextn_predict_layers") or 0
+    _check_layers(path, n_layer, n_layer - predicting if isinstance(predicting, int) else n_layer, found)
     for key in ("embedding_length", "context_length"):
         count_of(path, hparams, key)
     _check_vocabulary(path, n_vocab, found)
@@ -109,9 +110,10 @@ def check_tensors(
             )
 
 
-def _check_layers(path: Path, n_layer: int, found: Mapping[str, Shape]) -> None:
+def _check_layers(path: Path, n_layer: int, n_needed: int, found: Mapping[str, Shape]) -> None:
+    """The first `n_needed` layers must be there; the others predict further tokens."""
     layers = {int(match[1]) for name in found if (match := _LAYER.match(name))}
-    if missing := sorted(set(range(n_layer)) - layers):
+    if missing := sorted(set(range(n_needed)) - layers):
         raise SourceError(
             f"{path}: block_count is {n_layer}, but there is no tensor of layer {missing[0]}; is it complete?"
         )
