@@ -11,7 +11,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import EXPERT_STACK, PROJECTIONS, ModelInfo, TensorSpec, expert_tensor_name
+from mc_gguf.artifacts import (
+    ALL_PROJECTIONS,
+    EXPERT_STACK,
+    ModelInfo,
+    TensorSpec,
+    expert_tensor_name,
+    whole_set,
+)
 from mc_gguf.common.errors import SourceError
 from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, UINT32, Value
 from mc_gguf.ggml.gguf_writer import add_values
@@ -25,8 +32,6 @@ _COUNTS = (
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("expert_count", "expert_used_count", "expert_feed_forward_length", "rope.dimension_count"),
 )
-# The sets of matrices that an expert may have.
-_SETS = {frozenset(names): names for names in (PROJECTIONS, ("up", "down"), ("gate_up", "down"))}
 SAMPLE_BYTES = 4096
 SAMPLES_PER_TENSOR = 3
 
@@ -180,10 +185,13 @@ def _check_stacks(path: Path, tensors: Sequence[TensorSpec], n_expert: int) -> i
             stacks.setdefault(int(match[1]), {})[match[2]] = spec.shape
     if not any("down" in found for found in stacks.values()):
         raise SourceError(f"{path} has no whole layer of {n_expert} routed experts; is it complete?")
-    wanted = _SETS.get(frozenset(p for found in stacks.values() for p in found), ())
+    projections = sorted({p for found in stacks.values() for p in found}, key=ALL_PROJECTIONS.index)
+    wanted = whole_set(projections)
+    if not wanted:
+        raise SourceError(f"{path}: no expert has {', '.join(projections)} together; is it a whole model?")
     for layer, found in sorted(stacks.items()):
         down = found.get("down", (0, 0, 0))
-        for projection in wanted or PROJECTIONS:
+        for projection in wanted:
             n_row = down[0] * (2 if projection == "gate_up" else 1)
             expected = down if projection == "down" else (down[1], n_row, n_expert)
             if found.get(projection) != expected or expected[2:] != (n_expert,) or not all(expected):

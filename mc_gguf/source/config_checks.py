@@ -25,9 +25,6 @@ _SIZES_OF_LAYERS = ("intermediate_size", "num_attention_heads", "num_key_value_h
 _NUMBERS = ("rms_norm_eps", "layer_norm_eps", "rope_theta")
 _SWITCHES = ("tie_word_embeddings", "norm_topk_prob", "use_sliding_window")
 _EXPERT = re.compile(r"(?P<block>.*\blayers\.\d+\..*\bexperts)\.(?P<number>\d{1,6})\.(?P<part>.+)")
-_FUSED = re.compile(
-    r".*\blayers\.\d+\..*\bexperts\.(gate_up_proj|gate_proj|up_proj|down_proj|w[123])(\.weight)?"
-)
 # Of the text model: towers for images and layers that predict further tokens have others.
 _LAYER = re.compile(r"(?:(?:model|language_model|transformer|decoder)\.)*layers\.(\d{1,6})\.")
 _EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
@@ -41,7 +38,6 @@ def check_config(path: Path, config: Mapping[str, Any], stored: Stored) -> None:
     _check_values(path, config)
     n_expert = _count(path, config, _N_EXPERT, MAX_EXPERTS)
     _check_used(path, config, n_expert)
-    _check_fused(stored)
     _check_layers(path, config, stored)
     if n_expert is not None:
         _check_experts(path, n_expert, stored)
@@ -107,16 +103,6 @@ def _check_used(path: Path, config: Mapping[str, Any], n_expert: int | None) -> 
         assert found is not None
         raise SourceError(
             f"{path}: {found[0]} is {n_used}, but the model has {n_expert} experts; correct config.json"
-        )
-
-
-def _check_fused(stored: Stored) -> None:
-    fused = next((t for t in stored.values() if _FUSED.fullmatch(t.name) and len(t.shape) == 3), None)
-    if fused is not None:
-        raise SourceError(
-            f"{fused.shard}: {fused.name} holds all experts of a layer in one tensor; this layout is not "
-            "supported. Load the model with transformers 5 and save it with save_pretrained(), which writes "
-            "one tensor per expert"
         )
 
 

@@ -33,6 +33,8 @@ _TEMPLATES = ("chat_template.json", "chat_template.jinja")  # which may be empty
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # The converter leaves these out.
 _IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+# Blocks and scales of MXFP4.
+_MXFP4 = ("_blocks", "_scales")
 # What the scales of FP8 weights are called, after the name of the weight.
 _SCALE = "_scale_inv"
 
@@ -124,23 +126,30 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises SourceError for a quantized checkpoint. FP8 with scales counts as a 16-bit one: it is what some
-    models are published in.
+    """Raises SourceError for a quantized checkpoint. FP8 with scales and MXFP4 count as 16-bit ones: they are
+    what some models are published in.
     """
     quantization = config.get("quantization_config")
     if not quantization:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != "fp8":
+    if method not in ("fp8", "mxfp4"):
         raise SourceError(
             f"{folder} is quantized ({CONFIG}: quantization_config, {method or 'without quant_method'}); "
             "give the 16-bit model that it was made from"
         )
 
 
+def _is_mxfp4(folder: Path) -> bool:
+    quantization = read_config(folder).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
+
+
 def _check_types(folder: Path, stored: Mapping[str, StoredTensor]) -> None:
     for tensor in stored.values():
         if tensor.dtype in _FLOATS or tensor.name.endswith(_IGNORED):
+            continue
+        if tensor.dtype == "U8" and tensor.name.endswith(_MXFP4) and _is_mxfp4(folder):
             continue
         if not tensor.dtype.startswith("F8_E4M3") and not tensor.dtype.startswith("F8_E5M2"):
             raise SourceError(

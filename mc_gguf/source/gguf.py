@@ -1,4 +1,4 @@
-"""A 16/32-bit GGUF, in one file or in gguf-split shards, as a source model."""
+"""A GGUF, in one file or in gguf-split shards, as a source: the weights are what its types stand for."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from mc_gguf.artifacts import TensorSpec, expert_tensor_name
 from mc_gguf.common.errors import FormatError, RuntimeBuildError, SourceError
 from mc_gguf.ggml.gguf_file import GgufHeader, TensorEntry
 from mc_gguf.ggml.gguf_writer import add_values
-from mc_gguf.ggml.quantizers import dequantize_rows
 from mc_gguf.ggml.shards import joined, read_shards
-from mc_gguf.ggml.types import READABLE, TYPES_BY_NAME
+from mc_gguf.ggml.types import READABLE
 from mc_gguf.source.base import bos_of, hparams_of, make_info, sample_offsets, select_metadata
-from mc_gguf.source.values import check_weights
+from mc_gguf.source.values import NUMBERS, as_float32, check_weights
 
 if TYPE_CHECKING:
     from mc_gguf.runtime.vocabulary import Vocabulary
@@ -38,7 +37,7 @@ class GgufCheckpoint:
             raise SourceError(f"{path} has no key general.architecture, so it is not a model")
         specs = [TensorSpec(e.name, e.shape, e.type.name) for e in self._entries.values()]
         for spec in specs:
-            if _is_weight(spec) and spec.type not in _FLOATS and spec.type not in READABLE:
+            if spec.type not in (*_FLOATS, *READABLE, *([] if _is_weight(spec) else NUMBERS)):
                 raise SourceError(f"{path}: {spec.name} is {spec.type}, which this mc_gguf cannot read")
         self.gguf: Path | None = header.path
         self._kv = select_metadata(kv)
@@ -62,12 +61,19 @@ class GgufCheckpoint:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         entry = self._entry(name)
-        return _as_f32(self.raw(name), entry.type.name, entry.shape[0]).reshape(tuple(reversed(entry.shape)))
+        return self._values(name, entry.shape[0]).reshape(tuple(reversed(entry.shape)))
 
     def expert(self, layer: int, projection: str, expert: int) -> NDArray[np.float32]:
         name = expert_tensor_name(layer, projection)
-        raw, (rows, cols) = self.raw(name, expert), self.info.expert_shape(projection, layer)
-        return _as_f32(raw, self._entry(name).type.name, cols).reshape(rows, cols)
+        rows, cols = self.info.expert_shape(projection, layer)
+        return self._values(name, cols, expert).reshape(rows, cols)
+
+    def _values(self, name: str, cols: int, expert: int | None = None) -> NDArray[np.float32]:
+        kind = self._entry(name).type.name
+        weights = as_float32(self.raw(name, expert), kind, cols)
+        if kind in READABLE:  # the others are checked as they are read
+            check_weights(self._entry(name).path, name, weights, "F32", expert)
+        return weights
 
     def raw(self, name: str, expert: int | None = None) -> NDArray[np.uint8]:
         entry = self._entry(name)
@@ -109,18 +115,6 @@ class GgufCheckpoint:
 
 def _is_weight(spec: TensorSpec) -> bool:
     return spec.name.endswith(".weight")
-
-
-def _as_f32(raw: NDArray[np.uint8], type_name: str, cols: int) -> NDArray[np.float32]:
-    if type_name == "I32":
-        return raw.view(np.int32).astype(np.float32)
-    if type_name not in _FLOATS:
-        return dequantize_rows(raw, type_name, cols, len(raw) // TYPES_BY_NAME[type_name].row_bytes(cols))
-    if type_name == "BF16":
-        wide = raw.view(np.uint16).astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    return raw.view(np.float16 if type_name == "F16" else np.float32).astype(np.float32, copy=False)
 
 
 def _open(path: Path) -> GgufHeader:

@@ -2,8 +2,8 @@
 
 The converter (conversion/ of the pinned source) decides on names, metadata, tokenizer and permutations. It
 builds a tree of lazy tensors, which is kept and evaluated for one tensor, or one expert of a stack, at a
-time, without the cache that LazyBase.to_eager leaves in every node. Weights are mapped only while they are
-copied.
+time (lazy.py). Weights are mapped only while they are copied. What a checkpoint stores in blocks that are
+ggml's, too (MXFP4), is read as it is.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import PROJECTIONS, TensorSpec, expert_tensor_name
+from mc_gguf.artifacts import TensorSpec, expert_tensor_name
 from mc_gguf.common.errors import McError, SourceError
 from mc_gguf.ggml.gguf_file import FLOAT32, Value
 from mc_gguf.ggml.gguf_writer import add_values
+from mc_gguf.ggml.types import READABLE
 from mc_gguf.runtime.packages import load_conversion, load_gguf
 from mc_gguf.source.base import bos_of, hparams_of, make_info, sample_offsets, select_metadata
 from mc_gguf.source.converter_view import converter_view
 from mc_gguf.source.directory import TOKENIZERS, check_directory
+from mc_gguf.source.lazy import evaluate, evaluate_expert
 from mc_gguf.source.safetensors_files import StoredTensor
 from mc_gguf.source.tensors import pad_vocabulary
-from mc_gguf.source.values import check_weights
+from mc_gguf.source.values import as_float32, check_weights
 
 # What upstream's converter raises on checkpoints it cannot take.
 _CONVERTER_ERRORS = (
@@ -65,12 +67,14 @@ class HfCheckpoint:
         architecture = writer.arch
         kv = {key: _stored_value(path, key, value, writer) for key, value in writer.kv_data[0].items()}
         infos: dict[str, Any] = writer.tensors[0]
-        unknown = [name for name in infos if name not in self._lazy]
-        if unknown:
-            raise SourceError(
-                f"{path}: {unknown[0]} is stored quantized; give the 16-bit or 32-bit checkpoint"
-            )
         self._types = {name: info.dtype.name for name, info in infos.items()}
+        self._packed = {name: info.tensor for name, info in infos.items() if name not in self._lazy}
+        for name in self._packed:
+            if self._types[name] not in (*READABLE, "F32"):
+                raise SourceError(
+                    f"{path}: {name} is stored as {self._types[name]}, which this mc_gguf cannot read; give "
+                    "the 16-bit or 32-bit checkpoint"
+                )
         specs = [
             TensorSpec(n, tuple(int(d) for d in reversed(i.shape)), i.dtype.name) for n, i in infos.items()
         ]
@@ -79,46 +83,46 @@ class HfCheckpoint:
         self.hparams: Mapping[str, Any] = hparams_of(kv, architecture)
         self.bos_id, self.add_bos = bos_of(kv)
         self.info = make_info(path, kv, architecture, specs, _samples(stored))
-        self._experts = self._expert_parts()
-
-    def _expert_parts(self) -> dict[str, list[Any]]:
-        import torch
-
-        parts = {}
-        for name in (expert_tensor_name(i, p) for i in self.info.expert_layers for p in PROJECTIONS):
-            stack = self._lazy[name]
-            if stack._func is not torch.stack or stack._kwargs.get("dim", 0) != 0:
-                raise SourceError(
-                    f"{self._path}: {name} is not stored as one tensor per expert; this layout of "
-                    f"{self.info.architecture} models is not supported"
-                )
-            parts[name] = list(stack._args[0])
-        return parts
+        self._stacks = {stack.name for stack in self.info.stacks.values()}
 
     def copy_kv(self, writer: Any) -> None:
         add_values(writer, self._kv)
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        if name not in self._lazy or name in self._experts:
+        if name not in self._types or name in self._stacks:
             raise SourceError(f"{self._path} has no tensor {name} that is not an expert stack")
-        return self._read(self._lazy[name], name)
+        return self._read(name)
 
     def expert(self, layer: int, projection: str, expert: int) -> NDArray[np.float32]:
-        return self._expert(expert_tensor_name(layer, projection), expert)
+        return self._read(expert_tensor_name(layer, projection), expert)
 
     def raw(self, name: str, expert: int | None = None) -> NDArray[np.uint8]:
         gguf = self._gguf_py
-        weights = self.tensor(name) if expert is None else self._expert(name, expert)
+        if name in self._packed:
+            return self._bytes(name, expert)
+        weights = self._read(name, expert)
         data = gguf.quants.quantize(weights, gguf.GGMLQuantizationType[self._types[name]])
         return np.ascontiguousarray(data).view(np.uint8).reshape(-1)
 
-    def _expert(self, name: str, expert: int) -> NDArray[np.float32]:
-        return self._read(self._experts[name][expert], name, expert)
-
-    def _read(self, node: Any, name: str, expert: int | None = None) -> NDArray[np.float32]:
-        weights = _evaluate_f32(node, name if expert is None else f"{name}, expert {expert}")
+    def _read(self, name: str, expert: int | None = None) -> NDArray[np.float32]:
+        if name in self._packed:
+            cols = next(t.shape[0] for t in self.info.tensors if t.name == name)
+            return as_float32(self._bytes(name, expert), self._types[name], cols)
+        node = self._lazy[name]
+        where = name if expert is None else f"{name}, expert {expert}"
+        try:
+            value = evaluate(node) if expert is None else evaluate_expert(node, expert)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"cannot read the weights of {where}: {_one_line(error)}") from error
+        weights: NDArray[np.float32] = np.ascontiguousarray(value.float().numpy())
         check_weights(self._path, name, weights, "F32", expert)
         return weights
+
+    def _bytes(self, name: str, expert: int | None) -> NDArray[np.uint8]:
+        """The blocks of what the checkpoint stores quantized."""
+        node = self._packed[name]
+        data = evaluate(node) if expert is None else evaluate_expert(node, expert)
+        return np.ascontiguousarray(data).view(np.uint8).reshape(-1)
 
     def tokenize(self, text: str) -> list[int]:
         with tokenizer_errors(self._path):
@@ -204,24 +208,6 @@ def _convert(path: Path, conversion: ModuleType) -> tuple[Any, dict[str, Any]]:
         model.prepare_tensors()
         model.prepare_metadata(vocab_only=False)
     return model, lazy
-
-
-def _evaluate(node: Any) -> Any:
-    """The value of a lazy tensor, computed without storing anything in the tree."""
-    if node._data is not None:
-        return node._data
-    return node._func(*type(node)._recurse_apply(node._args, _evaluate), **node._kwargs)
-
-
-def _evaluate_f32(node: Any, name: str) -> NDArray[np.float32]:
-    import torch
-
-    try:
-        value = _evaluate(node) if hasattr(node, "_func") else node
-    except (OSError, ValueError) as error:
-        raise SourceError(f"cannot read the weights of {name}: {_one_line(error)}") from error
-    array: NDArray[np.float32] = np.ascontiguousarray(value.to(torch.float32).numpy())
-    return array
 
 
 def _stored_value(path: Path, key: str, value: Any, writer: Any) -> Value:

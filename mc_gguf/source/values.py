@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_gguf.common.errors import SourceError
-from mc_gguf.ggml.types import MAX_WEIGHT
+from mc_gguf.ggml.types import MAX_WEIGHT, TYPES_BY_NAME
 
 # As integers, IEEE numbers without their signs have the same order, and infinity and what is no number come
 # last. By type: how its bits are read, the largest weight, and the largest finite number.
@@ -23,6 +23,11 @@ _BITS: dict[str, tuple[Any, int, int]] = {
     "F32": (np.uint32, _MAX_BITS, 0x7F7FFFFF),
     "BF16": (np.uint16, _MAX_BITS >> 16, 0x7F7F),
     "F16": (np.uint16, 0x7BFF, 0x7BFF),
+}
+# Types of what is no weight.
+NUMBERS: dict[str, Any] = {
+    **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
+    "F64": np.float64,
 }
 # Divisors of rotary frequencies. Some switch a frequency off with a huge one, and they are never rounded.
 _FREQUENCIES = ("rope_freqs", "rope_factors")
@@ -69,3 +74,18 @@ def _number(bits: Any, type_name: str) -> float:
         return float(bits.view(np.float16))
     wide = np.uint32(int(bits) << 16) if type_name == "BF16" else bits
     return float(wide.view(np.float32))
+
+
+def as_float32(raw: NDArray[np.uint8], type_name: str, cols: int) -> NDArray[np.float32]:
+    """The flat weights that bytes of a ggml type stand for, in rows of `cols`."""
+    if type_name == "BF16":
+        wide = raw.view(np.uint16).astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    kind = NUMBERS.get(type_name, {"F32": np.float32, "F16": np.float16}.get(type_name))
+    if kind is not None:
+        plain: NDArray[np.float32] = raw.view(kind).astype(np.float32, copy=False)
+        return plain
+    from mc_gguf.ggml.quantizers import dequantize_rows
+
+    return dequantize_rows(raw, type_name, cols, len(raw) // TYPES_BY_NAME[type_name].row_bytes(cols))
