@@ -39,6 +39,8 @@ def convert(
     refine: str | float | None = None,
     seed: int = 0,
     threads: int | None = None,
+    gpu_layers: int = 0,
+    cpu_moe: int = 0,
     resume: bool = True,
     quiet: bool = False,
     progress: ProgressListener | None = None,
@@ -50,7 +52,7 @@ def convert(
     far the search came in its time; the plan that it found is kept too.)
 
     Args:
-        source: a Hugging Face directory or a 16-bit GGUF.
+        source: a Hugging Face directory or a GGUF; of a quantized one, what its types stand for.
         output: the GGUF to write.
         size: largest size of the whole file, "15.5GiB" or bytes.
         bpw: average bits per routed expert weight; 16 makes a plain 16-bit file.
@@ -70,6 +72,8 @@ def convert(
         refine: search this long ("10m", or seconds) for a better plan of the same size.
         seed: random seed of every step.
         threads: threads; by default all usable cores.
+        gpu_layers: layers that the runtime computes on a GPU while it calibrates; 0 computes on the CPU.
+        cpu_moe: how many of these layers keep their experts in the CPU's memory.
         resume: continue a killed run; False starts again.
         quiet: show no progress on stderr.
         progress: called with a ProgressState for every bit of progress, instead of showing it on stderr.
@@ -113,6 +117,8 @@ def convert(
         refine=refine,
         seed=seed,
         threads=threads,
+        gpu_layers=gpu_layers,
+        cpu_moe=cpu_moe,
         resume=resume,
         quiet=quiet,
     )

@@ -18,6 +18,7 @@ from mc_gguf.artifacts.model import (
     ModelInfo,
     TensorSpec,
     expert_tensor_name,
+    whole_set,
 )
 from mc_gguf.artifacts.plan import FixedTypes, Plan
 from mc_gguf.artifacts.published import NOMINAL_BITS, NOMINAL_TYPES
@@ -40,4 +41,5 @@ __all__ = [
     "Statistics",
     "TensorSpec",
     "expert_tensor_name",
+    "whole_set",
 ]

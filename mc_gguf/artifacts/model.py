@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -14,11 +15,19 @@ from numpy.typing import NDArray
 PROJECTIONS: tuple[str, ...] = ("gate", "up", "down")
 # All that a model may have instead: gate and up merged in one matrix, or no gate.
 ALL_PROJECTIONS: tuple[str, ...] = ("gate", "up", "gate_up", "down")
+# The sets of matrices that an expert may have.
+PROJECTION_SETS: tuple[tuple[str, ...], ...] = (PROJECTIONS, ("up", "down"), ("gate_up", "down"))
 # A stack of experts: its layer, and which of the expert's matrices it has.
 EXPERT_STACK = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps\.weight")
 ATTENTION: tuple[str, ...] = ("q", "k", "v", "output")  # the matrices blk.N.attn_*.weight
 
 Floats = NDArray[np.float64]
+
+
+def whole_set(found: Collection[str]) -> tuple[str, ...]:
+    """All the matrices of an expert that has those in `found`; empty where no expert has these together."""
+    fitting = [names for names in PROJECTION_SETS if set(found) <= set(names)]
+    return min(fitting, key=len, default=())
 
 
 def expert_tensor_name(layer: int, projection: str) -> str:
@@ -94,6 +103,12 @@ class ModelInfo:
     def expert_layers(self) -> tuple[int, ...]:
         """Numbers of the layers that have routed experts, ascending."""
         return tuple(sorted({layer for layer, _ in self.stacks if layer < self.n_layer}))
+
+    @cached_property
+    def n_expert_weight(self) -> int:
+        """Weights of all routed experts in these layers."""
+        layers = set(self.expert_layers)
+        return sum(math.prod(stack.shape) for (layer, _), stack in self.stacks.items() if layer in layers)
 
     def expert_shape(self, projection: str, layer: int | None = None) -> tuple[int, int]:
         """(rows, weights per row) of one expert's matrix, by default in the first layer with experts."""

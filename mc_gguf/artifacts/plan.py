@@ -13,7 +13,7 @@ from typing import Any
 
 from mc_gguf import __version__
 from mc_gguf.artifacts.header import check_header, check_kind, why
-from mc_gguf.artifacts.model import ALL_PROJECTIONS
+from mc_gguf.artifacts.model import ALL_PROJECTIONS, whole_set
 from mc_gguf.common.arguments import PathLike
 from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.common.files import atomic_write, sha256_of
@@ -200,8 +200,13 @@ def _check_values(plan: Plan) -> None:
 
 
 def _check_rows(path: Path, plan: Plan) -> None:
-    """Raises ArtifactError unless every table of the plan is complete."""
+    """Raises ArtifactError unless every matrix of an expert has a table, and all tables are complete."""
     again = "make it again with: mc-gguf plan"
+    wanted = whole_set(plan.experts)
+    if missing := [f"{_EXPERTS}{p}" for p in wanted if p not in plan.experts]:
+        raise ArtifactError(f"{path} lacks {', '.join(missing)}; {again}")
+    if not wanted:
+        raise ArtifactError(f"{path}: no expert has {', '.join(plan.experts)} together; {again}")
     tables, n_layer = plan.experts.values(), len(plan.layers)
     rows = [row for table in tables for row in table]
     if any(len(table) != n_layer for table in tables) or not rows:

@@ -223,8 +223,8 @@ class Statistics:
     matrix_price = Statistic(
         np.float64,
         "matrix",
-        "Price of such an error: increase of the mean KL divergence of the model's output, in nats per "
-        "token, per unit of squared error of the products, when this matrix alone is rounded.",
+        "Price of such an error, in nats per token per unit of squared error of the products: what rounding "
+        "the matrix changes in the hidden states of its layer, times the price of the layer.",
         optional=True,
         from_all_layers=True,
     )

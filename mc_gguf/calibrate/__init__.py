@@ -24,16 +24,20 @@ def calibrate(
     types: Names | None = None,
     seed: int = 0,
     threads: int | None = None,
+    gpu_layers: int = 0,
+    cpu_moe: int = 0,
     resume: bool = True,
     quiet: bool = False,
     progress: ProgressListener | None = None,
 ) -> Calibration:
     """Measure the experts of a model: how often they are used, and their error under every type.
 
+    The runtime evaluates the text, so every Mixture-of-Experts model that it runs can be measured.
+
     A killed run continues where it was when it is started again with the same arguments.
 
     Args:
-        source: a Hugging Face directory or a 16-bit GGUF.
+        source: a Hugging Face directory or a GGUF; of a quantized one, what its types stand for.
         output: the calibration file to write, .safetensors.
         text: UTF-8 files; by default the mixture that comes with mc_gguf.
         tokens: tokens to use, spread over the whole text.
@@ -42,6 +46,8 @@ def calibrate(
         types: ggml types to measure; by default all candidates that fit the model.
         seed: random seed.
         threads: threads; by default all usable cores.
+        gpu_layers: layers that the runtime computes on a GPU; 0 computes on the CPU.
+        cpu_moe: how many of these layers keep their experts in the CPU's memory.
         resume: continue a killed run; False starts again.
         quiet: show no progress on stderr.
         progress: called with a ProgressState for every bit of progress, instead of showing it on stderr.
@@ -66,7 +72,15 @@ def calibrate(
     from mc_gguf.source import open_checkpoint, refuse_to_overwrite
 
     request = CalibrationRequest(
-        text=text, tokens=tokens, ctx=ctx, rows=rows, types=types, seed=seed, threads=threads
+        text=text,
+        tokens=tokens,
+        ctx=ctx,
+        rows=rows,
+        types=types,
+        seed=seed,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        cpu_moe=cpu_moe,
     )
     refuse_to_overwrite(Path(output), Path(source), *to_paths(text))
     checkpoint = open_checkpoint(Path(source))  # before torch is loaded, which takes seconds

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mc_gguf.source import Checkpoint
 
 DEFAULT_ROWS = 256
+MAX_LAYERS = 9999  # more than any model has: all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class CalibrationRequest:
         types: ggml types to measure; by default all candidates that fit the model.
         seed: random seed.
         threads: threads; by default all usable cores.
+        gpu_layers: layers that the runtime computes on a GPU; 0 computes on the CPU.
+        cpu_moe: how many of these layers keep their experts in the CPU's memory.
 
     Raises McError for a number that is out of range, or none.
     """
@@ -39,11 +42,15 @@ class CalibrationRequest:
     types: Names | None = None
     seed: int = 0
     threads: int | None = None
+    gpu_layers: int = 0
+    cpu_moe: int = 0
 
     def __post_init__(self) -> None:
         checked = whole(2, tokens=self.tokens, ctx=self.ctx) + whole(1, rows=self.rows)
         checked += whole(1, MAX_THREADS, or_none=True, threads=self.threads) + whole(0, seed=self.seed)
-        for name, value in zip(("tokens", "ctx", "rows", "threads", "seed"), checked, strict=True):
+        checked += whole(0, MAX_LAYERS, gpu_layers=self.gpu_layers, cpu_moe=self.cpu_moe)
+        names = ("tokens", "ctx", "rows", "threads", "seed", "gpu_layers", "cpu_moe")
+        for name, value in zip(names, checked, strict=True):
             object.__setattr__(self, name, value)
         with about("types"):
             to_types(self.types or ())
@@ -59,4 +66,11 @@ class CalibrationRequest:
         from mc_gguf.calibrate.options import CalibrationOptions
 
         types = None if self.types is None else to_types(self.types)
-        return CalibrationOptions(types=types, max_rows=self.rows, seed=self.seed, threads=self.threads or 0)
+        return CalibrationOptions(
+            types=types,
+            max_rows=self.rows,
+            seed=self.seed,
+            threads=self.threads or 0,
+            gpu_layers=self.gpu_layers,
+            cpu_moe=self.cpu_moe,
+        )

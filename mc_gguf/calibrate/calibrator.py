@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mc_gguf.artifacts import Calibration, ModelInfo
+from mc_gguf.artifacts import Calibration, Floats, ModelInfo
 from mc_gguf.calibrate.expert_errors import nominal_errors
 from mc_gguf.calibrate.finite import check_finite
 from mc_gguf.calibrate.layer import LayerMeasurement
@@ -39,13 +39,20 @@ from mc_gguf.calibrate.options import (
 from mc_gguf.calibrate.state import STATE_VERSION, CalibrationState
 from mc_gguf.calibrate.statistics import LayerStatistics, merge_layers, stack_layers
 from mc_gguf.calibrate.super_experts import super_experts
-from mc_gguf.capture.capture import CaptureOptions, LayerRows, capture, sampled_tokens, spool_bytes
+from mc_gguf.capture.capture import (
+    CaptureOptions,
+    LayerRows,
+    capture,
+    rows_at_once,
+    sampled_tokens,
+    spool_bytes,
+)
 from mc_gguf.capture.context import Devices
 from mc_gguf.capture.copy import MODEL, SPOOL, copy_bytes, runnable
-from mc_gguf.capture.price import Change, divergences
+from mc_gguf.capture.price import Change, divergences, relative_changes
 from mc_gguf.capture.spool import Spool
 from mc_gguf.common.errors import SourceError
-from mc_gguf.common.machine import return_large_blocks, usable_cores
+from mc_gguf.common.machine import memory_bytes, return_large_blocks, usable_cores
 from mc_gguf.common.progress import Progress, progress
 from mc_gguf.common.workdir import Workdir
 from mc_gguf.ggml.quantizers import init
@@ -156,8 +163,9 @@ class _Run:
         if spool.done < self.text.rows.size and not self.state.layers:
             _read_all_but_experts(self.checkpoint)
         model = runnable(self.checkpoint, self.state.directory / MODEL, self.bar)
-        devices = Devices(threads=self.threads)
-        captured = CaptureOptions(self.text.rows, samples, matrix_samples)
+        devices = Devices(self.threads, self.options.gpu_layers, self.options.cpu_moe)
+        n_seq = rows_at_once(info, self.text.rows, model.stat().st_size, memory_bytes())
+        captured = CaptureOptions(self.text.rows, samples, matrix_samples, n_seq)
         capture(model, info, captured, devices, spool, self.bar)
         for layer in info.expert_layers[len(self.state.layers) :]:
             rows = LayerRows(spool, layer, self.text.rows.size, len(samples))
@@ -167,8 +175,9 @@ class _Run:
         names = measured_matrices(info, spool)
         matrices = {name: Matrix(self.checkpoint, spool, name, len(matrix_samples)) for name in names}
         measured = self.state.remembered("matrices", list(names), partial(self._measure_matrices, matrices))
-        prices = self._prices(model, devices, samples, matrix_samples, matrices)
-        calibration = self._assemble(types, names, measured, prices)
+        found = self._divergences(model, devices, samples)
+        changes = self._matrix_changes(model, devices, matrix_samples, matrices)
+        calibration = self._assemble(types, names, measured, found, changes)
         _warn(calibration)
         return calibration
 
@@ -192,49 +201,54 @@ class _Run:
             found[name] = [errors, m.imatrix.tolist(), m.rounding_error]
         return found
 
-    def _prices(
-        self,
-        model: Path,
-        devices: Devices,
-        samples: NDArray[np.int64],
-        matrix_samples: NDArray[np.int64],
-        matrices: dict[str, Matrix],
-    ) -> dict[str, float]:
-        """Mean KL divergences, in nats per token, by "drop N", "round N" and the matrices' names."""
-        experts: dict[str, Change] = {}
+    def _divergences(self, model: Path, devices: Devices, samples: NDArray[np.int64]) -> dict[str, float]:
+        """Mean KL divergences, in nats per token, by "drop N" and "round N"."""
+        changes: dict[str, Change] = {}
         for i, layer in enumerate(self.checkpoint.info.expert_layers):
             for kind, part in (("drop", 0), ("round", 1)):
-                experts[f"{kind} {layer}"] = Change(f"blk.{layer}", partial(self._change, i, part))
-        others = {name: Change(name, matrix.change) for name, matrix in matrices.items()}
-        found: dict[str, float] = {}
-        for name, changes, tokens in (
-            ("prices", experts, samples),
-            ("matrix-prices", others, matrix_samples),
-        ):
-            rows = _rows_of(self.text.rows, tokens)
+                changes[f"{kind} {layer}"] = Change(f"blk.{layer}", partial(self._change, i, part))
+        rows = _rows_of(self.text.rows, samples)
 
-            def make(keys: list[str], known: dict[str, Change] = changes, on: Any = rows) -> dict[str, Any]:
-                values = divergences(model, on, [known[key] for key in keys], devices, self.bar)
-                return dict(zip(keys, values.tolist(), strict=True))
+        def make(keys: list[str]) -> dict[str, float]:
+            values = divergences(model, rows, [changes[key] for key in keys], devices, self.bar)
+            return dict(zip(keys, values.tolist(), strict=True))
 
-            found |= self.state.remembered(name, list(changes), make)
+        found = self.state.remembered("divergences", list(changes), make)
         for key, value in found.items():
             with place_of(key):
                 check_finite(value, "divergences")
         return found
 
+    def _matrix_changes(
+        self, model: Path, devices: Devices, samples: NDArray[np.int64], matrices: dict[str, Matrix]
+    ) -> dict[str, float]:
+        """By matrix: relative squared change of the hidden states when it is rounded; nan: not known."""
+        rows = _rows_of(self.text.rows, samples)
+
+        def make(keys: list[str]) -> dict[str, float | None]:
+            changes = [Change(key, matrices[key].change) for key in keys]
+            values = relative_changes(model, rows, changes, devices, self.bar)
+            return {key: None if np.isnan(x) else float(x) for key, x in zip(keys, values, strict=True)}
+
+        found = self.state.remembered("matrix-changes", list(matrices), make)
+        return {name: np.nan if value is None else value for name, value in found.items()}
+
     def _change(self, number: int, part: int) -> torch.Tensor:
         return self.state.change(number)[part]
 
     def _assemble(
-        self, types: tuple[str, ...], names: Sequence[str], measured: dict[str, Any], prices: dict[str, float]
+        self,
+        types: tuple[str, ...],
+        names: Sequence[str],
+        measured: dict[str, Any],
+        found: dict[str, float],
+        changes: dict[str, float],
     ) -> Calibration:
         info, tiny = self.checkpoint.info, np.finfo(np.float64).tiny
         statistics = merge_layers(self.state.layers)
         rounding_error = stack_layers(self.state.layers)[LayerStatistics.rounding_error.name]
         dropped, rounded = (
-            np.array([prices[f"{kind} {layer}"] for layer in info.expert_layers])
-            for kind in ("drop", "round")
+            np.array([found[f"{kind} {layer}"] for layer in info.expert_layers]) for kind in ("drop", "round")
         )
         statistics["routing_sensitivity"] = dropped
         statistics["kld_per_error"] = rounded / np.maximum(rounding_error, tiny)
@@ -242,7 +256,10 @@ class _Run:
         if names:
             errors = [[np.inf if e is None else e for e in measured[name][0]] for name in names]
             statistics["matrix_error"] = np.array(errors, dtype=np.float64)
-            statistics["matrix_price"] = np.array([prices[n] / max(measured[n][2], tiny) for n in names])
+            rounding = np.array([measured[name][2] for name in names])
+            statistics["matrix_price"] = self._matrix_prices(
+                names, statistics["kld_per_error"], changes, rounding
+            )
             statistics["matrix_in"] = np.concatenate([np.float32(measured[n][1]) for n in names])
         corpus = self.text.to_json() | {
             "measured": calibration_identity(info, self.text, types, self.options)
@@ -256,6 +273,22 @@ class _Run:
             matrices=tuple(names),
             matrix_types=matrix_types(info) if names else (),
         )
+
+    def _matrix_prices(
+        self, names: Sequence[str], layer_prices: Floats, changes: dict[str, float], rounding: Floats
+    ) -> Floats:
+        """Nats per token for a unit of squared error of each matrix's products.
+
+        An error in the hidden states costs the same wherever it comes from: the price of the layer, or of the
+        nearest with experts, turns the change of the hidden states that rounding makes into nats. Where the
+        graph does not name the hidden states, the median of the other matrices' costs is taken.
+        """
+        layers = np.array(self.checkpoint.info.expert_layers)
+        nearest = [int(np.abs(layers - int(name.split(".")[1])).argmin()) for name in names]
+        costs = np.array([changes[n] * layer_prices[i] for n, i in zip(names, nearest, strict=True)])
+        known = np.isfinite(costs)
+        median = float(np.median(costs[known])) if known.any() else float(np.median(layer_prices)) * 0.01
+        return np.asarray(np.where(known, costs, median) / np.maximum(rounding, np.finfo(np.float64).tiny))
 
 
 @contextmanager

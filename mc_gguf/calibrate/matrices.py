@@ -1,10 +1,12 @@
 """The matrices that are not experts: attention of any kind, shared experts, dense layers, projections of
 state spaces. The error of each under every type, and what rounding it changes in its products.
 
-The error is the squared error of the matrix's products with its inputs, per token, when it has the type. The
-price that turns it into nats per token is measured for every matrix by itself (capture/price.py): the
-products with the rounded matrix take the place of the exact ones. Rows are independent, so a sample of them
-is enough for the errors.
+The error is the squared error of the matrix's products with its inputs, per token, when it has the type. What
+it does to the hidden states is measured for every matrix by itself (capture/price.py): the products with the
+rounded matrix take the place of the exact ones. The price of an error in the hidden states is the layer's:
+when everything else is exact, single matrices cost more than that, because a small change flips the choice of
+a few experts; in a quantized model these flips happen anyway. Rows are independent, so a sample of them is
+enough for the errors.
 """
 
 from __future__ import annotations

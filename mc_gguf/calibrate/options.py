@@ -30,6 +30,8 @@ class CalibrationOptions:
         matrix_tokens: tokens that errors and prices of other matrices are measured on.
         seed: random seed for the choice of rows and tokens.
         threads: 0 means all cores. The result does not depend on it.
+        gpu_layers: layers that the runtime computes on a GPU.
+        cpu_moe: how many of them keep their experts in the CPU's memory.
     """
 
     types: tuple[str, ...] | None = None
@@ -39,6 +41,8 @@ class CalibrationOptions:
     matrix_tokens: int = MATRIX_TOKENS
     seed: int = 0
     threads: int = 0
+    gpu_layers: int = 0
+    cpu_moe: int = 0
 
 
 DEFAULT_OPTIONS = CalibrationOptions()

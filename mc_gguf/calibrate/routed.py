@@ -67,10 +67,14 @@ class Routing:
 
     @cached_property
     def renormalises(self) -> bool:
-        """Whether the routing weights of a token are its `probs`, made to sum up to a constant."""
+        """Whether the routing weights of a token are made to sum up to a constant, also when some of its
+        experts are dropped. Of weighted inputs it is not known; the models that have them do not.
+        """
         positive = self.probs > 0
-        if self.experts.shape[1] == 1 or not positive.any():
+        if self.rows.has_weighted_input or not positive.any():
             return False
+        if self._has_logits:
+            return True
         ratio = self.weights[positive] / self.probs[positive]
         return bool(np.ptp(ratio) > _SAME * np.abs(ratio).max(initial=0.0))
 
@@ -125,7 +129,7 @@ class Routing:
 
     @cached_property
     def _has_logits(self) -> bool:
-        """Whether the router's numbers are logits: then they are not the selected experts' weights."""
+        """Whether the router's numbers are logits, whose softmax over the selected experts the weights are."""
         few = slice(0, 64)
         found = np.take_along_axis(
             np.asarray(self.rows.router[few], dtype=np.float64), self.experts[few].astype(np.int64), axis=1

@@ -5,7 +5,7 @@
     stats.safetensors   statistics of the layers done
     change-7.npy        what dropping and rounding the experts of layer 7 changes, [2, S, n_embd]
     matrices.json       errors of the other matrices done
-    prices.json         divergences of the changes done
+    divergences.json    of the changes of layers; matrix-changes.json: of the hidden states by matrices
 
 These lie in the output's working directory (common/workdir.py). The changes of a layer are written first, its
 statistics second, all to a temporary name and renamed: so whenever a run is killed, at most one layer is

@@ -6,6 +6,7 @@ the text, and the inputs of the sampled tokens themselves.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,14 @@ from mc_gguf.capture.observer import Array, Block, Observer, Sink
 from mc_gguf.capture.spool import Spool, to_half
 from mc_gguf.common.errors import SourceError
 from mc_gguf.common.progress import Progress
+from mc_gguf.common.units import format_size
 
 SAVE_EVERY = 8  # batches: how much a run that is killed loses
+_BATCH_TOKENS, _BATCH_BYTES = 2048, 1 << 30
+_MODEL_SHARE = 0.8  # of the memory, in which a model stays once it is read
+_MAX_SEQUENCES = 64
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +49,28 @@ class CaptureOptions:
     samples: NDArray[np.int64]
     matrix_samples: NDArray[np.int64]
     n_seq: int = 1
+
+
+def rows_at_once(info: ModelInfo, rows: NDArray[np.int32], n_bytes: int, memory: int) -> int:
+    """How many rows [n_rows, ctx] are computed in one batch of a model of `n_bytes` bytes.
+
+    Experts are multiplied faster by many tokens, up to about 2,048. What a batch needs of memory is kept
+    below a gigabyte. A model that does not fit into `memory` is read from the disk once per batch: then
+    batches take a quarter of the memory.
+    """
+    n_vocab = next((int(t.shape[-1]) for t in info.tensors if t.name == "token_embd.weight"), 0)
+    width = 3 * info.n_expert_used * (info.n_ff + info.expert_width) + 16 * info.n_embd + 2 * n_vocab
+    fits = n_bytes < _MODEL_SHARE * memory
+    budget, most = (_BATCH_BYTES, _BATCH_TOKENS) if fits else (memory // 4, 8 * _BATCH_TOKENS)
+    n_tokens = min(most, budget // (4 * width))
+    count = max(1, min(len(rows), n_tokens // int(rows.shape[1]), _MAX_SEQUENCES))
+    if not fits:
+        log.warning(
+            "the model takes %s, more than the memory has room for: it will be read from the disk %d times",
+            format_size(n_bytes),
+            -(-len(rows) // count),
+        )
+    return count
 
 
 def capture(
@@ -248,6 +277,11 @@ class LayerRows:
     @property
     def rows_per_token(self) -> int:
         return int(self._facts()["rows_per_token"])
+
+    @property
+    def has_weighted_input(self) -> bool:
+        """Whether the router's weights multiply the inputs, so that those of the outputs are ones."""
+        return bool(self._facts()["weighted_input"])
 
     @property
     def function(self) -> ExpertFunction | None:

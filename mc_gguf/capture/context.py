@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mc_gguf.capture.graph import check_layout
 from mc_gguf.common.errors import McError, SourceError
+from mc_gguf.runtime.locate import library_path
 
 CONTEXT_STEP = 256  # tokens
 
@@ -29,6 +30,24 @@ class Devices:
     threads: int = 1
     gpu_layers: int = 0
     cpu_moe: int = 0
+
+
+class _Override(ctypes.Structure):
+    """struct llama_model_tensor_buft_override."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
+
+
+def _on_cpu(n_layer: int) -> Any:
+    """Overrides that keep the experts of the first `n_layer` layers in the CPU's memory."""
+    library: Any = ctypes.CDLL(str(library_path("ggml-base")))
+    library.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
+    where = library.ggml_backend_cpu_buffer_type()
+    found = (_Override * (n_layer + 1))()  # ends with an empty one
+    for layer in range(n_layer):
+        pattern = rf"blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+        found[layer] = _Override(pattern.encode(), where)
+    return found
 
 
 class Context:
@@ -52,6 +71,9 @@ class Context:
         listen()
         model_params: Any = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = self._devices.gpu_layers
+        if self._devices.cpu_moe:
+            self._overrides = _on_cpu(self._devices.cpu_moe)
+            model_params.tensor_buft_overrides = ctypes.cast(self._overrides, ctypes.c_void_p)
         self._model = llama_cpp.llama_model_load_from_file(str(self.path).encode(), model_params)
         if not self._model:
             raise SourceError(f"the runtime cannot load {self.path}: {reason() or 'it does not say why'}")

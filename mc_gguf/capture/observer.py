@@ -160,7 +160,7 @@ class Observer(Listener):
             experts, is_weighted = ids.read()[0, 0].copy(), is_weighted_input(inputs)
             block = self._block = Block(layer, self._probs, self._router, experts, is_weighted)
             rows = inputs.read()
-            self.sink.block_input(block, rows.reshape(-1, rows.shape[-1]), _before_norm(inputs))
+            self.sink.block_input(block, rows.reshape(-1, rows.shape[-1]), before_norm(inputs))
         block.seen.add(projection)
         if projection == "down":
             block.function, block.unknown = self._function(layer, inputs)
@@ -203,7 +203,7 @@ def is_weighted_input(inputs: Node) -> bool:
     return inputs.op == "MUL" and inputs.name.startswith("ffn_moe_weighted")
 
 
-def _before_norm(inputs: Node) -> Array | None:
+def before_norm(inputs: Node) -> Array | None:
     """What was normalised to become the input of a MoE block; the residual connection keeps it in memory."""
     node: Node | None = inputs
     while node is not None and node.op in _BEFORE_NORM:

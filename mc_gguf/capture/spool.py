@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +131,3 @@ def from_half(rows: NDArray[np.float16], scale: NDArray[np.float32]) -> torch.Te
     """The inverse of to_half()."""
     found = torch.from_numpy(np.array(rows)).float()
     return found.mul_(torch.from_numpy(np.array(scale))[:, None])
-
-
-def pieces(n: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that cover n."""
-    return (slice(first, min(n, first + size)) for first in range(0, n, size))

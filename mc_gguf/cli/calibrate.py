@@ -18,6 +18,7 @@ from mc_gguf.cli.result import show
 @o.calibration_options
 @o.calibration("--types", metavar="T,T,...", help="ggml types to measure.  [default: all candidates]")
 @o.threads_option
+@o.gpu_options
 @o.resume_option
 @o.quiet_option
 @o.json_option
@@ -25,7 +26,7 @@ from mc_gguf.cli.result import show
 def command(source: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Measure the experts of SOURCE on text.
 
-    SOURCE is a Hugging Face directory or a 16-bit GGUF. The file says how often each expert is used, how
+    SOURCE is a Hugging Face directory or a GGUF. The file says how often each expert is used, how
     important it is, and what error every type causes; plan and quantize read it. The same command continues a
     killed run.
     """

@@ -31,6 +31,7 @@ from mc_gguf.cli.result import file_facts, file_line, results
 )
 @o.tensor_options
 @o.threads_option
+@o.gpu_options
 @o.compensate_option
 @o.resume_option
 @o.quiet_option
@@ -39,7 +40,7 @@ from mc_gguf.cli.result import file_facts, file_line, results
 def command(source: Path, output: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Make a mixed-expert GGUF from SOURCE within a budget.
 
-    SOURCE is a Hugging Face directory or a 16-bit GGUF. Give --size or --bpw; without either, sizes for
+    SOURCE is a Hugging Face directory or a GGUF. Give --size or --bpw; without either, sizes for
     this machine's memory are proposed. The calibration and the plan stay beside the output. The same
     command continues a killed run and gives the same bytes. (With --refine the result depends on how far
     the search got in its time; the plan that it found is kept, too.)

@@ -57,6 +57,24 @@ threads_option = speed(
     type=click.IntRange(1, 512),  # as many as ggml has
     help="Threads.  [default: all usable cores; chat and eval leave out those that are busy]",
 )
+gpu_options = together(
+    speed(
+        "-ngl",
+        "--gpu-layers",
+        type=click.IntRange(0, 9999),
+        default=0,
+        show_default=True,
+        help="Layers that the runtime computes on a GPU.",
+    ),
+    speed(
+        "--n-cpu-moe",
+        "cpu_moe",
+        type=click.IntRange(0, 9999),
+        default=0,
+        show_default=True,
+        help="How many of them keep their experts in the CPU's memory.",
+    ),
+)
 routing_option = speed(
     "--routing",
     default="off",

@@ -31,7 +31,7 @@ from mc_gguf.artifacts.matching import check_inputs
 from mc_gguf.calibrate.finite import place
 from mc_gguf.calibrate.routed import Routing
 from mc_gguf.calibrate.verify import verified_function
-from mc_gguf.capture.capture import CaptureOptions, LayerRows, capture, spool_bytes
+from mc_gguf.capture.capture import CaptureOptions, LayerRows, capture, rows_at_once, spool_bytes
 from mc_gguf.capture.context import Devices
 from mc_gguf.capture.copy import MODEL, SPOOL, copy_bytes, runnable
 from mc_gguf.capture.expert import Expert, read_expert
@@ -39,6 +39,7 @@ from mc_gguf.capture.function import ExpertFunction
 from mc_gguf.capture.spool import Spool
 from mc_gguf.common.errors import ArtifactError, about
 from mc_gguf.common.files import check_space
+from mc_gguf.common.machine import memory_bytes
 from mc_gguf.common.progress import Progress, progress
 from mc_gguf.common.workdir import Workdir
 from mc_gguf.compensate.bank import Bank, bank_key, matrix_bytes
@@ -176,9 +177,9 @@ def captured(
         none = np.zeros(0, dtype=np.int64)
         with progress("capture", total=corpus.n_tokens, unit="tokens", quiet=bar is None) as own:
             model = runnable(checkpoint, folder / MODEL, own)
-            capture(
-                model, checkpoint.info, CaptureOptions(corpus.rows, none, none), Devices(threads), spool, own
-            )
+            n_seq = rows_at_once(checkpoint.info, corpus.rows, model.stat().st_size, memory_bytes())
+            options = CaptureOptions(corpus.rows, none, none, n_seq)
+            capture(model, checkpoint.info, options, Devices(threads), spool, own)
     return spool
 
 

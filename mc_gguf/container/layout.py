@@ -140,8 +140,8 @@ def fixed_type(spec: TensorSpec, fixed: FixedTypes, keep_f32: bool = True) -> Gg
     the source holds as F32. Where the rows are not whole blocks of the wanted type, Q8_0; where they are not
     of that either, F16.
     """
-    if spec.name in fixed.others:
-        return TYPES_BY_NAME[fixed.others[spec.name]]
+    if wanted := fixed.others.get(spec.name):
+        return TYPES_BY_NAME.get(wanted) or ggml_type(wanted)
     if spec.type in _INTEGERS:
         return TYPES_BY_NAME[spec.type]
     if not spec.is_matrix or (keep_f32 and spec.type == "F32"):

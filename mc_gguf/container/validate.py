@@ -5,13 +5,13 @@ or the key.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mc_gguf.artifacts import ALL_PROJECTIONS, PROJECTIONS, expert_tensor_name
+from mc_gguf.artifacts import ALL_PROJECTIONS, expert_tensor_name, whole_set
 from mc_gguf.common.errors import FormatError
 from mc_gguf.container.keys import (
     FINGERPRINT,
@@ -221,8 +221,16 @@ class Validator:
 
     def check_whole_file(self, slices: Slices) -> None:
         """The rules about more than one tensor: complete layers, the average bits, the end of the file."""
-        for layer in sorted({layer for layer, _ in slices}):
-            for projection in _complete({p for found, p in slices if found == layer}):
+        layers = sorted({layer for layer, _ in slices})
+        wanted = whole_set({p for _, p in slices})
+        if not wanted:
+            layer = next(layer for layer in layers if (layer, "gate_up") in slices)
+            raise self.violation(
+                f"tensor {expert_tensor_name(layer, 'gate_up')}",
+                "cannot be beside tensors of gate or up alone",
+            )
+        for layer in layers:
+            for projection in wanted:
                 if (layer, projection) not in slices:
                     raise self.violation(
                         f"tensor {expert_tensor_name(layer, projection)}", "is missing; the others are there"
@@ -244,23 +252,10 @@ class Validator:
             raise FormatError(f"{where}: the file has {shard.file_bytes} bytes; it must end at {end}")
 
     def check_shapes(self, layer: int, slices: Slices) -> None:
-        shapes = {p: slices[found, p][0].shape for found, p in slices if found == layer}
-        down = shapes.pop("down")
-        first = next(iter(shapes))
+        shapes = {p: slices[layer, p][0].shape for p in ALL_PROJECTIONS if (layer, p) in slices}
+        (cols, rows), first = next(iter(shapes.values())), next(iter(shapes))
+        n_ff = rows / 2 if first == "gate_up" else rows
         for projection, shape in shapes.items():
-            if shape != shapes[first]:
-                name, what = expert_tensor_name(layer, projection), f"do not fit {first}'s {shapes[first]}"
-                raise self.violation(f"tensor {name}", f"experts {shape} {what}")
-        cols, rows = shapes[first]
-        if down != (rows // 2 if first == "gate_up" else rows, cols):
-            raise self.violation(
-                f"tensor {expert_tensor_name(layer, 'down')}",
-                f"experts {down} do not fit {first}'s {shapes[first]}",
-            )
-
-
-def _complete(found: Set[str]) -> tuple[str, ...]:
-    """The matrices that an expert must have, of which `found` are there."""
-    if "gate_up" in found:
-        return ("gate_up", "down")
-    return PROJECTIONS if "gate" in found else ("up", "down")
+            if shape != ((n_ff, cols) if projection == "down" else (cols, rows)):
+                name = expert_tensor_name(layer, projection)
+                raise self.violation(f"tensor {name}", f"experts {shape} do not fit {first}'s {(cols, rows)}")

@@ -10,6 +10,7 @@ With others an assignment is flat: the experts' columns [L, E, P], then those of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -54,8 +55,7 @@ class Others:
 
 def build_others(calibration: Calibration, types: Sequence[str]) -> Others:
     """Errors and bytes of `types` (empty: all that were measured). Matrices that can have none of them are
-    left
-    out: they have the types that are fixed.
+    left out: they have the types that are fixed.
 
     Raises ArtifactError for a calibration without errors of such matrices, McError for types that were not
     measured or that no matrix fits.
@@ -78,17 +78,19 @@ def build_others(calibration: Calibration, types: Sequence[str]) -> Others:
     names = tuple(dict.fromkeys(wanted))
     columns = [known.index(name) for name in names]
     error = calibration.matrix_error[:, columns]
-    kld = np.where(np.isfinite(error), error, 0.0).clip(min=0.0) * calibration.matrix_price[:, None]
+    known_error = np.isfinite(error)
+    kld = np.where(known_error, error, 0.0).clip(min=0.0) * calibration.matrix_price[:, None]
     specs = {t.name: t for t in model.tensors}
     size = np.array([[_file_size(specs[matrix], name) for name in names] for matrix in calibration.matrices])
-    possible = [bool((row > 0).any()) for row in size]
+    size = np.where(known_error, size.reshape(error.shape), 0).astype(np.int64)
+    possible = [bool(row.any()) for row in size > 0]
     if not any(possible):
         raise McError(
             f"no matrix but the experts can have any of the types {', '.join(names)}; leave others fixed",
             parameter="others",
         )
-    found = tuple(name for name, fits in zip(calibration.matrices, possible, strict=True) if fits)
-    size = size[possible].astype(np.int64)
+    found = tuple(name for m, name in enumerate(calibration.matrices) if possible[m])
+    size = size[possible]
     return Others(found, names, np.where(size > 0, kld[possible], np.inf), size)
 
 
@@ -106,10 +108,10 @@ def is_decided(spec: TensorSpec) -> bool:
 
 def _file_size(spec: TensorSpec, name: str) -> int:
     """Bytes of the tensor in this type with its padding; 0 where it cannot have the type."""
-    cols, rows = spec.shape
+    cols, *rows = spec.shape
     if not ggml_type(name).fits(cols):
         return 0
-    n_byte: int = rows * ggml_type(name).row_bytes(cols)
+    n_byte: int = math.prod(rows) * ggml_type(name).row_bytes(cols)
     return -(-n_byte // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -8,7 +8,6 @@ model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -29,6 +28,7 @@ from mc_gguf.plan.problem import (
     candidate_types,
     check_has_model,
     fixed_types,
+    limited,
     sixteen_bit_type,
 )
 from mc_gguf.plan.strategies import STRATEGIES, Choice, Strategy, Task
@@ -145,6 +145,8 @@ def _solve(
     check_has_model(calibration)
     candidates = strategy.types or candidate_types(calibration, types)
     problem = build_problem(calibration, candidates, OBJECTIVES[objective])
+    if strategy.mixes:
+        problem = limited(problem)
     matrices = build_others(calibration, others) if others is not None else None
     task = Task(calibration, budget, problem, fixed, file_bytes, matrices, seed)
     return _decision(task, strategy.decide(task))
@@ -312,6 +314,5 @@ def _sixteen_bit(calibration: Calibration) -> _Decision:
     model = check_has_model(calibration)
     name = sixteen_bit_type(model)
     table = ((name,) * calibration.n_expert,) * len(calibration.layers)
-    n_byte = 2 * sum(math.prod(stack.shape) for stack in model.stacks.values())
     experts = dict.fromkeys(model.projections, table)
-    return _Decision((name,), experts, ggml_type(name).bpw, n_byte, 0.0, 0.0)
+    return _Decision((name,), experts, ggml_type(name).bpw, 2 * model.n_expert_weight, 0.0, 0.0)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 
@@ -81,7 +80,7 @@ class Problem:
     @property
     def n_weight(self) -> int:
         """Routed expert weights of the whole model."""
-        return sum(math.prod(stack.shape) for stack in self.model.stacks.values())
+        return self.model.n_expert_weight
 
     def expert_bytes(self, columns: Ints) -> int:
         size = np.broadcast_to(self.size[:, None], self.error.shape)
@@ -162,9 +161,7 @@ def build_problem(calibration: Calibration, types: Sequence[str], objective: Obj
         size[i, t] = _matrix_bytes(model, stacks[i][0], stacks[i][1], columns[t])
     shape = (len(model.expert_layers), len(model.projections), len(columns))
     size, usable = size.reshape(shape), usable.reshape(shape)
-    wanted = objective(calibration, types)
-    usable, size = _limited(wanted, usable, size)
-    error, block_error = (_usable_errors(values, usable) for values in (wanted, block(calibration, types)))
+    error, block_error = (_usable_errors(of(calibration, types), usable) for of in (objective, block))
     divergence = _usable_errors(kld(calibration, types), usable) if calibration.has("kld_per_error") else None
     return Problem(
         model,
@@ -193,26 +190,37 @@ def _usable_errors(error: Floats, usable: NDArray[np.bool_]) -> Floats:
     return np.where(usable, whole, np.inf)
 
 
-def _limited(error: Floats, usable: NDArray[np.bool_], size: Ints) -> tuple[NDArray[np.bool_], Ints]:
-    """`usable` and `size` [L, P, T] with at most MAX_GROUPS types for every stack, which is what a file can
-    hold.
+def limited(problem: Problem, columns: Ints | None = None) -> Problem:
+    """`problem` with at most MAX_GROUPS types for every stack, which is what a file can hold. Stacks of one
+    projection that fit the same types keep the same ones; those that the assignment `columns` uses stay.
 
     Where more are possible, those go first that lie farthest above the lower convex hull of error over size,
-    summed over the experts of the stack: some mixture of two others has less error in the same bytes.
+    summed over these stacks: some mixture of two others has less error in the same bytes.
     """
-    usable, size = usable.copy(), size.copy()
-    n_type = error.shape[-1]
-    total = np.maximum(error, 0.0).sum(axis=1)
-    for layer, p in np.argwhere(usable[:, :, :n_type].sum(axis=-1) > MAX_GROUPS):
-        left = [int(t) for t in np.flatnonzero(usable[layer, p]) if t < n_type]
+    size, error = problem.size.copy(), problem.error.copy()
+    for p, layers in alike(problem):
+        total_size, total_error = size[layers, p].sum(axis=0), error[layers, :, p].sum(axis=(0, 1))
+        used = set() if columns is None else set(columns[layers, :, p].flat)
+        left = sorted(np.flatnonzero(total_size).tolist(), key=lambda t: (total_size[t], total_error[t]))
         while len(left) > MAX_GROUPS:
-            left.sort(key=lambda t: (size[layer, p, t], total[layer, p, t]))
-            worst = max(
-                range(1, len(left) - 1), key=lambda i: _excess(left, i, size[layer, p], total[layer, p])
-            )
-            gone = left.pop(worst)
-            usable[layer, p, gone], size[layer, p, gone] = False, 0
-    return usable, size
+            excess = {
+                i: _excess(left, i, total_size, total_error)
+                for i in range(1, len(left) - 1)
+                if left[i] not in used
+            }
+            if not excess:
+                break
+            gone = left.pop(max(excess, key=excess.__getitem__))
+            size[layers, p, gone], error[layers, :, p, gone] = 0, np.inf
+    return replace(problem, size=size, error=error)
+
+
+def alike(problem: Problem) -> Iterator[tuple[int, Ints]]:
+    """(projection, layers) of stacks that can have the same types, as indices."""
+    for p in range(problem.size.shape[1]):
+        patterns, which = np.unique(problem.size[:, p] > 0, axis=0, return_inverse=True)
+        for i in range(len(patterns)):
+            yield p, np.flatnonzero(which.reshape(-1) == i)
 
 
 def _excess(types: Sequence[int], i: int, size: Ints, error: Floats) -> float:

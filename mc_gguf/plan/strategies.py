@@ -19,7 +19,7 @@ from mc_gguf.common.errors import BudgetError
 from mc_gguf.common.units import format_size
 from mc_gguf.plan import published
 from mc_gguf.plan.others import Others, add_others, limit_with_others, split_assignment, total_error
-from mc_gguf.plan.problem import Budget, FileBytes, Floats, Ints, Problem, bytes_for_bpw
+from mc_gguf.plan.problem import Budget, FileBytes, Floats, Ints, Problem, alike, bytes_for_bpw
 from mc_gguf.plan.program import (
     OTHER_RANGES,
     Items,
@@ -38,7 +38,7 @@ class Choice:
 
     `columns` [L, E, P]   indices into Problem.types
     `gap`                 optimality gap of the program; None where none was solved
-    `others` [M]           indices into Others.types; None unless the task decides other matrices, too
+    `others` [M]          indices into Others.types; None unless the task decides other matrices, too
     `bits` [L, E]         nominal bits; None where the strategy has none
     `layer_ratio`         error relative to the best plan with one type per layer and projection
     """
@@ -115,8 +115,9 @@ class Strategy:
     `meaning`             one line for whoever chooses a strategy
     `objective`           its own objective (a name in OBJECTIVES); None: the user chooses
     `types`               its own candidates; empty: the user chooses among those that were measured
-    `takes_others`     it can decide other matrices in the same program
+    `takes_others`        it can decide other matrices in the same program
     `takes_nominal_bits`  it knows nominal bits, so that a budget may be bits_per_layer
+    `mixes`               experts of one stack may have different types
     """
 
     name: str
@@ -126,6 +127,7 @@ class Strategy:
     types: tuple[str, ...] = ()
     takes_others: bool = False
     takes_nominal_bits: bool = False
+    mixes: bool = True
 
 
 def pmq(task: Task) -> Choice:
@@ -201,24 +203,25 @@ def uniform(task: Task) -> Choice:
 
 
 def random(task: Task) -> Choice:
-    """pmq's types, per projection, shuffled among the experts of the whole model."""
+    """pmq's types, per projection, shuffled among the experts of the whole model that can have them."""
     rng = np.random.default_rng(task.seed)
-    columns = per_expert(task).columns
-    flat = columns.reshape(-1, columns.shape[-1])
-    mixed = [rng.permutation(flat[:, p]) for p in range(flat.shape[1])]
-    return _made_to_fit(task, np.stack(mixed, axis=1))
+    columns = per_expert(task).columns.copy()
+    for p, layers in alike(task.problem):
+        own = columns[layers, :, p]
+        columns[layers, :, p] = rng.permutation(own.reshape(-1)).reshape(own.shape)
+    return _made_to_fit(task, columns)
 
 
 def inverted(task: Task) -> Choice:
     """pmq's types, per projection, the smallest for the experts that would gain most from the largest."""
-    problem, columns = task.problem, per_expert(task).columns
-    flat = columns.reshape(-1, columns.shape[-1])
-    gain = _largest_gain(problem).reshape(flat.shape)
-    result = np.empty_like(flat)
-    for p in range(flat.shape[1]):
-        by_size = flat[np.argsort(problem.size[:, p].max(axis=0)[flat[:, p]], kind="stable"), p]
-        result[np.argsort(-gain[:, p], kind="stable"), p] = by_size
-    return _made_to_fit(task, result)
+    problem, columns = task.problem, per_expert(task).columns.copy()
+    gain = _largest_gain(problem)
+    for p, layers in alike(problem):
+        own = columns[layers, :, p].reshape(-1)
+        by_size = own[np.argsort(problem.size[layers, p].sum(axis=0)[own], kind="stable")]
+        own[np.argsort(-gain[layers, :, p].reshape(-1), kind="stable")] = by_size
+        columns[layers, :, p] = own.reshape(len(layers), -1)
+    return _made_to_fit(task, columns)
 
 
 def _largest_gain(problem: Problem) -> Floats:
@@ -245,8 +248,14 @@ _ALL = (
         types=NOMINAL_TYPES,
         takes_nominal_bits=True,
     ),
-    Strategy("uniform", uniform, "one type for all experts"),
-    Strategy("layer", per_layer, "one type per layer and projection, for stock llama.cpp", takes_others=True),
+    Strategy("uniform", uniform, "one type for all experts", mixes=False),
+    Strategy(
+        "layer",
+        per_layer,
+        "one type per layer and projection, for stock llama.cpp",
+        takes_others=True,
+        mixes=False,
+    ),
     Strategy("random", random, "control: pmq's types, shuffled among the experts"),
     Strategy("inverted", inverted, "control: pmq's types, given to the wrong experts"),
     # Published baselines solve pmq's program, but minimise what their authors measured (objectives.py).

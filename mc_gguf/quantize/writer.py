@@ -27,7 +27,7 @@ from mc_gguf.common.workdir import Workdir
 from mc_gguf.compensate.bank import Bank
 from mc_gguf.container import OutputTensor
 from mc_gguf.ggml.quantizers import init, quantize_rows, warn_if_lost
-from mc_gguf.ggml.types import ggml_type
+from mc_gguf.ggml.types import TYPES
 from mc_gguf.quantize.pieces import Pieces
 from mc_gguf.routing.metadata import routing_metadata_from
 from mc_gguf.source import Checkpoint
@@ -115,7 +115,7 @@ def write_model_in(
     total = sum(_weights(piece) for piece in pieces) / 1e6
     with Pieces(folder, header, n_bytes, [(piece.offset, piece.n_bytes) for piece in pieces]) as file:
         done = sum(_weights(piece) for piece in pieces[: file.done]) / 1e6
-        init({t.type.name for t in tensors if t.map is None})
+        init({t.type.name for t in tensors if t.type.name in TYPES})
         todo = pieces[file.done :]
         for piece, loaded in zip(todo, _loaded(checkpoint, todo, bank), strict=True):
             file.write(_make(loaded, calibration, plan, piece, threads).tobytes())
@@ -195,7 +195,7 @@ def _load(checkpoint: Checkpoint, piece: _Piece, bank: Bank | None) -> NDArray[A
     t = piece.tensor
     if t.map is not None:
         return np.asarray(t.map, dtype="<i4").reshape(-1).view(np.uint8)
-    if t.type == ggml_type(t.source.type):
+    if t.type.name == t.source.type:
         return checkpoint.raw(t.source.name, piece.expert)
     if piece.expert is None:
         return checkpoint.tensor(t.source.name).reshape(-1, t.shape[0])

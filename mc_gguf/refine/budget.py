@@ -11,7 +11,7 @@ import numpy as np
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
 from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.container import file_bytes
-from mc_gguf.plan.problem import Budget, Ints, Problem, build_problem, bytes_for_bpw, candidate_types
+from mc_gguf.plan.problem import Budget, Ints, Problem, build_problem, bytes_for_bpw, candidate_types, limited
 from mc_gguf.routing.metadata import routing_metadata_from
 
 
@@ -47,6 +47,7 @@ def scope_of(plan: Plan, calibration: Calibration) -> tuple[Scope, Ints]:
         raise McError("a 16-bit plan has nothing to refine; make a plan with fewer bits")
     problem = build_problem(calibration, candidate_types(calibration, plan.types))
     columns = _columns(plan, problem)
+    problem = limited(problem, columns)
     routing = routing_metadata_from(calibration)
     of_experts = partial(file_bytes, calibration.model, fixed=plan.fixed, routing=routing)
 

@@ -129,7 +129,7 @@ def make_info(
     samples: Iterable[bytes],
 ) -> ModelInfo:
     """The ModelInfo of a source. Raises SourceError unless it is a MoE model of a kind that mc_gguf supports:
-    routed experts with gate, up and down of one size.
+    routed experts of a known set of matrices, the same in all layers.
     """
     hparams = hparams_of(kv, architecture)
     if not hparams.get("expert_count"):
@@ -137,6 +137,7 @@ def make_info(
     check_layout(path, tensors)
     n_layer = count_of(path, hparams, "block_count", MAX_LAYERS)
     n_expert = count_of(path, hparams, "expert_count", MAX_EXPERTS)
+    n_used = _n_used(path, hparams, n_layer, n_expert)
     n_ff = _check_stacks(path, tensors, n_expert)
     n_layer -= _n_predict(path, hparams, n_layer)
     _check_stored_types(path, kv, architecture)
@@ -146,7 +147,7 @@ def make_info(
         architecture=architecture,
         n_layer=n_layer,
         n_expert=n_expert,
-        n_expert_used=_n_used(path, hparams, n_expert),
+        n_expert_used=n_used,
         n_embd=count_of(path, hparams, "embedding_length"),
         n_ff=n_ff,
         fingerprint=fingerprint(kept, architecture, tensors, samples),
@@ -156,15 +157,13 @@ def make_info(
     )
 
 
-def _n_used(path: Path, hparams: Mapping[str, Any], n_expert: int) -> int:
-    """The most experts that a token uses in one layer."""
-    found = hparams.get("expert_used_count")
-    if not isinstance(found, list):
-        return count_of(path, hparams, "expert_used_count", n_expert)
-    return max(
-        (count_of(path, {"expert_used_count": n}, "expert_used_count", n_expert) for n in found if n),
-        default=1,
-    )
+def _n_used(path: Path, hparams: Mapping[str, Any], n_layer: int, n_expert: int) -> int:
+    """The most experts that a token uses in one layer: one number for all layers, or one for each."""
+    key = "expert_used_count"
+    found = hparams.get(key)
+    if not isinstance(found, list) or len(found) != n_layer:
+        return count_of(path, hparams, key, n_expert)
+    return max((count_of(path, {key: n}, key, n_expert) for n in found if n != 0), default=1)
 
 
 def _n_predict(path: Path, hparams: Mapping[str, Any], n_layer: int) -> int:
@@ -190,7 +189,11 @@ def _check_stacks(path: Path, tensors: Sequence[TensorSpec], n_expert: int) -> i
     if not wanted:
         raise SourceError(f"{path}: no expert has {', '.join(projections)} together; is it a whole model?")
     for layer, found in sorted(stacks.items()):
-        down = found.get("down", (0, 0, 0))
+        if (down := found.get("down")) is None:
+            raise SourceError(
+                f"{path}: expected {expert_tensor_name(layer, 'down')} beside {', '.join(sorted(found))}, "
+                "found nothing; such a model is not supported"
+            )
         for projection in wanted:
             n_row = down[0] * (2 if projection == "gate_up" else 1)
             expected = down if projection == "down" else (down[1], n_row, n_expert)

@@ -60,7 +60,13 @@ def count_of(path: Path, hparams: Mapping[str, Any], key: str, limit: int | None
 
 
 def check_layout(path: Path, tensors: Iterable[TensorSpec]) -> None:
-    """Raises SourceError for a model whose experts are stored one by one."""
+    """Raises SourceError for a model whose experts are stored one by one, or in groups of a type each."""
+    tensors = list(tensors)
+    if grouped := next((t.name for t in tensors if t.name.endswith("_exps.weight.map")), None):
+        raise SourceError(
+            f"{path} is a mixed-expert file that mc_gguf made ({grouped}); give the model that it was made "
+            "from"
+        )
     if old := next((t.name for t in tensors if _OLD_EXPERT.fullmatch(t.name)), None):
         raise SourceError(
             f"{path} stores one tensor per expert ({old}), as GGUFs did before April 2024; llama.cpp no "

@@ -16,22 +16,35 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, ModelInfo, Plan, expert_tensor_name
-from mc_gguf.common.errors import ArtifactError
+from mc_gguf.artifacts import (
+    ALL_PROJECTIONS,
+    PROJECTIONS,
+    Calibration,
+    FixedTypes,
+    ModelInfo,
+    Plan,
+    TensorSpec,
+    expert_tensor_name,
+    whole_set,
+)
+from mc_gguf.common.errors import ArtifactError, McError
 from mc_gguf.common.files import sha256_of
 from tests.support import ROOT
-from tests.support.synthetic_calibration import calibration, model_info
+from tests.support.synthetic_calibration import MERGED, NO_GATE, calibration, model_info
 
 PUBLISHED = ROOT / "tests" / "data" / "mixtral-8x7b" / "calibration.json"
 
 
+OTHERS = {"blk.1.attn_v.weight": "Q8_0", "blk.0.ffn_up.weight": "Q4_K"}
+TABLE = (("IQ1_S", "Q4_K"), ("Q4_K", "IQ1_S"))
+
+
 def small_plan(**changes: Any) -> Plan:
-    row = ("IQ1_S", "Q4_K")
     plan = Plan(
         strategy="pmq",
         budget={"bpw": 2.5},
         layers=(1, 3),
-        experts=dict.fromkeys(PROJECTIONS, (row, row[::-1])),
+        experts=dict.fromkeys(PROJECTIONS, TABLE),
         fixed=FixedTypes(),
         types=("IQ1_S", "Q4_K"),
         model_fingerprint="m" * 64,
@@ -56,17 +69,73 @@ def test_a_model_survives_json() -> None:
 
 def test_expert_layers_are_those_with_expert_stacks() -> None:
     model = model_info(n_layer=3)
-    dense = tuple(t for t in model.tensors if not t.name.startswith("blk.1.ffn_down_exps"))
-    assert replace(model, tensors=dense).expert_layers == (0, 2)
+    dense = replace(model, tensors=tuple(t for t in model.tensors if "blk.1.ffn_" not in t.name))
+    assert dense.expert_layers == (0, 2)
+    assert list(dense.stacks) == [(layer, p) for layer in (0, 2) for p in PROJECTIONS]
+    assert replace(model, n_layer=2).expert_layers == (0, 1)  # what comes after predicts further tokens
 
 
-def test_expert_shapes() -> None:
-    model = model_info(n_embd=256, n_ff=512)
-    assert [model.expert_shape(p) for p in PROJECTIONS] == [(512, 256), (512, 256), (256, 512)]
+@pytest.mark.parametrize(
+    ("projections", "shapes"),
+    [
+        (PROJECTIONS, [(512, 256), (512, 256), (256, 512)]),
+        (MERGED, [(1024, 256), (256, 512)]),
+        (NO_GATE, [(512, 256), (256, 512)]),
+    ],
+)
+def test_expert_shapes(projections: tuple[str, ...], shapes: list[tuple[int, int]]) -> None:
+    model = model_info(n_embd=256, n_ff=512, projections=projections)
+    assert model.projections == projections
+    assert [model.expert_shape(p) for p in projections] == shapes
+    assert model.expert_width == 256
     by_name = {t.name: t for t in model.tensors}
-    for p in PROJECTIONS:
+    for p in projections:
         rows, cols = model.expert_shape(p)
         assert by_name[expert_tensor_name(0, p)].shape == (cols, rows, 8)
+        assert model.stacks[5, p] is by_name[expert_tensor_name(5, p)]
+
+
+def test_layers_may_differ_in_the_width_of_their_experts() -> None:
+    model = model_info(3, n_ff=(256, 768, 512))
+    assert model.n_ff == 768
+    assert [model.expert_shape("down", layer) for layer in range(3)] == [(256, n) for n in (256, 768, 512)]
+    assert model.expert_shape("up") == model.expert_shape("up", 0) == (256, 256)
+
+
+@pytest.mark.parametrize(
+    ("found", "whole"),
+    [
+        (("gate",), PROJECTIONS),
+        (("gate", "down"), PROJECTIONS),
+        (("down", "up"), NO_GATE),
+        (("gate_up",), MERGED),
+        (("gate_up", "up"), ()),
+        (ALL_PROJECTIONS, ()),
+    ],
+)
+def test_which_matrices_go_together(found: tuple[str, ...], whole: tuple[str, ...]) -> None:
+    assert whole_set(found) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("blk.0.attn_q.weight", (64, 64), True),
+        ("blk.0.attn_kv_a_mqa.weight", (64, 64), True),
+        ("blk.0.ffn_down_shexp.weight", (64, 64), True),
+        ("blk.0.ssm_in.weight", (64, 64), True),
+        ("token_embd.weight", (64, 64), True),
+        ("blk.0.attn_k_b.weight", (64, 64, 4), True),
+        ("blk.0.attn_norm.weight", (64,), False),
+        ("blk.0.attn_q_norm.weight", (64, 4), False),
+        ("blk.0.attn_q.bias", (64, 4), False),
+        ("blk.0.ffn_gate_inp.weight", (64, 8), False),
+        ("blk.0.ssm_conv1d.weight", (4, 64), False),
+        ("blk.0.ssm_a", (64, 4), False),
+    ],
+)
+def test_what_is_a_matrix(name: str, shape: tuple[int, ...], expected: bool) -> None:
+    assert TensorSpec(name, shape, "BF16").is_matrix == expected
 
 
 # --- Calibration
@@ -148,11 +217,11 @@ def test_what_is_no_calibration_is_refused(tmp_path: Path, content: bytes) -> No
         (None, "format field is None"),
         ("[]", "holds no JSON object"),
         ("{", "not a calibration file"),
-        ('{"format": "mc_gguf.calibration", "version": 1}', "reads version 3: make the file again"),
+        ('{"format": "mc_gguf.calibration", "version": 3}', "reads version 4: make the file again"),
         ('{"format": "other", "version": 1}', "format field is 'other'"),
         (
             '{"format": "mc_gguf.calibration", "version": 99}',
-            "format version 99; this mc_gguf reads version 3",
+            "format version 99; this mc_gguf reads version 4",
         ),
     ],
 )
@@ -168,7 +237,7 @@ def test_a_calibration_without_its_description_is_refused(tmp_path: Path) -> Non
     calibration(n_layer=1).save(path)
     with safe_open(path, framework="numpy") as reader:
         arrays = {name: reader.get_tensor(name) for name in reader.keys()}
-    path.write_bytes(save(arrays, metadata={"mc_gguf": '{"format": "mc_gguf.calibration", "version": 3}'}))
+    path.write_bytes(save(arrays, metadata={"mc_gguf": '{"format": "mc_gguf.calibration", "version": 4}'}))
     with pytest.raises(ArtifactError, match=r"not a calibration file.*'model'"):
         Calibration.load(path)
 
@@ -176,7 +245,7 @@ def test_a_calibration_without_its_description_is_refused(tmp_path: Path) -> Non
 def test_a_calibration_without_an_array_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c"
     path.write_bytes(
-        save({"x": np.zeros(3)}, metadata={"mc_gguf": '{"format": "mc_gguf.calibration", "version": 3}'})
+        save({"x": np.zeros(3)}, metadata={"mc_gguf": '{"format": "mc_gguf.calibration", "version": 4}'})
     )
     with pytest.raises(ArtifactError, match="frequency"):
         Calibration.load(path)
@@ -198,7 +267,13 @@ def test_a_truncated_calibration_is_refused(share: float, tmp_path_factory: pyte
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"bits": ((1, 3), (2, 2))}, {"file_bytes": None, "expert_bytes": None, "predicted_error": None}],
+    [
+        {},
+        {"bits": ((1, 3), (2, 2))},
+        {"file_bytes": None, "expert_bytes": None, "predicted_error": None},
+        {"fixed": FixedTypes(others=OTHERS)},
+        *({"experts": dict.fromkeys(projections, TABLE)} for projections in (MERGED, NO_GATE)),
+    ],
 )
 def test_a_plan_survives_its_file(tmp_path: Path, changes: dict[str, Any]) -> None:
     plan = small_plan(**changes)
@@ -214,11 +289,15 @@ def test_the_seam_downstream() -> None:
     plan = small_plan()
     assert [plan.type_of(3, e, "up") for e in (0, 1)] == ["Q4_K", "IQ1_S"]
     assert plan.type_of(1, 0, "down") == "IQ1_S"
+    for place in ((2, 0, "up"), (1, 2, "up"), (1, -1, "up"), (1, 0, "gate_up")):
+        with pytest.raises(McError, match="the plan has no expert"):
+            plan.type_of(*place)
 
 
 def test_the_text_of_a_plan_is_fixed() -> None:
     """Golden: what is diffed and hashed must not change by accident."""
-    assert small_plan(bits=((1, 3), (3, 1))).to_text() == GOLDEN
+    fixed = FixedTypes(others=OTHERS)
+    assert small_plan(bits=((1, 3), (3, 1)), fixed=fixed).to_text() == GOLDEN
 
 
 def test_the_lines_of_a_plan_are_sorted() -> None:
@@ -233,11 +312,15 @@ def _damage(text: str, kind: str) -> str:
     if kind == "list":
         return "[1]"
     if kind == "version":
-        data["version"] = 2
+        data["version"] = 1
     elif kind == "format":
         data["format"] = "other"
     elif kind == "missing":
         del data["experts_up"]
+    elif kind == "no experts":
+        data = {key: value for key, value in data.items() if not key.startswith("experts_")}
+    elif kind == "both":
+        data["experts_gate_up"] = data["experts_up"]
     elif kind == "unknown":
         data["extra"] = 1
     elif kind == "fixed":
@@ -256,9 +339,11 @@ def _damage(text: str, kind: str) -> str:
     [
         ("truncated", "not a valid plan"),
         ("list", "holds no JSON object"),
-        ("version", "format version 2; this mc_gguf reads version 1"),
+        ("version", "format version 1; this mc_gguf reads version 2"),
         ("format", "format field is 'other'"),
-        ("missing", "experts_up"),
+        ("missing", "lacks experts_up; make it again"),
+        ("no experts", "lacks experts_up, experts_down; make it again"),
+        ("both", "no expert has gate, up, gate_up, down together; make it again"),
         ("unknown", "extra"),
         ("fixed", "extra"),
         ("short row", "needs 2 type names"),
@@ -277,7 +362,8 @@ ODD_VALUES: dict[str, list[Any]] = {
     "budget": ["x", {"bpw": "x"}],
     "calibration_fingerprint": [None, 5],
     "file_bytes": ["x", 1.5],
-    "fixed": [None, {"attn": 5}, {"attn": None}],
+    "fixed": [None, {"attn": 5}, {"attn": None}, {"others": []}],
+    "others": [5, [["blk.0.attn_q.weight"]], [["blk.0.attn_q.weight", 5]], [[5, "Q4_K"]]],
     "layers": [None, ["x"], [-1, 0]],
     "types": [5, [["Q2_K"]]],
     "seed": ["x", None],
@@ -348,6 +434,10 @@ GOLDEN = """{
   "model_fingerprint": "mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm",
   "objective": "block",
   "optimality_gap": 0.0,
+  "others": [
+    ["blk.1.attn_v.weight", "Q8_0"],
+    ["blk.0.ffn_up.weight", "Q4_K"]
+  ],
   "predicted_error": 0.125,
   "predicted_kld": null,
   "refinement": null,
@@ -355,6 +445,6 @@ GOLDEN = """{
   "strategy": "pmq",
   "tool": "t",
   "types": ["IQ1_S", "Q4_K"],
-  "version": 1
+  "version": 2
 }
 """

@@ -21,7 +21,7 @@ from mc_gguf.plan import plan as make_plan
 from mc_gguf.plan.request import PlanRequest
 from mc_gguf.routing.metadata import routing_metadata_from
 from tests.support import ROOT
-from tests.support.synthetic_calibration import calibration
+from tests.support.synthetic_calibration import MERGED, NO_GATE, calibration, with_others
 
 PUBLISHED = ROOT / "tests" / "data" / "mixtral-8x7b" / "calibration.json"
 
@@ -140,7 +140,7 @@ def test_sixteen_bits_measures_the_plain_file(source: Path, tmp_path: Path) -> N
         ([], "Error: --size, --bpw, --bits-per-layer: .* exactly one"),
         (["--bpw", "2", "--size", "5MB"], "Error: --size, --bpw: .* exactly one"),
         (["--bpw", "-1"], "Error: --bpw: bpw must be a positive number"),
-        (["--bpw", "0.3"], "1.5625 bpw to 4.5000 bpw"),
+        (["--bpw", "0.3"], "1.5625 bpw to 8.5000 bpw"),
         (["--size", "1MB"], "file size of 1000000 bytes .* not feasible"),
         (["--size", "huge"], "Error: --size: 'huge' is not a size"),
         (["--bpw", "2", "--strategy", "x"], r"known: pmq \(one program .*; mc \("),
@@ -154,23 +154,47 @@ def test_bad_requests_write_nothing(source: Path, tmp_path: Path, arguments: lis
     assert not list(tmp_path.iterdir())
 
 
-def test_attention_in_the_budget(tmp_path: Path) -> None:
-    from tests.support.synthetic_calibration import with_attention
-
+def test_other_matrices_in_the_budget(tmp_path: Path) -> None:
     path, output = tmp_path / "calib", tmp_path / "plan.json"
-    with_attention(calibration(), ("IQ4_XS", "Q6_K", "Q8_0")).save(path)
-    run(path, "-o", output, "--size", "5.5MiB", "--attention", "auto")
+    measured = with_others(calibration(), ("IQ4_XS", "Q6_K", "Q8_0"))
+    measured.save(path)
+    shown = run(path, "-o", output, "--size", "5.5MiB", "--others", "auto").stdout
     plan = Plan.load(output)
-    assert {name for row in plan.fixed.attention for name in row} <= {"IQ4_XS", "Q6_K", "Q8_0"}
-    run(path, "-o", output, "--size", "5.5MiB", "--attention", "q6_k,")
-    assert Plan.load(output).fixed.attention == (("Q6_K",) * 4,) * 6
-    run(path, "-o", output, "--size", "5.5MiB", "--attention", "fixed")
+    assert tuple(plan.fixed.others) == measured.matrices
+    assert len(set(plan.fixed.others.values())) > 1
+    assert set(plan.fixed.others.values()) <= {"IQ4_XS", "Q6_K", "Q8_0"}
+    assert "other matrices" in shown
+    run(path, "-o", output, "--size", "5.5MiB")
+    assert Plan.load(output).fixed == plan.fixed  # auto is the default
+    run(path, "-o", output, "--size", "5.5MiB", "--others", "q6_k,")
+    assert Plan.load(output).fixed.others == dict.fromkeys(measured.matrices, "Q6_K")
+    run(path, "-o", output, "--size", "5.5MiB", "--others", "fixed")
     assert Plan.load(output).fixed == FixedTypes()
-    wanted = (path, "-o", output, "--attention", "auto")
-    fails("Error: --attention: .*size of the whole file", *wanted, "--bpw", 2)
+    run(path, "-o", output, "--size", "5.5MiB", "--attn-type", "Q8_0")
+    assert Plan.load(output).fixed == FixedTypes(attn="Q8_0")
+    wanted = (path, "-o", output, "--others", "auto")
+    fails("Error: --others: .*size of the whole file", *wanted, "--bpw", 2)
     both = ("--size", "5.5MiB", "--attn-type", "Q8_0")
-    fails("Error: --attention: .*give one or the other", *wanted, *both)
-    fails("Error: --attention: give fixed, auto", path, "-o", output, "--size", "5.5MiB", "--attention", ",")
+    fails("Error: --others: .*give one or the other", *wanted, *both)
+    fails("Error: --others: give fixed, auto", path, "-o", output, "--size", "5.5MiB", "--others", ",")
+    fails("Error: --others: .*measured for Q4_K", path, "-o", output, "--size", "5.5MiB", "--others", "Q4_K")
+    calibration().save(path)
+    fails("Error: --others: .*leave others fixed", *wanted, "--size", "5.5MiB")
+
+
+@pytest.mark.parametrize("bpw", [5, 8])
+def test_large_budgets_need_no_types(source: Path, tmp_path: Path, bpw: float) -> None:
+    run(source, "-o", tmp_path / "plan.json", "--bpw", bpw)
+    plan = Plan.load(tmp_path / "plan.json")
+    assert bpw - 0.05 < plan.expert_bpw <= bpw
+
+
+@pytest.mark.parametrize("projections", [MERGED, NO_GATE])
+def test_experts_with_other_matrices(tmp_path: Path, projections: tuple[str, ...]) -> None:
+    calibration(projections=projections).save(tmp_path / "calib")
+    shown = run(tmp_path / "calib", "-o", tmp_path / "plan.json", "--bpw", 2.5).stdout
+    assert [line.split()[0] for line in shown.splitlines() if "IQ" in line] == list(projections)
+    assert tuple(Plan.load(tmp_path / "plan.json").experts) == projections
 
 
 def test_a_missing_calibration_is_named(tmp_path: Path) -> None:

@@ -12,17 +12,22 @@ import torch
 from click.testing import CliRunner
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
+from mc_gguf.calibrate.routed import Routing
+from mc_gguf.capture.capture import LayerRows
+from mc_gguf.capture.expert import read_expert
+from mc_gguf.capture.spool import Spool
 from mc_gguf.cli import main
 from mc_gguf.common.errors import ArtifactError
 from mc_gguf.common.progress import Progress
+from mc_gguf.compensate import experts as passes
 from mc_gguf.compensate.bank import Bank
-from mc_gguf.compensate.experts import Wanted, calibration_text, compensate, open_bank
-from mc_gguf.compensate.hessian import Collector, HessianTokens, held_out_tokens, run_expert
+from mc_gguf.compensate.experts import Wanted, calibration_text, captured, compensate, open_bank
+from mc_gguf.compensate.hessian import Collector, HessianTokens, collect, held_out_tokens
 from mc_gguf.ggml.quantizers import dequantize_rows, quantize_rows
 from mc_gguf.source import Checkpoint, open_checkpoint
 from mc_gguf.source.decoder import Decoder
 from mc_gguf.source.text import Corpus, load_corpus
-from tests.support.moe_directories import random_moe, save_moe
+from tests.support.moe_directories import random_moe, save_moe, write_f32
 
 pytestmark = pytest.mark.native
 TOKENS, CTX = 4096, 256
@@ -100,7 +105,8 @@ def test_killed_resumed_and_threads_give_the_same_bytes(
     parts, states = open_bank(tmp_path / "b", calibration), tmp_path / "states"
     with pytest.raises(Killed):
         compensate(source, calibration, wanted, corpus, parts, 1, Bomb(9), states=states)
-    assert [path.name for path in states.iterdir()] == ["hidden-2.npy"]
+    assert sorted(path.name for path in states.iterdir()) == ["model.gguf", "spool"]
+    (states / "model.gguf").unlink()  # what the text gave is in the spool
     outcome = compensate(source, calibration, wanted, corpus, parts, 1, states=states)
     assert not states.exists()
     assert outcome.compensated + outcome.plain == 3
@@ -108,29 +114,88 @@ def test_killed_resumed_and_threads_give_the_same_bytes(
     assert not compensate(source, calibration, wanted, corpus, parts, 1).ratios
 
 
-def test_the_pass_is_the_decoders_forward(tmp_path: Path) -> None:
+def test_the_spool_of_a_calibration_is_enough(
+    source: Checkpoint, corpus: Corpus, calibration: Calibration, tmp_path: Path
+) -> None:
+    """What `states` has is taken, and the text is not evaluated again."""
+    states, wanted = tmp_path / "states", want("Q4_0", (1,), (3,))
+    captured(source, corpus, states, 1, None)
+    (states / "model.gguf").write_bytes(b"damaged")
+    banks = [open_bank(tmp_path / name, calibration) for name in "ab"]
+    compensate(source, calibration, wanted, corpus, banks[0], 1, states=states)
+    compensate(source, calibration, wanted, corpus, banks[1], 1)
+    assert contents(banks[0], wanted) == contents(banks[1], wanted)
+
+
+def test_a_pass_can_be_ended_and_goes_on(
+    source: Checkpoint, corpus: Corpus, calibration: Calibration, tmp_path: Path
+) -> None:
+    wanted, states = want("Q4_0", (1,), (0, 3)), tmp_path / "states"
+    bank, asked = open_bank(tmp_path / "bank", calibration), list[tuple[int, int]]()
+
+    def stop(made: int, total: int) -> bool:
+        asked.append((made, total))
+        return False
+
+    outcome = compensate(source, calibration, wanted, corpus, bank, 1, states=states, keep_going=stop)
+    assert asked == [(3, 6)]
+    assert not outcome.is_complete
+    assert states.exists()
+    outcome = compensate(
+        source, calibration, wanted, corpus, bank, 1, states=states, keep_going=lambda *_: True
+    )
+    assert outcome.is_complete
+    assert len(contents(bank, wanted)) == 6
+    assert not states.exists()
+
+
+def test_experts_whose_function_is_not_known_are_left_out(
+    source: Checkpoint,
+    corpus: Corpus,
+    calibration: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = passes.verified_function
+
+    def verified(checkpoint: Checkpoint, routing: Routing):  # type: ignore[no-untyped-def]
+        return (None, "unknown") if routing.rows.layer == 0 else original(checkpoint, routing)
+
+    monkeypatch.setattr(passes, "verified_function", verified)
+    bank, wanted = open_bank(tmp_path, calibration), want("Q4_0", (0, 2), (1,))
+    outcome = compensate(source, calibration, wanted, corpus, bank, 1)
+    assert outcome.is_complete
+    assert outcome.compensated + outcome.plain == 3
+    assert all(bank.get(0, p, 1, "Q4_0") is None for p in PROJECTIONS)
+    assert len(contents(bank, want("Q4_0", (2,), (1,)))) == 3
+
+
+def test_inputs_are_the_decoders(tmp_path: Path) -> None:
     """With a shared expert, and experts that no token reaches."""
-    source = open_checkpoint(save_moe(random_moe("Qwen2Moe", num_experts_per_tok=1), tmp_path / "hf"))
-    corpus, info, decoder = load_corpus(source, tokens=64, ctx=32), source.info, Decoder(source)
-    ones = [np.ones((2, info.n_expert, n), dtype=np.float32) for n in (info.n_embd, info.n_ff)]
-    statistics = {"imatrix_in": ones[0], "imatrix_mid": ones[1]}
-    flat = replace(Calibration.blank(info), statistics=statistics, corpus=corpus.to_json())
-    bank, states = open_bank(tmp_path / "bank", flat), tmp_path / "states"
-    with pytest.raises(Killed):
-        compensate(source, flat, want("Q4_0", (1,), (0,)), corpus, bank, 1, Bomb(3), states=states)
-    hidden = decoder.embed(corpus.rows)
-    decoder.attention(0, hidden)
-    reached = set(decoder.route(0, hidden.flatten(0, 1)).experts.flatten().tolist())
-    assert len(reached) < info.n_expert
-    decoder.feed_forward(0, hidden)
-    np.testing.assert_allclose(np.load(states / "hidden-1.npy"), hidden.numpy(), rtol=1e-5, atol=1e-5)
+    directory = open_checkpoint(save_moe(random_moe("Qwen2Moe", num_experts_per_tok=1), tmp_path / "hf"))
+    source = open_checkpoint(write_f32(directory, tmp_path / "f32.gguf"))
+    corpus, decoder = load_corpus(directory, tokens=64, ctx=32), Decoder(source)
+    spool = captured(source, corpus, tmp_path / "states", 1, None)
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["spool"]  # a GGUF needs no copy
+    hidden, every = decoder.embed(corpus.rows), np.arange(64)
+    for layer in (0, 1):
+        decoder.attention(layer, hidden)
+        flat = hidden.flatten(0, 1).clone()
+        expected = decoder.route(layer, flat)
+        routing = Routing(LayerRows(spool, layer, 64, 0))
+        np.testing.assert_array_equal(routing.experts, expected.experts)
+        assert len(np.unique(routing.experts)) < source.info.n_expert
+        np.testing.assert_allclose(routing.weights, expected.weights, rtol=1e-2)
+        x, wanted = routing.rows.inputs(every, every * 0), decoder.norm(flat, decoder.ffn_norm(layer))
+        assert float((x - wanted).norm()) < 5e-3 * float(wanted.norm())
+        decoder.feed_forward(layer, hidden)
 
 
 def test_block_output_is_closer_on_other_text(
     source: Checkpoint, corpus: Corpus, calibration: Calibration, tmp_path: Path
 ) -> None:
-    """The whole block of a layer in IQ2_XS, on text that the Hessians have not seen."""
-    wanted = want("IQ2_XS", (0,), range(source.info.n_expert))
+    """The whole block of a layer in Q2_K, on text that the Hessians have not seen."""
+    wanted = want("Q2_K", (0,), range(source.info.n_expert))
     bank = open_bank(tmp_path, calibration)
     compensate(source, calibration, wanted, corpus, bank, 2)
     decoder = Decoder(source)
@@ -160,42 +225,60 @@ class _Replaced(Decoder):
         for p in PROJECTIONS:
             weights = getattr(exact, p).numpy()
             rows, cols = weights.shape
-            blocks = self.bank.get(layer, p, expert, "IQ2_XS")
+            blocks = self.bank.get(layer, p, expert, "Q2_K")
             if self.how == "plain":
-                blocks = quantize_rows(weights, "IQ2_XS", np.ones(cols, dtype=np.float32), 1)
+                blocks = quantize_rows(weights, "Q2_K", np.ones(cols, dtype=np.float32), 1)
             assert blocks is not None
-            found.append(torch.from_numpy(dequantize_rows(blocks, "IQ2_XS", cols, rows)))
+            found.append(torch.from_numpy(dequantize_rows(blocks, "Q2_K", cols, rows)))
         return type(exact)(*found)
 
 
-def test_forward_is_the_decoders_and_hessians_add_up(source: Checkpoint, corpus: Corpus) -> None:
-    decoder = Decoder(source)
-    with torch.inference_mode():
-        hidden = decoder.embed(corpus.rows)
-        decoder.attention(0, hidden)
-        flat = hidden.flatten(0, 1).clone()
-        decoder.feed_forward(0, hidden)
-        routing, norm, added = decoder.route(0, flat), decoder.ffn_norm(0), torch.zeros_like(flat)
-        held_out = held_out_tokens(*corpus.rows.shape)
-        assert int(held_out.sum()) == len(flat) // 8
-        used = torch.nonzero(~held_out)[:, 0]
-        for number in range(source.info.n_expert):
-            expert, tokens = decoder.expert(0, number), HessianTokens.routed(routing, number, held_out)
-            more = HessianTokens.enough(decoder, routing, number, 100_000, held_out)  # more than there are
-            assert len(set(more.index.tolist())) == len(more.index)
-            assert set(more.index.tolist()) == set(tokens.index.tolist()) | set(used.tolist())
-            assert float(more.weights[more.n_routed :].max()) < 0.2
-            collector = Collector(expert, True, True)
-            run_expert(decoder, expert, flat, norm, more, added, collector)
-            x = decoder.norm(flat[more.index], norm)
-            weighted = (expert.hidden(x) * more.weights[:, None]).double()
-            inputs = collector.inputs(True)
+@pytest.fixture(scope="module")
+def spool(source: Checkpoint, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Spool:
+    return captured(source, corpus, tmp_path_factory.mktemp("states"), 2, None)
+
+
+def test_hessians_add_up(source: Checkpoint, corpus: Corpus, spool: Spool) -> None:
+    routing = Routing(LayerRows(spool, 0, corpus.n_tokens, 0))
+    function = routing.rows.function
+    assert function is not None
+    held_out = held_out_tokens(*corpus.rows.shape)
+    assert int(held_out.sum()) == corpus.n_tokens // 8
+    used, decoder = torch.nonzero(~held_out)[:, 0], Decoder(source)
+    for number in range(source.info.n_expert):
+        expert, tokens = (
+            read_expert(source, 0, number, function),
+            HessianTokens.routed(routing, number, held_out),
+        )
+        more = HessianTokens.enough(routing, number, 100_000, held_out)  # more than there are
+        assert len(set(more.index.tolist())) == len(more.index)
+        assert set(more.index.tolist()) == set(tokens.index.tolist()) | set(used.tolist())
+        assert (more.index[: more.n_routed] == tokens.index).all()
+        assert float(more.weights[more.n_routed :].max()) < 0.2
+        collector = Collector(expert, True, True)
+        collect(expert, routing, more, collector)
+        x = routing.rows.inputs(more.index, more.slots)
+        hidden = decoder.expert(0, number).hidden(x)
+        for values, is_down in ((x, False), (hidden, True)):
+            weighted, inputs = (values * more.weights[:, None]).double(), collector.inputs(is_down)
             assert len(inputs.held_out) == min(int(tokens.held_out.sum()), 512) > 0
+            kept_aside = weighted[more.held_out][:512].float()
+            torch.testing.assert_close(inputs.held_out, kept_aside, rtol=1e-4, atol=1e-4)
             assert inputs.n_tokens == len(used)
             kept = weighted[~more.held_out]
             scale = float(kept.square().sum())
             assert float((inputs.hessian - kept.T @ kept).abs().max()) < 1e-5 * scale
-        assert torch.equal(flat + added, hidden.flatten(0, 1))
+
+
+def test_an_expert_with_enough_tokens_has_its_own_alone(corpus: Corpus, spool: Spool) -> None:
+    routing = Routing(LayerRows(spool, 0, corpus.n_tokens, 0))
+    held_out = held_out_tokens(*corpus.rows.shape)
+    own = HessianTokens.routed(routing, 2, held_out)
+    assert len(own.index) == len(HessianTokens.enough(routing, 2, 1, held_out).index)
+    wanted = len(own.index) // 4 + 10  # columns, of which each needs four tokens
+    more = HessianTokens.enough(routing, 2, wanted, held_out)
+    assert len(more.index) == 4 * wanted
+    assert not more.held_out[own.n_routed :].any()
 
 
 def test_another_text_is_refused(source: Checkpoint, calibration: Calibration, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mc_gguf.artifacts import PROJECTIONS, FixedTypes, TensorSpec
 from mc_gguf.common.errors import FormatError, McError
 from mc_gguf.container.table import render_description
 from mc_gguf.ggml.gguf_file import FLOAT32, STRING, UINT32, Value
-from mc_gguf.ggml.types import CANDIDATES, TYPES
+from mc_gguf.ggml.types import CANDIDATES, MAX_GROUPS, TYPES
 from mc_gguf.runtime.packages import load_gguf
 from tests.support.gguf_models import (
     ONES,
@@ -33,6 +33,7 @@ from tests.support.gguf_models import (
     write_parts,
     write_random,
 )
+from tests.support.synthetic_calibration import MERGED, NO_GATE
 
 pytestmark = pytest.mark.native
 
@@ -128,17 +129,19 @@ def test_file_bytes_is_the_size_of_the_file(tmp_path: Path, data: st.DataObject)
 
 
 def test_all_candidates_in_one_tensor(tmp_path: Path) -> None:
-    checkpoint = RandomCheckpoint(1, 13, n_embd=256, n_ff=256)
-    experts = {p: [[*CANDIDATES, "F16", "BF16"]] for p in PROJECTIONS}
-    write_random(tmp_path / "m.gguf", checkpoint, experts)
-    model = container.validate(tmp_path / "m.gguf")
-    weights = [TYPES[name].bpw for name in experts["gate"][0]]
-    assert model.expert_bpw == pytest.approx(sum(weights) / 13)
+    """As many as a file can hold; a plan leaves out what is more (mc_gguf/plan/problem.py)."""
+    for n, names in enumerate((CANDIDATES[:MAX_GROUPS], (*CANDIDATES[-11:], "F16", "BF16"))):
+        checkpoint = RandomCheckpoint(1, 13, n_embd=256, n_ff=256)
+        experts = {p: [list(names)] for p in PROJECTIONS}
+        write_random(tmp_path / f"{n}.gguf", checkpoint, experts)
+        model = container.validate(tmp_path / f"{n}.gguf")
+        weights = [TYPES[name].bpw for name in experts["gate"][0]]
+        assert model.expert_bpw == pytest.approx(sum(weights) / 13)
 
 
 def test_too_many_groups() -> None:
     checkpoint = RandomCheckpoint(1, 14, n_embd=256, n_ff=256)
-    experts = {p: [[*CANDIDATES, "F16", "BF16", "F32"]] for p in PROJECTIONS}
+    experts = {p: [list(CANDIDATES)] for p in PROJECTIONS}
     with pytest.raises(McError, match=r"blk\.0\.ffn_gate_exps\.weight would need 14 groups; 13"):
         container.file_bytes(checkpoint.info, experts, FixedTypes())
 
@@ -165,11 +168,40 @@ def test_wrong_number_of_types() -> None:
         ("blk.0.attn_norm.weight", (256,), "F32", "F32"),
         ("blk.0.attn_q.bias", (256,), "F32", "F32"),
         ("blk.0.ssm_conv1d.weight", (256, 4), "F32", "F32"),
+        ("blk.0.ssm_conv1d.weight", (256, 4), "BF16", "F32"),
+        ("blk.0.ssm_in.weight", (256, 64), "BF16", "Q6_K"),
+        ("blk.0.attn_kv_a_mqa.weight", (256, 64), "BF16", "Q6_K"),
+        # A source that is quantized already gets no more bits than it has.
+        ("blk.0.attn_q.weight", (256, 64), "Q4_1", "Q4_1"),
+        ("blk.0.attn_k.weight", (256, 64), "Q4_K", "Q4_K"),
+        ("blk.0.attn_k.weight", (256, 64), "MXFP4", "MXFP4"),
+        ("blk.0.attn_q.weight", (256, 64), "Q8_0", "Q6_K"),
+        ("blk.0.attn_q.weight", (256, 64), "Q6_K", "Q6_K"),
+        ("blk.0.ffn_gate_inp.weight", (256, 8), "Q8_0", "F32"),
+        # What is no weight stays as it is.
+        ("blk.0.ffn_gate_tid2eid", (8, 64), "I32", "I32"),
+        ("blk.0.some_index.weight", (8, 64), "I64", "I64"),
+        # A plan's own choice overrides everything.
+        ("blk.3.attn_k.weight", (256, 64), "BF16", "Q3_K"),
+        ("blk.3.ffn_norm.weight", (256,), "F32", "BF16"),
+        ("blk.3.attn_q.weight", (256, 64), "Q4_1", "Q4_1"),
     ],
 )
 def test_fixed_types(name: str, shape: tuple[int, ...], source: str, expected: str) -> None:
-    fixed = FixedTypes(token_embd="Q5_K", output="Q4_K")
+    others = {"blk.3.attn_k.weight": "Q3_K", "blk.3.ffn_norm.weight": "BF16", "blk.3.attn_q.weight": "Q4_1"}
+    fixed = FixedTypes(token_embd="Q5_K", output="Q4_K", others=others)
     assert container.fixed_type(TensorSpec(name, shape, source), fixed).name == expected
+
+
+def test_a_type_that_is_none_is_named() -> None:
+    info = RandomCheckpoint().info
+    for kind, message in (
+        ("Q77", "unknown ggml type 'Q77'"),
+        ("Q4_K", "Q4_K needs rows that are a multiple"),
+    ):
+        fixed = FixedTypes(others={"blk.0.attn_q.weight": kind})
+        with pytest.raises(McError, match=message):
+            container.file_bytes(info, EXPERTS, fixed)
 
 
 def test_an_f32_source_is_quantized_all_the_same(tmp_path: Path) -> None:
@@ -177,6 +209,69 @@ def test_an_f32_source_is_quantized_all_the_same(tmp_path: Path) -> None:
     types = {t.name: t.type.name for t in container.layout(checkpoint.info, EXPERTS, FixedTypes())}
     assert types["blk.0.attn_q.weight"] == "Q8_0"  # rows of 32: no k-quant
     assert types["blk.0.attn_norm.weight"] == "F32"
+
+
+# --- experts with other matrices
+
+
+def other(projections: tuple[str, ...]) -> tuple[RandomCheckpoint, dict[str, list[list[str]]]]:
+    checkpoint = RandomCheckpoint(projections=projections)
+    first = {p: [["Q8_0", "Q4_0", "Q8_0", "F16"], ["Q4_0"] * 4] for p in projections[:1]}
+    return checkpoint, first | {"down": [["Q5_0", "Q4_0", "Q4_0", "Q5_0"], ["Q8_0"] * 4]}
+
+
+@pytest.mark.parametrize("projections", [MERGED, NO_GATE])
+def test_experts_with_other_matrices(tmp_path: Path, projections: tuple[str, ...]) -> None:
+    checkpoint, experts = other(projections)
+    path = tmp_path / "m.gguf"
+    write_random(path, checkpoint, experts)
+    model = container.validate(path)
+    assert path.stat().st_size == container.file_bytes(checkpoint.info, experts, FixedTypes())
+    assert list(model.slices) == [(layer, p) for layer in (0, 1) for p in projections]
+    data = path.read_bytes()
+    for t in container.layout(checkpoint.info, experts, FixedTypes()):
+        for position, expert in enumerate(t.experts or ()):
+            layer = int(t.name.split(".")[1])
+            projection = next(p for p in projections if f"ffn_{p}_exps" in t.name)
+            size = t.n_bytes // len(t.experts or ())
+            expected = data[t.offset + position * size : t.offset + (position + 1) * size]
+            assert model.data(layer, projection, expert).tobytes() == expected
+            assert model.type_of(layer, projection, expert).name == experts[projection][layer][expert]
+            assert model.slices[layer, projection][expert].shape == t.source.shape[:2]
+    first = f"blk.0.ffn_{projections[0]}_exps.weight"
+    assert model.header.tensors[f"{first}.2"].shape == (32, 128 if projections == MERGED else 64, 2)
+    n_row = 128 if projections == MERGED else 64
+    weights = [32 * n_row * TYPES[name].bpw for row in experts[projections[0]] for name in row]
+    weights += [32 * 64 * TYPES[name].bpw for row in experts["down"] for name in row]
+    assert model.expert_bpw == pytest.approx(sum(weights) / (8 * 32 * (n_row + 64)))
+
+
+@pytest.mark.parametrize("projections", [MERGED, NO_GATE])
+def test_other_matrices_are_shown_under_their_names(tmp_path: Path, projections: tuple[str, ...]) -> None:
+    checkpoint, experts = other(projections)
+    write_random(tmp_path / "m.gguf", checkpoint, experts)
+    described = container.describe_model(container.validate(tmp_path / "m.gguf"))
+    assert described["layers"][0]["experts"][0] == {projections[0]: "Q8_0", "down": "Q5_0"}
+    lines = render_description(described).splitlines()
+    assert "    0  Q8_0/Q5_0  Q4_0       Q8_0/Q4_0  F16/Q5_0" in lines
+    table = next(i for i, line in enumerate(lines) if line.startswith("type"))
+    assert lines[table].split() == ["type", *projections, "tensors", "size"]
+    totals = {line.split()[0]: line for line in lines[table + 1 :]}
+    assert totals["Q8_0"].split()[1:3] == ["2", "4"]
+    assert totals["Q4_0"].split()[1:3] == ["5", "2"]
+    assert totals["F16"].split()[1] == "1"
+    write_random(tmp_path / "u.gguf", checkpoint, uniform(checkpoint.info, "Q4_0"))
+    shown = render_description(container.describe_model(container.validate(tmp_path / "u.gguf")))
+    assert f"layer  experts ({'/'.join(projections)})" in shown
+
+
+@pytest.mark.parametrize("projections", [MERGED, NO_GATE])
+def test_a_plan_for_other_matrices_is_refused(projections: tuple[str, ...]) -> None:
+    checkpoint, experts = other(projections)
+    with pytest.raises(McError, match=rf"0 types for {projections[0]} in layer 0, the model has 4"):
+        container.file_bytes(checkpoint.info, {"down": experts["down"]}, FixedTypes())
+    with pytest.raises(McError, match="the plan gives 0 types for gate in layer 0"):
+        container.file_bytes(RandomCheckpoint().info, experts, FixedTypes())
 
 
 def test_header_refuses_a_fingerprint_that_is_none() -> None:
@@ -321,6 +416,10 @@ BROKEN: dict[str, tuple[Callable[[KV, list[Part]], None], str]] = {
         _drop("blk.1.ffn_down_exps.weight"),
         r"tensor blk\.1\.ffn_down_exps\.weight: is missing; the others",
     ),
+    "gate of one layer missing": (
+        _drop("blk.1.ffn_gate_exps.weight"),
+        r"tensor blk\.1\.ffn_gate_exps\.weight: is missing; the others",
+    ),
     "projection of another shape": (
         _replace("blk.1.ffn_gate_exps.weight", shape=(64, 32, 4)),
         r"tensor blk\.1\.ffn_up_exps\.weight: experts \(32, 64\) do not fit gate's \(64, 32\)",
@@ -330,6 +429,78 @@ BROKEN: dict[str, tuple[Callable[[KV, list[Part]], None], str]] = {
         r"tensor blk\.1\.ffn_down_exps\.weight: experts \(32, 64\) do not fit",
     ),
 }
+
+
+def test_layers_that_predict_further_tokens(tmp_path: Path) -> None:
+    """No plan decides them: their experts have the type of all other matrices."""
+    checkpoint = RandomCheckpoint(3)
+    checkpoint.info = replace(checkpoint.info, n_layer=2)
+    write_random(tmp_path / "m.gguf", checkpoint, EXPERTS)
+    model = container.validate(tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").stat().st_size == container.file_bytes(
+        checkpoint.info, EXPERTS, FixedTypes()
+    )
+    for projection in PROJECTIONS:
+        assert [model.type_of(2, projection, e).name for e in range(4)] == ["Q8_0"] * 4
+        assert [model.type_of(1, projection, e).name for e in range(4)] == EXPERTS[projection][1]
+
+
+def _added(name: str, shape: tuple[int, ...]) -> Callable[[KV, list[Part]], None]:
+    def change(kv: KV, parts: list[Part]) -> None:
+        parts.append(Part(name, shape, 1, bytes(2 * int(np.prod(shape)))))
+
+    return change
+
+
+MERGED_1, UP_1, DOWN_1 = (f"blk.1.ffn_{p}_exps.weight" for p in ("gate_up", "up", "down"))
+
+
+GATE_UP, UP, DOWN = (f"blk.1.ffn_{p}_exps.weight" for p in ("gate_up", "up", "down"))
+BROKEN_OTHERS: dict[str, tuple[tuple[str, ...], Callable[[KV, list[Part]], None], str]] = {
+    "merged missing": (
+        MERGED,
+        _drop(GATE_UP),
+        r"tensor blk\.1\.ffn_gate_up_exps\.weight: is missing; the others",
+    ),
+    "down of merged missing": (MERGED, _drop(DOWN), r"tensor blk\.1\.ffn_down_exps\.weight: is missing"),
+    "up missing": (NO_GATE, _drop(UP), r"tensor blk\.1\.ffn_up_exps\.weight: is missing; the others"),
+    "gate in one layer alone": (
+        NO_GATE,
+        _added("blk.1.ffn_gate_exps.weight", (32, 64, 4)),
+        r"tensor blk\.0\.ffn_gate_exps\.weight: is missing; the others",
+    ),
+    "merged and up": (
+        MERGED,
+        _added(UP, (32, 64, 4)),
+        r"tensor blk\.0\.ffn_gate_up_exps\.weight: cannot be beside tensors of gate or up alone",
+    ),
+    "merged of half the rows": (
+        MERGED,
+        _replace(DOWN, shape=(128, 32, 4), type_id=1, data=bytes(2 * 128 * 32 * 4)),
+        r"tensor blk\.1\.ffn_down_exps\.weight: experts \(128, 32\) do not fit gate_up's \(32, 128\)",
+    ),
+    "merged of odd rows": (
+        MERGED,
+        _replace(GATE_UP, shape=(32, 129, 4), type_id=1, data=bytes(2 * 129 * 32 * 4)),
+        r"tensor blk\.1\.ffn_down_exps\.weight: experts \(64, 32\) do not fit gate_up's \(32, 129\)",
+    ),
+    "down of another width": (
+        NO_GATE,
+        _replace(DOWN, shape=(32, 32, 4), type_id=1, data=bytes(2 * 32 * 32 * 4)),
+        r"tensor blk\.1\.ffn_down_exps\.weight: experts \(32, 32\) do not fit up's \(32, 64\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN_OTHERS)
+def test_broken_rule_of_other_matrices_is_named(tmp_path: Path, rule: str) -> None:
+    projections, change, message = BROKEN_OTHERS[rule]
+    write_random(tmp_path / "m.gguf", *other(projections))
+    kv, parts = take_apart(tmp_path / "m.gguf")
+    change(kv, parts)
+    write_parts(tmp_path / "broken.gguf", kv, parts)
+    with pytest.raises(FormatError, match=message):
+        container.validate(tmp_path / "broken.gguf")
 
 
 @pytest.mark.parametrize("rule", BROKEN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,9 +12,13 @@ from mc_gguf.ggml.types import (
     CANDIDATES,
     FALLBACKS,
     FILE_TYPE_GUESSED,
+    GGML_TYPES,
+    MATRIX_CANDIDATES,
+    READABLE,
     SIXTEEN_BIT,
     TYPES,
     TYPES_BY_ID,
+    TYPES_BY_NAME,
     ggml_type,
 )
 from mc_gguf.runtime import packages
@@ -63,9 +68,27 @@ def test_what_needs_an_importance_matrix() -> None:
     assert needing == {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}
 
 
-def test_fallbacks_fit_rows_that_the_candidates_do_not() -> None:
+def test_fallbacks_fit_rows_that_other_candidates_do_not() -> None:
     assert all(TYPES[name].fits(288) for name in FALLBACKS)
-    assert not any(TYPES[name].fits(288) for name in CANDIDATES)
+    assert not any(TYPES[name].fits(288) for name in {*CANDIDATES, *MATRIX_CANDIDATES} - {*FALLBACKS})
+
+
+def test_candidates_reach_from_the_smallest_type_to_eight_bits() -> None:
+    """So that every budget up to 8.5 bits per weight can be met without naming types."""
+    assert (CANDIDATES[0], CANDIDATES[-1]) == (min(RATES, key=lambda n: RATES[n]), "Q8_0")
+    gaps = [TYPES[b].bpw - TYPES[a].bpw for a, b in itertools.pairwise(CANDIDATES)]
+    assert max(gaps) < 2
+    assert MATRIX_CANDIDATES[-1] == "Q8_0"
+    assert not any(TYPES[name].needs_imatrix for name in MATRIX_CANDIDATES)
+
+
+def test_what_a_source_may_have() -> None:
+    """All quantized types but those that ggml uses for activations alone."""
+    quantized = {t.name for t in GGML_TYPES if t.block_size > 1}
+    assert quantized - READABLE == {"Q8_1", "Q8_K"}
+    assert READABLE < quantized
+    assert {"MXFP4", "NVFP4", "Q4_1"} < READABLE
+    assert all(TYPES_BY_NAME[t.name] is t is TYPES_BY_ID[t.id] for t in GGML_TYPES)
 
 
 def test_the_table_is_sorted_by_size() -> None:

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from mc_gguf.artifacts import PROJECTIONS, Calibration, FixedTypes, Plan
 from mc_gguf.common.errors import ArtifactError, BudgetError, McError
 from mc_gguf.container import file_bytes
-from mc_gguf.ggml.types import TYPES
+from mc_gguf.ggml.types import CANDIDATES, MAX_GROUPS, TYPES
 from mc_gguf.plan import STRATEGIES, Budget, Experts, FileBytes, fixed_types
 from mc_gguf.plan import plan as any_plan
-from tests.support.synthetic_calibration import calibration, model_info
+from mc_gguf.plan.problem import build_problem, candidate_types, limited
+from tests.support.synthetic_calibration import K_QUANTS, MERGED, NO_GATE, calibration, model_info
 
 OPTIMISED = ("pmq", "layer")
 BUDGETED = ("pmq", "uniform", "layer", "random", "inverted", "frequency", "hessian")
@@ -44,9 +45,10 @@ def size_of(source: Calibration, experts: Experts, fixed: FixedTypes = FixedType
 def expert_bytes(source: Calibration, experts: Experts) -> int:
     assert source.model is not None
     total = 0
-    for projection in PROJECTIONS:
-        rows, cols = source.model.expert_shape(projection)
-        total += sum(rows * TYPES[name].row_bytes(cols) for row in experts[projection] for name in row)
+    for projection, table in experts.items():
+        for layer, row in enumerate(table):
+            rows, cols = source.model.expert_shape(projection, layer)
+            total += sum(rows * TYPES[name].row_bytes(cols) for name in row)
     return total
 
 
@@ -54,8 +56,8 @@ def error_of(source: Calibration, experts: Experts) -> float:
     """Sum of squared errors of an assignment, one expert at a time."""
     return sum(
         float(source.sq_error[i, e, p, source.types.index(name)])
-        for p, projection in enumerate(PROJECTIONS)
-        for i, row in enumerate(experts[projection])
+        for p, table in enumerate(experts.values())
+        for i, row in enumerate(table)
         for e, name in enumerate(row)
     )
 
@@ -136,7 +138,7 @@ def test_an_error_estimated_below_zero_counts_as_none() -> None:
 # --- budgets
 
 
-@pytest.mark.parametrize("bpw", [1.5625, 1.8, 2.0625, 2.5, 3.3, 4.5])
+@pytest.mark.parametrize("bpw", [1.5625, 1.8, 2.0625, 2.5, 3.3, 4.5, 5.0, 6.6, 8.0, 8.5])
 @pytest.mark.parametrize("strategy", BUDGETED)
 def test_bpw_is_never_exceeded(strategy: str, bpw: float) -> None:
     source = calibration()
@@ -145,6 +147,23 @@ def test_bpw_is_never_exceeded(strategy: str, bpw: float) -> None:
     assert plan.expert_bytes == expert_bytes(source, plan.experts)
     assert plan.expert_bpw == 8 * plan.expert_bytes / n_weight
     assert plan.expert_bpw <= bpw
+
+
+@pytest.mark.parametrize("bpw", [5.0, 8.0])
+@pytest.mark.parametrize("strategy", OPTIMISED)
+def test_large_budgets_are_used(strategy: str, bpw: float) -> None:
+    """Without naming types: up to 8.5 bits per weight."""
+    source = calibration()
+    plan = make_plan(source, Budget(bpw=bpw), strategy)
+    largest_step = 8.5 - TYPES["Q6_K"].bpw
+    n_item = 6 * 3 if strategy == "layer" else 6 * 8 * 3
+    assert bpw - largest_step / n_item < plan.expert_bpw <= bpw
+    used = {name for p in PROJECTIONS for name in counts(plan, p)}
+    assert used & {"Q5_K", "Q6_K", "Q8_0"}
+    less = make_plan(source, Budget(bpw=bpw - 1), strategy)
+    assert plan.predicted_error is not None
+    assert less.predicted_error is not None
+    assert plan.predicted_error < 0.7 * less.predicted_error
 
 
 @pytest.mark.parametrize("offset", [0, 1, 13, 4_000, 100_003, 987_654])
@@ -207,10 +226,10 @@ def test_a_mixtral_file_is_filled_to_within_the_smallest_step() -> None:
 
 
 @pytest.mark.parametrize("strategy", BUDGETED)
-@pytest.mark.parametrize("bpw", [0.5, 1.56, 4.51, 8.0])
+@pytest.mark.parametrize("bpw", [0.5, 1.56, 8.51, 15.9])
 def test_an_infeasible_bpw_says_the_range(strategy: str, bpw: float) -> None:
     with pytest.raises(
-        BudgetError, match=r"bpw is not feasible: .* 1\.5625 bpw to 4\.5000 bpw; a budget of 16 bpw"
+        BudgetError, match=r"bpw is not feasible: .* 1\.5625 bpw to 8\.5000 bpw; a budget of 16 bpw"
     ):
         make_plan(calibration(), Budget(bpw=bpw), strategy)
 
@@ -220,7 +239,7 @@ def test_an_infeasible_size_says_the_range_and_its_ends_are_feasible(strategy: s
     source = calibration()
     size = measure(source)
     low = size_of(source, make_plan(source, Budget(bpw=1.5625), "uniform").experts)
-    high = size_of(source, make_plan(source, Budget(bpw=4.5), "uniform").experts)
+    high = size_of(source, make_plan(source, Budget(bpw=8.5), "uniform").experts)
     for limit in (low - 1, high + 1):
         message = rf"{limit} bytes .* not feasible: .* {low} bytes .* to {high} bytes"
         with pytest.raises(BudgetError, match=message):
@@ -307,23 +326,205 @@ def test_bad_types_say_the_known_ones() -> None:
         make_plan(source, Budget(bpw=2.5), fixed=FixedTypes(attn="Q9"))
 
 
-def test_more_types_than_a_file_holds_are_refused() -> None:
-    source = calibration(types=("IQ2_XXS",))
-    many = tuple(name for name in TYPES if name != "F32")[:14]
-    by_type = ("sq_error", "relative_error", "weight_error")
-    repeated = {name: np.repeat(source.statistics[name], 14, axis=-1) for name in by_type}
-    source = replace(source, types=many, statistics={**source.statistics, **repeated})
-    with pytest.raises(McError, match="at most 13"):
-        make_plan(source, Budget(bpw=2.5))
+# --- more types than a file can hold
+
+
+def grouped(plan: Plan) -> int:
+    """The most types that a stack has."""
+    return max(len(set(row)) for table in plan.experts.values() for row in table)
+
+
+def many_types(n_layer: int = 2, n_expert: int = 64, **options: Any) -> Calibration:
+    """Every type is some expert's best: one for each slope."""
+    source = calibration(n_layer, n_expert, types=(*CANDIDATES, "IQ4_NL", "Q5_0"), **options)
+    error = source.sq_error * np.logspace(-3, 3, n_expert)[:, None, None]
+    return source.with_statistics(sq_error=error, relative_error=error)
+
+
+@pytest.mark.parametrize("strategy", ["pmq", "random", "inverted", "frequency"])
+@pytest.mark.parametrize("bpw", [2.2, 3.4, 4.5])
+def test_a_stack_has_at_most_as_many_types_as_a_file_holds(strategy: str, bpw: float) -> None:
+    source = many_types()
+    assert len(source.types) > MAX_GROUPS
+    plan = make_plan(source, Budget(bpw=bpw), strategy)
+    assert len(plan.types) == len(source.types)
+    assert grouped(plan) <= MAX_GROUPS
+    assert plan.expert_bytes == expert_bytes(source, plan.experts)
+    assert plan.expert_bpw <= bpw
+    size_of(source, plan.experts)  # the file can be laid out
+
+
+def test_all_but_the_worst_types_stay() -> None:
+    source = many_types()
+    used = {
+        name for table in make_plan(source, Budget(bpw=3.4)).experts.values() for r in table for name in r
+    }
+    assert len(used) > 8
+
+
+def test_what_goes_first_is_farthest_above_the_hull() -> None:
+    """Errors on a convex curve, but for some types that lie above it, two of them only a little."""
+    source = calibration(3, 4, types=(*CANDIDATES, "IQ4_NL", "Q5_0"))
+    bpw = np.array([TYPES[name].bpw for name in source.types])
+    convex = np.broadcast_to(np.exp(-bpw), source.sq_error.shape).copy()
+    above = {"IQ2_XS": 1.5, "Q3_K": 1.2, "Q5_K": 1.9, "IQ2_S": 1.02, "Q6_K": 1.02}
+    for name, factor in above.items():
+        convex[..., source.types.index(name)] *= factor
+    source = source.with_statistics(sq_error=convex)
+    problem = build_problem(source, candidate_types(source, None))
+    left = limited(problem)
+    gone = {name for t, name in enumerate(problem.types) if not left.size[..., t].any()}
+    assert len(source.types) - MAX_GROUPS == 3
+    assert gone == {"IQ2_XS", "Q3_K", "Q5_K"}
+    for t, name in enumerate(problem.types):
+        assert np.isinf(left.error[..., t]).all() == (name in gone)
+        if name not in gone:
+            assert (left.size[..., t] == problem.size[..., t]).all()
+
+
+def test_the_smallest_and_the_largest_type_stay() -> None:
+    source = many_types()
+    error = source.sq_error.copy()
+    for name in ("IQ1_S", "Q8_0"):
+        error[..., source.types.index(name)] *= 100
+    source = source.with_statistics(sq_error=error)
+    problem = build_problem(source, candidate_types(source, None))
+    left = limited(problem)
+    assert (left.size.min(axis=-1, initial=1 << 40, where=left.size > 0) == problem.size.min(axis=-1)).all()
+    assert (left.size.max(axis=-1) == problem.size.max(axis=-1)).all()
+
+
+def test_types_in_use_stay() -> None:
+    source = many_types()
+    problem = build_problem(source, candidate_types(source, None))
+    gone = np.flatnonzero(~limited(problem).size.any(axis=(0, 1)))
+    columns = np.zeros(problem.error.shape[:3], dtype=np.int64)
+    columns[0, : len(gone), 1] = gone
+    left = limited(problem, columns)
+    assert left.size[:, 1][:, gone].all()
+    assert left.expert_bytes(columns) == problem.expert_bytes(columns)
+    assert ((left.size > 0).sum(axis=-1) == MAX_GROUPS).all()
+
+
+def test_few_types_are_left_alone() -> None:
+    source = calibration(types=CANDIDATES[:MAX_GROUPS])
+    problem = build_problem(source, source.types)
+    left = limited(problem)
+    assert (left.size == problem.size).all()
+    assert (left.error == problem.error).all()
+
+
+def test_strategies_with_one_type_for_a_stack_have_all_types() -> None:
+    source = many_types()
+    problem = build_problem(source, candidate_types(source, None))
+    for t in np.flatnonzero(~limited(problem).size.any(axis=(0, 1))):
+        name = problem.types[t]
+        plan = make_plan(source, Budget(bpw=TYPES[name].bpw), "uniform", types=[*source.types])
+        assert counts(plan, "up").keys() <= {n for n in source.types if TYPES[n].bpw == TYPES[name].bpw}
+
+
+def test_a_layer_that_fits_few_types_keeps_them() -> None:
+    """Rows of 288 weights fit IQ4_NL, Q5_0 and Q8_0 alone, which the wider layer can spare."""
+    source = many_types(2, 16, n_ff=(256, 288))
+    for strategy in ("pmq", "random", "inverted"):
+        plan = make_plan(source, Budget(bpw=5.0), strategy)
+        assert grouped(plan) <= MAX_GROUPS
+        assert set(plan.experts["down"][1]) <= {"IQ4_NL", "Q5_0", "Q8_0"}
+        assert len(set(plan.experts["down"][1])) > 1
+        assert plan.expert_bytes == expert_bytes(source, plan.experts)
+        assert plan.expert_bpw <= 5.0
+
+
+# --- experts of other kinds
+
+
+@pytest.mark.parametrize("projections", [MERGED, NO_GATE])
+@pytest.mark.parametrize("strategy", [*BUDGETED, "mc"])
+def test_experts_with_other_matrices(strategy: str, projections: tuple[str, ...]) -> None:
+    source = calibration(n_ff=512, projections=projections)
+    n_weight = 6 * 8 * 256 * 512 * (3 if projections == MERGED else 2)
+    plan = make_plan(source, Budget(bpw=2.4), strategy, file_bytes=measure(source))
+    assert tuple(plan.experts) == projections
+    assert plan.expert_bytes == expert_bytes(source, plan.experts)
+    assert plan.expert_bpw == 8 * plan.expert_bytes / n_weight <= 2.4
+    assert plan.file_bytes == size_of(source, plan.experts)
+    size = plan.file_bytes + 100_000
+    within = make_plan(source, Budget(size_bytes=size), strategy, file_bytes=measure(source))
+    assert within.file_bytes is not None
+    assert within.file_bytes <= size
+
+
+@pytest.mark.parametrize("projections", [MERGED, NO_GATE])
+def test_the_optimum_of_experts_with_other_matrices(projections: tuple[str, ...]) -> None:
+    types = ("IQ1_S", "IQ2_XS", "Q4_K")
+    source = calibration(1, 4, 256, 256, types, projections=projections)
+    plan = make_plan(source, Budget(bpw=2.6))
+    limit = 2.6 / 8 * (4 * 256 * 256 * (3 if projections == MERGED else 2))
+    error, size = np.zeros(1), np.zeros(1)
+    for e, p in itertools.product(range(4), range(2)):
+        rows = 512 if projections[p] == "gate_up" else 256
+        error = (error[:, None] + source.sq_error[0, e, p]).ravel()
+        size = (size[:, None] + np.array([rows * TYPES[t].block_bytes for t in types])).ravel()
+    assert error_of(source, plan.experts) == pytest.approx(error[size <= limit].min(), rel=1e-7)
+
+
+@pytest.mark.parametrize("strategy", [*BUDGETED, "mc"])
+def test_layers_of_different_widths(strategy: str) -> None:
+    widths = (256, 768, 512, 256)
+    source = calibration(4, 8, n_ff=widths)
+    plan = make_plan(source, Budget(bpw=2.4), strategy, file_bytes=measure(source))
+    assert plan.expert_bytes == expert_bytes(source, plan.experts)
+    assert plan.expert_bpw == 8 * plan.expert_bytes / (8 * 256 * 3 * sum(widths)) <= 2.4
+    assert plan.file_bytes == size_of(source, plan.experts)
+
+
+def test_sixteen_bits_of_layers_of_different_widths() -> None:
+    source = calibration(3, 8, n_ff=(256, 300, 512), projections=MERGED)
+    plan = make_plan(source, Budget(bpw=16))
+    assert plan.expert_bytes == 2 * 8 * 256 * 3 * (256 + 300 + 512)
+
+
+@pytest.mark.parametrize("bpw", [2.4, 16.0])
+def test_layers_that_predict_further_tokens_do_not_count(bpw: float) -> None:
+    """Their experts are in the file, but nothing is planned for them."""
+    source, more = calibration(3), model_info(4)
+    source = replace(source, model=replace(more, n_layer=3))
+    plan = make_plan(source, Budget(bpw=bpw), file_bytes=measure(source))
+    n_weight = 3 * 8 * 3 * 256 * 256
+    assert plan.expert_bytes is not None
+    assert plan.expert_bpw == 8 * plan.expert_bytes / n_weight <= bpw
+    assert bpw - 0.1 < plan.expert_bpw
+    assert plan.file_bytes is not None
+    assert plan.file_bytes > size_of(calibration(3), plan.experts, plan.fixed) + 8 * 3 * 256 * 256 * 6 // 8
+
+
+def test_the_bytes_of_a_wide_layer_count_as_they_are() -> None:
+    """The same errors everywhere: bits go to the narrow layer, where they cost least."""
+    source = calibration(2, 8, n_ff=(256, 2048), types=("IQ1_S", "IQ2_XXS", "Q4_K"))
+    error = np.broadcast_to(source.sq_error[:1, :1, :1], source.sq_error.shape)
+    plan = make_plan(source.with_statistics(sq_error=error), Budget(bpw=1.889))
+    assert {name for p in PROJECTIONS for name in plan.experts[p][0]} == {"Q4_K"}
+    assert {name for p in PROJECTIONS for name in plan.experts[p][1]} == {"IQ1_S"}
+
+
+# --- fallbacks
 
 
 @pytest.mark.parametrize(("n_ff", "expected"), [(288, "IQ4_NL"), (300, "BF16")])
 @pytest.mark.parametrize("strategy", BUDGETED)
 def test_rows_that_fit_no_candidate_get_a_fallback(strategy: str, n_ff: int, expected: str) -> None:
-    source = calibration(n_ff=n_ff)
+    source = calibration(n_ff=n_ff, types=K_QUANTS)
     plan = make_plan(source, Budget(bpw=7.0 if expected == "BF16" else 3.2), strategy)
     assert set(counts(plan, "down")) == {expected}
     assert not set(counts(plan, "gate")) & {expected}
+    assert plan.expert_bytes == expert_bytes(source, plan.experts)
+
+
+def test_a_layer_that_fits_no_candidate_gets_a_fallback() -> None:
+    source = calibration(3, 8, n_ff=(256, 288, 512), types=K_QUANTS)
+    plan = make_plan(source, Budget(bpw=3.2))
+    assert [set(row) for row in plan.experts["down"]][1] == {"IQ4_NL"}
+    assert "IQ4_NL" not in {*plan.experts["down"][0], *plan.experts["down"][2]}
     assert plan.expert_bytes == expert_bytes(source, plan.experts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,19 @@ from mc_gguf.routing.profile import RoutingProfile
 from mc_gguf.runtime.packages import load_gguf
 from mc_gguf.source import open_checkpoint
 from tests.support import TINY
-from tests.support.gguf_models import ONES, RandomCheckpoint, make_calibration, make_plan, mixed, uniform
+from tests.support.gguf_models import (
+    ONES,
+    Part,
+    RandomCheckpoint,
+    make_calibration,
+    make_plan,
+    mixed,
+    quantized_gguf,
+    take_apart,
+    uniform,
+    write_parts,
+)
+from tests.support.synthetic_calibration import MERGED, NO_GATE
 from tools.common import RELATIVE_ERROR
 
 pytestmark = pytest.mark.native
@@ -175,6 +188,83 @@ def test_sixteen_bit_plan_copies_bytes(tmp_path: Path, kind: str) -> None:
         parts = range(3) if "_exps" in spec.name else [None]
         expected = b"".join(checkpoint.raw(spec.name, e).tobytes() for e in parts)
         assert model.tensor_data(spec.name).tobytes() == expected
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "MXFP4", "Q4_K"])
+def test_a_quantized_source_keeps_its_own_types(tmp_path: Path, kind: str) -> None:
+    """Matrices that have fewer bits already are copied, and experts of the planned type are, too."""
+    quantized_gguf(tmp_path / "q.gguf", kind)
+    source = open_checkpoint(tmp_path / "q.gguf")
+    experts = mixed(source, ("Q4_K", "Q8_0"))
+    plan = make_plan(source.info, experts, tmp_path / "p.json", NO_CALIBRATION)
+    model = write_model(source, None, plan, tmp_path / "m.gguf", threads=1)
+    types = {name: t.type.name for name, t in model.header.tensors.items()}
+    for part in ("q", "k", "v", "output"):
+        name = f"blk.1.attn_{part}.weight"
+        assert types[name] == kind
+        assert model.tensor_data(name).tobytes() == source.raw(name).tobytes()
+    assert types["blk.1.ffn_gate_inp.weight"] == "F32"
+    for layer, projection, expert in itertools.product(range(2), PROJECTIONS, range(3)):
+        wanted = experts[projection][layer][expert]
+        assert model.type_of(layer, projection, expert).name == wanted
+        if wanted == kind:
+            expected = source.raw(expert_tensor_name(layer, projection), expert)
+        else:
+            expected = quantize_rows(source.expert(layer, projection, expert), wanted, None, 1).reshape(-1)
+        assert model.data(layer, projection, expert).tobytes() == expected.tobytes()
+
+
+def test_integers_that_are_no_weights_are_copied(tmp_path: Path) -> None:
+    quantized_gguf(tmp_path / "q.gguf", "Q8_0")
+    kv, parts = take_apart(tmp_path / "q.gguf")
+    numbers = np.arange(8, dtype=np.int32)
+    parts.append(Part("rope_freqs.index", (8,), 26, numbers.tobytes()))
+    write_parts(tmp_path / "i.gguf", kv, parts)
+    source = open_checkpoint(tmp_path / "i.gguf")
+    np.testing.assert_array_equal(source.tensor("rope_freqs.index"), numbers.astype(np.float32))
+    plan = make_plan(source.info, uniform(source.info, "Q8_0"), tmp_path / "p.json", NO_CALIBRATION)
+    model = write_model(source, None, plan, tmp_path / "m.gguf", threads=1)
+    assert model.header.tensors["rope_freqs.index"].type.name == "I32"
+    assert model.tensor_data("rope_freqs.index").tobytes() == numbers.tobytes()
+
+
+@pytest.mark.parametrize("projections", [MERGED, NO_GATE])
+def test_experts_with_other_matrices(tmp_path: Path, projections: tuple[str, ...]) -> None:
+    checkpoint = RandomCheckpoint(2, 5, n_embd=256, n_ff=256, projections=projections)
+    calibration = make_calibration(checkpoint.info, tmp_path / "c.safetensors")
+    experts = mixed(checkpoint, CANDIDATES)
+    assert tuple(experts) == projections
+    plan = make_plan(checkpoint.info, experts, tmp_path / "plan.json", calibration.fingerprint)
+    model = write_model(checkpoint, calibration, plan, tmp_path / "m.gguf", threads=2)
+    for layer, projection, expert in itertools.product(range(2), projections, range(5)):
+        weights = checkpoint.expert(layer, projection, expert)
+        assert weights.shape == ((512 if projection == "gate_up" else 256), 256)
+        imatrix = (calibration.imatrix_mid if projection == "down" else calibration.imatrix_in)[layer, expert]
+        expected = quantize_rows(weights, experts[projection][layer][expert], imatrix, 1)
+        np.testing.assert_array_equal(model.data(layer, projection, expert), expected)
+
+
+def test_other_matrices_have_the_types_and_importance_that_were_measured(
+    wide: RandomCheckpoint, tmp_path: Path
+) -> None:
+    names = ("blk.0.attn_q.weight", "blk.1.attn_output.weight")
+    calibration = make_calibration(wide.info, tmp_path / "c.safetensors")
+    imatrix = np.random.default_rng(1).random(512, dtype=np.float32) + 0.01
+    statistics = {**calibration.statistics, "matrix_in": imatrix}
+    calibration = replace(calibration, matrices=names, statistics=statistics).save(tmp_path / "c.safetensors")
+    fixed = FixedTypes(others={names[0]: "IQ3_XXS", names[1]: "Q4_K"})
+    types = uniform(wide.info, "Q4_0")
+    plan = make_plan(wide.info, types, tmp_path / "p.json", calibration.fingerprint, fixed)
+    model = write_model(wide, calibration, plan, tmp_path / "m.gguf", threads=1)
+    for name, row in zip(names, (imatrix[:256], imatrix[256:]), strict=True):
+        assert model.header.tensors[name].type.name == fixed.others[name]
+        expected = quantize_rows(wide.tensor(name), fixed.others[name], row, 1)
+        np.testing.assert_array_equal(model.tensor_data(name), expected.reshape(-1))
+    assert model.header.tensors["blk.0.attn_k.weight"].type.name == "Q8_0"
+    fixed = FixedTypes(others={"blk.1.attn_q.weight": "IQ3_XXS"})
+    plan = make_plan(wide.info, types, tmp_path / "p.json", calibration.fingerprint, fixed)
+    with pytest.raises(McError, match=r"blk\.1\.attn_q\.weight cannot be IQ3_XXS, which needs an importance"):
+        write_model(wide, calibration, plan, tmp_path / "m.gguf", threads=1)
 
 
 def test_unused_experts_are_named_once(

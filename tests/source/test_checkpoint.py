@@ -5,6 +5,7 @@ is refused.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,17 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mc_gguf.artifacts import PROJECTIONS, expert_tensor_name
+from mc_gguf.artifacts import PROJECTIONS, TensorSpec, expert_tensor_name
 from mc_gguf.common.errors import SourceError
-from mc_gguf.ggml.gguf_file import STRING, UINT32, Value
+from mc_gguf.ggml.gguf_file import ARRAY, STRING, UINT32, Value
+from mc_gguf.ggml.types import TYPES_BY_NAME
 from mc_gguf.runtime.packages import load_gguf
 from mc_gguf.source import Checkpoint, open_checkpoint
 from mc_gguf.source.base import SAMPLE_BYTES, bos_of, make_info, sample_offsets
 from tests.support import TINY
 from tests.support.gguf_models import (
     RandomCheckpoint,
+    mixed,
     model_kv,
     model_tensors,
+    quantized_gguf,
     take_apart,
     uniform,
     write_parts,
@@ -422,11 +426,63 @@ def test_gguf_f32_experts(tmp_path: Path) -> None:
     )
 
 
-def test_quantized_gguf_is_refused(tmp_path: Path) -> None:
+QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_1", "Q4_K", "Q6_K", "IQ4_XS", "TQ2_0", "MXFP4")
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantized_gguf_stands_for_its_own_values(tmp_path: Path, name: str) -> None:
+    weights = quantized_gguf(tmp_path / "q.gguf", name)
+    source = open_checkpoint(tmp_path / "q.gguf")
+    assert source.gguf == tmp_path / "q.gguf"
+    assert {t.type for t in source.info.tensors} == {name, "F32"}
+    for tensor, expected in weights.items():
+        if "_exps" not in tensor:
+            np.testing.assert_array_equal(source.tensor(tensor), expected)
+    for layer, projection, expert in ((0, "gate", 2), (1, "up", 0), (1, "down", 1)):
+        stack = expert_tensor_name(layer, projection)
+        found = source.expert(layer, projection, expert)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, weights[stack][expert])
+    kind = TYPES_BY_NAME[name]
+    assert source.raw(expert_tensor_name(0, "up"), 1).nbytes == 256 * kind.row_bytes(256)
+
+
+def test_a_quantized_gguf_that_is_damaged(tmp_path: Path) -> None:
+    """A scale that is no number, which is in the first two bytes of a block of Q8_0."""
+    path, name = tmp_path / "q.gguf", expert_tensor_name(1, "down")
+    quantized_gguf(path, "Q8_0")
+    kv, parts = take_apart(path)
+    i = next(i for i, part in enumerate(parts) if part.name == name)
+    n = len(parts[i].data) // 3
+    parts[i] = replace(parts[i], data=parts[i].data[:n] + b"\xff\x7f" + parts[i].data[n + 2 :])
+    write_parts(path, kv, parts)
+    source = open_checkpoint(path)
+    source.expert(1, "down", 0)
+    with pytest.raises(SourceError, match=r"blk\.1\.ffn_down_exps\.weight, expert 1: nan, and 31 more"):
+        source.expert(1, "down", 1)
+
+
+@pytest.mark.parametrize("name", ["Q8_1", "Q8_K", "I8", "I32", "F64"])
+def test_a_type_that_is_none_of_weights_is_refused(tmp_path: Path, name: str) -> None:
+    path, kind = tmp_path / "q.gguf", TYPES_BY_NAME[name]
+    quantized_gguf(path, "Q8_0")
+    kv, parts = take_apart(path)
+    i = next(i for i, part in enumerate(parts) if part.name == "blk.1.attn_v.weight")
+    parts[i] = replace(parts[i], type_id=kind.id, data=bytes(256 * kind.row_bytes(256)))
+    write_parts(path, kv, parts)
+    with pytest.raises(
+        SourceError, match=rf"blk\.1\.attn_v\.weight is {name}, which this mc_gguf cannot read"
+    ):
+        open_checkpoint(path)
+
+
+def test_a_file_of_ours_is_no_source(tmp_path: Path) -> None:
     checkpoint = RandomCheckpoint()
-    write_random(tmp_path / "q.gguf", checkpoint, uniform(checkpoint.info, "Q4_0"))
-    with pytest.raises(SourceError, match=r"output\.weight is Q8_0; give the 16-bit"):
-        open_checkpoint(tmp_path / "q.gguf")
+    write_random(tmp_path / "m.gguf", checkpoint, mixed(checkpoint, ("Q4_0", "Q8_0")))
+    with pytest.raises(
+        SourceError, match=r"m\.gguf is a mixed-expert file that mc_gguf made \(blk\.0\..*\.map\)"
+    ):
+        open_checkpoint(tmp_path / "m.gguf")
 
 
 def test_truncated_gguf_is_refused(random_gguf: Path) -> None:
@@ -461,6 +517,64 @@ def test_shapes_that_do_not_fit() -> None:
         make_info(Path("m"), kv, "llama", [t for t in tensors if "exps" not in t.name], [])
     with pytest.raises(SourceError, match=r"expected blk\.0\.ffn_gate_exps\.weight of shape \[32, 64, 5\]"):
         make_info(Path("m"), {**kv, "llama.expert_count": Value(UINT32, 5)}, "llama", tensors, [])
+
+
+@pytest.mark.parametrize("projections", [PROJECTIONS, ("gate_up", "down"), ("up", "down")])
+def test_stacks_of_any_architecture(projections: tuple[str, ...]) -> None:
+    kv = _of_another_architecture(model_kv(2, 4, 32, 64))
+    tensors = model_tensors(2, 4, 32, 64, "F16", projections)
+    info = make_info(Path("m"), kv, "other", tensors, [])
+    assert info.projections == projections
+    assert (info.n_embd, info.n_ff, info.n_expert, info.expert_width) == (32, 64, 4, 32)
+    first = {"gate_up": (128, 32)}.get(projections[0], (64, 32))
+    assert [info.expert_shape(p, 1) for p in (projections[0], "down")] == [first, (32, 64)]
+    for projection in projections:
+        name = expert_tensor_name(1, projection)
+        fewer = [t for t in tensors if t.name != name]
+        with pytest.raises(SourceError, match=rf"expected {re.escape(name)} .*, found nothing"):
+            make_info(Path("m"), kv, "other", fewer, [])
+        spec = next(t for t in tensors if t.name == name)
+        for shape in ((32, 64, 3), (32, 32, 4), (64, 128, 4)):
+            changed = [*fewer, replace(spec, shape=shape)]
+            with pytest.raises(SourceError, match=r"expected blk\.1\.ffn_.*; such a model is not supported"):
+                make_info(Path("m"), kv, "other", changed, [])
+
+
+def _of_another_architecture(kv: dict[str, Value]) -> dict[str, Value]:
+    return {key.replace("llama.", "other."): value for key, value in kv.items()}
+
+
+def test_stacks_that_no_expert_has() -> None:
+    kv = _of_another_architecture(model_kv(2, 4, 32, 64))
+    both = [
+        *model_tensors(2, 4, 32, 64, "F16"),
+        TensorSpec(expert_tensor_name(1, "gate_up"), (32, 128, 4), "F16"),
+    ]
+    with pytest.raises(SourceError, match="no expert has gate, up, gate_up, down together"):
+        make_info(Path("m"), kv, "other", both, [])
+
+
+def test_layers_whose_experts_differ_in_width() -> None:
+    """As in models that were pruned: n_ff is the largest."""
+    kv = _of_another_architecture(model_kv(2, 4, 32, 64))
+    narrow = {"gate": (32, 48, 4), "up": (32, 48, 4), "down": (48, 32, 4)}
+    shapes = {expert_tensor_name(0, p): shape for p, shape in narrow.items()}
+    tensors = [replace(t, shape=shapes.get(t.name, t.shape)) for t in model_tensors(2, 4, 32, 64, "F16")]
+    info = make_info(Path("m"), kv, "other", tensors, [])
+    assert info.n_ff == 64
+    assert [info.expert_shape("up", layer) for layer in (0, 1)] == [(48, 32), (64, 32)]
+
+
+def test_the_number_of_used_experts_may_differ_between_layers() -> None:
+    kv = _of_another_architecture(model_kv(2, 4, 32, 64))
+    tensors = model_tensors(2, 4, 32, 64, "F16")
+    for values, expected in (([2, 3], 3), ([0, 2], 2)):
+        used = {"other.expert_used_count": Value(ARRAY, values, UINT32)}
+        assert make_info(Path("m"), kv | used, "other", tensors, []).n_expert_used == expected
+    for values in ([2, 5], [-1, 2], [2, 2, 2]):
+        used = {"other.expert_used_count": Value(ARRAY, values, UINT32)}
+        with pytest.raises(SourceError, match="expert_used_count is "):
+            make_info(Path("m"), kv | used, "other", tensors, [])
 
 
 def test_bos_rules() -> None:

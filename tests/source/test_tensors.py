@@ -39,6 +39,10 @@ def _set(key: str, value: Any, kind: int = UINT32) -> Callable[[Model], Model]:
     return lambda model: ({**model[0], f"llama.{key}": Value(kind, value)}, model[1])
 
 
+def _used(values: list[Any], kind: int = UINT32) -> Callable[[Model], Model]:
+    return lambda model: ({**model[0], "llama.expert_used_count": Value(ARRAY, values, kind)}, model[1])
+
+
 def _without_key(key: str) -> Callable[[Model], Model]:
     return lambda model: ({k: v for k, v in model[0].items() if k != f"llama.{key}"}, model[1])
 
@@ -60,10 +64,9 @@ REFUSED: dict[str, tuple[Callable[[Model], Model], str]] = {
     "uses -1": (_set("expert_used_count", -1, 5), "expert_used_count is -1"),
     "uses 1.5": (_set("expert_used_count", 1.5, FLOAT32), "expert_used_count is 1.5"),
     "uses text": (_set("expert_used_count", "2", STRING), "expert_used_count is '2'"),
-    "uses a list": (
-        lambda m: ({**m[0], "llama.expert_used_count": Value(ARRAY, [2, 2], UINT32)}, m[1]),
-        r"expert_used_count is \[2, 2\]",
-    ),
+    "uses a list of 5 and 2 of 4": (_used([5, 2]), r"expert_used_count is 5, not a whole number from 1 to 4"),
+    "uses a list that is too short": (_used([2]), r"expert_used_count is \[2\], not a whole number"),
+    "uses a list of texts": (_used(["2", "2"], STRING), "expert_used_count is '2', not a whole number"),
     "1025 experts": (_set("expert_count", 1025), "expert_count is 1025, not a whole number from 1 to 1024"),
     "no layers": (_set("block_count", 0), "block_count is 0"),
     "2^40 layers": (

@@ -21,6 +21,7 @@ from mc_gguf.artifacts import (
     TensorSpec,
     expert_tensor_name,
 )
+from mc_gguf.container.layout import MetadataSource
 from mc_gguf.ggml.gguf_file import ARRAY, FLOAT32, STRING, UINT32, TensorEntry, Value, read_header
 from mc_gguf.ggml.gguf_writer import add_values
 from mc_gguf.routing import RoutingMetadata
@@ -54,16 +55,18 @@ def model_kv(n_layer: int, n_expert: int, n_embd: int, n_ff: int, n_used: int = 
     return kv
 
 
-def model_tensors(n_layer: int, n_expert: int, n_embd: int, n_ff: int, kind: str) -> list[TensorSpec]:
+def model_tensors(
+    n_layer: int, n_expert: int, n_embd: int, n_ff: int, kind: str, projections: Sequence[str] = PROJECTIONS
+) -> list[TensorSpec]:
     """The tensors of a Mixtral-like model, ordered like the converter's, with shapes in ggml order."""
     tensors = [
         TensorSpec("output.weight", (n_embd, 3), kind),
         TensorSpec("token_embd.weight", (n_embd, 3), kind),
     ]
     for layer in range(n_layer):
-        for projection in PROJECTIONS:
-            shape = (n_ff, n_embd, n_expert) if projection == "down" else (n_embd, n_ff, n_expert)
-            tensors.append(TensorSpec(expert_tensor_name(layer, projection), shape, kind))
+        for projection in projections:
+            shape = {"down": (n_ff, n_embd), "gate_up": (n_embd, 2 * n_ff)}.get(projection, (n_embd, n_ff))
+            tensors.append(TensorSpec(expert_tensor_name(layer, projection), (*shape, n_expert), kind))
         tensors.append(TensorSpec(f"blk.{layer}.ffn_gate_inp.weight", (n_embd, n_expert), "F32"))
         tensors += [
             TensorSpec(f"blk.{layer}.attn_{x}.weight", (n_embd, n_embd), kind)
@@ -77,10 +80,16 @@ class RandomCheckpoint:
     """A mc_gguf.source.Checkpoint whose random weights are made anew at every read, always the same."""
 
     def __init__(
-        self, n_layer: int = 2, n_expert: int = 4, n_embd: int = 32, n_ff: int = 64, kind: str = "BF16"
+        self,
+        n_layer: int = 2,
+        n_expert: int = 4,
+        n_embd: int = 32,
+        n_ff: int = 64,
+        kind: str = "BF16",
+        projections: Sequence[str] = PROJECTIONS,
     ) -> None:
         self.kv = model_kv(n_layer, n_expert, n_embd, n_ff)
-        tensors = model_tensors(n_layer, n_expert, n_embd, n_ff, kind)
+        tensors = model_tensors(n_layer, n_expert, n_embd, n_ff, kind, projections)
         self.info = ModelInfo(
             architecture="llama",
             n_layer=n_layer,
@@ -111,7 +120,7 @@ class RandomCheckpoint:
         return self._draw(name, None, int(np.prod(shape))).reshape(shape[::-1])
 
     def expert(self, layer: int, projection: str, expert: int) -> NDArray[np.float32]:
-        rows, cols = self.info.expert_shape(projection)
+        rows, cols = self.info.expert_shape(projection, layer)
         return self._draw(expert_tensor_name(layer, projection), expert, rows * cols).reshape(rows, cols)
 
     def raw(self, name: str, expert: int | None = None) -> NDArray[np.uint8]:
@@ -128,14 +137,14 @@ class RandomCheckpoint:
 
 def uniform(info: ModelInfo, type_name: str) -> dict[str, tuple[tuple[str, ...], ...]]:
     """Plan.experts with one type everywhere."""
-    return {p: tuple((type_name,) * info.n_expert for _ in info.expert_layers) for p in PROJECTIONS}
+    return {p: tuple((type_name,) * info.n_expert for _ in info.expert_layers) for p in info.projections}
 
 
-def mixed(checkpoint: RandomCheckpoint, types: tuple[str, ...], seed: int = 1) -> dict[str, list[list[str]]]:
+def mixed(checkpoint: MetadataSource, types: tuple[str, ...], seed: int = 1) -> dict[str, list[list[str]]]:
     """Types of a plan, drawn from `types`."""
     rng = np.random.default_rng(seed)
     info = checkpoint.info
-    return {p: rng.choice(types, (len(info.expert_layers), info.n_expert)).tolist() for p in PROJECTIONS}
+    return {p: rng.choice(types, (len(info.expert_layers), info.n_expert)).tolist() for p in info.projections}
 
 
 def make_plan(
@@ -181,7 +190,7 @@ def make_calibration(info: ModelInfo, path: Path, unused: Sequence[tuple[int, in
     statistics = {
         "frequency": frequency,
         "routing_weight": flat,
-        "sq_error": np.ones((n_layer, n_expert, 3, 1)),
+        "sq_error": np.ones((n_layer, n_expert, len(info.projections), 1)),
         "output_sq": flat,
         "imatrix_in": wide,
         "imatrix_mid": mid,
@@ -244,6 +253,28 @@ def write_parts(path: Path, kv: Mapping[str, Value], parts: Sequence[Part], per_
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def quantized_gguf(path: Path, name: str, n_embd: int = 256) -> dict[str, NDArray[np.float32]]:
+    """Writes a GGUF of random matrices of the type `name`; returns what gguf-py takes their bytes for."""
+    gguf, rng = load_gguf(), np.random.default_rng(0)
+    checkpoint = RandomCheckpoint(2, 3, n_embd, 256, kind="F32")
+    write_random(path, checkpoint, uniform(checkpoint.info, "F32"))
+    kv, parts = take_apart(path)
+    kv["llama.attention.head_count_kv"] = Value(UINT32, 2)
+    kind, weights = gguf.GGMLQuantizationType[name], {}
+    n_block, n_byte = gguf.GGML_QUANT_SIZES[kind]
+    for i, part in enumerate(parts):
+        shape = part.shape[::-1]
+        if len(shape) == 1 or "ffn_gate_inp" in part.name:
+            data = np.ones(shape, dtype=np.float32).tobytes()
+            parts[i] = replace(part, type_id=0, data=data)
+            continue
+        blocks = rng.integers(0, 60, (*shape[:-1], shape[-1] // n_block * n_byte), dtype=np.uint8)
+        weights[part.name] = gguf.quants.dequantize(blocks, kind)
+        parts[i] = replace(part, type_id=int(kind), data=blocks.tobytes())
+    write_parts(path, {k: v for k, v in kv.items() if not k.startswith("mc_gguf.")}, parts)
+    return weights
 
 
 def changed_copy(source: Path, path: Path, changes: Mapping[str, Value | None]) -> Path:

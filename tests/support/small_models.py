@@ -44,7 +44,9 @@ def tiny_mixtral() -> Any:
 
 
 def random_mixtral(seed: int = 0, **changes: Any) -> Any:
-    """A random Mixtral, by default with 2 layers, 5 experts, top-3, and sizes that k-quants cannot take."""
+    """A random Mixtral, by default with 2 layers, 5 experts, top-3, and sizes that k-quants cannot take. Its
+    matrices are exact in BF16.
+    """
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(seed)
@@ -64,12 +66,16 @@ def random_mixtral(seed: int = 0, **changes: Any) -> Any:
         "sliding_window": None,
     }
     model: Any = MixtralForCausalLM(MixtralConfig(**(sizes | changes)))
-    return model.float().eval()
+    model.float().eval().load_state_dict(
+        {name: _exact(name, value) for name, value in model.state_dict().items()}
+    )
+    return model
 
 
-def _stored_type(name: str, weights: NDArray[np.float32]) -> str:
-    """The type of a tensor in the converter's files."""
-    return "F32" if weights.ndim == 1 or "ffn_gate_inp" in name else "BF16"
+def _exact(name: str, value: torch.Tensor) -> torch.Tensor:
+    """The tensor as the converter's BF16 files have it."""
+    is_rounded = value.ndim > 1 and not name.endswith("mlp.gate.weight")
+    return value.bfloat16().float() if is_rounded else value
 
 
 def _as_stored(weights: NDArray[np.float32], kind: str) -> NDArray[np.uint8]:
@@ -80,10 +86,12 @@ def _as_stored(weights: NDArray[np.float32], kind: str) -> NDArray[np.uint8]:
 
 
 class MemoryCheckpoint:
-    """A mc_gguf.source.Checkpoint over a transformers Mixtral."""
+    """A mc_gguf.source.Checkpoint over a transformers Mixtral. Its matrices are stored as `kind`: the runtime
+    multiplies F32 in float32, and rounds the other factor of BF16.
+    """
 
-    def __init__(self, model: Any) -> None:
-        config = model.config
+    def __init__(self, model: Any, kind: str = "BF16") -> None:
+        config, self.kind = model.config, kind
         head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
         self.hparams: Mapping[str, Any] = {
             "block_count": config.num_hidden_layers,
@@ -104,11 +112,10 @@ class MemoryCheckpoint:
         self._tensors: dict[str, NDArray[np.float32]] = {}
         self._experts: dict[tuple[int, str], NDArray[np.float32]] = {}
         for name, value in model.state_dict().items():
-            exact = value.bfloat16() if value.ndim > 1 and not name.endswith("mlp.gate.weight") else value
-            self._add(name, exact.float().numpy(), config)
-        specs = [TensorSpec(n, t.shape[::-1], _stored_type(n, t)) for n, t in self._tensors.items()]
+            self._add(name, (value if kind == "F32" else _exact(name, value)).float().numpy(), config)
+        specs = [TensorSpec(n, t.shape[::-1], self._type(n, t)) for n, t in self._tensors.items()]
         specs += [
-            TensorSpec(expert_tensor_name(*key), t.shape[::-1], "BF16") for key, t in self._experts.items()
+            TensorSpec(expert_tensor_name(*key), t.shape[::-1], kind) for key, t in self._experts.items()
         ]
         self.info = ModelInfo(
             architecture="llama",
@@ -153,15 +160,19 @@ class MemoryCheckpoint:
                 value = value.reshape(heads[rest], 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
             self._tensors[f"blk.{layer}.{_LAYER_NAMES[rest]}"] = value
 
+    def _type(self, name: str, weights: NDArray[np.float32]) -> str:
+        """The type of a tensor that is no stack of experts, as in the converter's files."""
+        return "F32" if weights.ndim == 1 or "ffn_gate_inp" in name else self.kind
+
     def copy_kv(self, writer: Any) -> None:
         add_values(writer, self._kv)
 
     def raw(self, name: str, expert: int | None = None) -> NDArray[np.uint8]:
         match = EXPERT_STACK.fullmatch(name)
         if match and expert is not None:
-            return _as_stored(self._experts[int(match[1]), match[2]][expert], "BF16")
+            return _as_stored(self._experts[int(match[1]), match[2]][expert], self.kind)
         weights = self._tensors[name]
-        return _as_stored(weights, _stored_type(name, weights))
+        return _as_stored(weights, self._type(name, weights))
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         return self._tensors[name].copy()

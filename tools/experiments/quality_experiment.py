@@ -163,9 +163,9 @@ class Workshop:
         from mc_gguf.plan.request import PlanRequest
 
         base = strategy.removesuffix("-attention")
-        attention = "fixed" if base == strategy else "auto"
+        others = "fixed" if base == strategy else "auto"
         request = PlanRequest(
-            bpw=budget.bpw, size=budget.size_bytes, strategy=base, types=types, seed=seed, attention=attention
+            bpw=budget.bpw, size=budget.size_bytes, strategy=base, types=types, seed=seed, others=others
         )
         name = "-".join([strategy, str(seed), *(f"{v:g}" for v in budget.to_json().values()), *(types or ())])
         plan = request.plan(calibration, file_bytes_for(calibration))

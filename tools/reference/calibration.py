@@ -36,7 +36,8 @@ has one key, `mc_gguf`, with a JSON document:
 | `model` | architecture, sizes, tensors and fingerprint of the model |
 | `layers` | numbers of the layers with experts, ascending |
 | `types` | names of the ggml types whose errors were measured for experts |
-| `attention_types` | names of the ggml types whose errors were measured for attention matrices |
+| `matrices` | names of the measured matrices that are not experts: attention, shared experts, dense layers |
+| `matrix_types` | names of the ggml types whose errors were measured for these matrices |
 | `corpus` | the text: sources, SHA-256, seed, rows; and under `measured` all that the result depends on |
 
 The arrays are little-endian and in row-major order. An array that was not measured has the shape `[0]`.
@@ -44,7 +45,8 @@ Files from before an optional array was introduced lack it. Arrays that are not 
 
 In Python, `Calibration.load(path)` reads the file and checks every array against the table. Each array is an
 attribute (`calibration.frequency`), `calibration.has("frequency")` tells whether it was measured, and
-`calibration.imatrix(layer, projection, expert)` gives the importance matrix of one expert's matrix.
+`calibration.imatrix(layer, projection, expert)` gives the importance matrix of one expert's matrix,
+`calibration.matrix_imatrix(name)` that of another.
 
 """
 
