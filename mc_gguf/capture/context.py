@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ class Context:
         if self._devices.cpu_moe:
             self._overrides = _on_cpu(self._devices.cpu_moe)
             model_params.tensor_buft_overrides = ctypes.cast(self._overrides, ctypes.c_void_p)
-        self._model = llama_cpp.llama_model_load_from_file(str(self.path).encode(), model_params)
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), model_params)
         if not self._model:
             raise SourceError(f"the runtime cannot load {self.path}: {reason() or 'it does not say why'}")
         params: Any = llama_cpp.llama_context_default_params()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 WIDE = 1024  # columns from which on bfloat16 is worth it
 STRIP = 2048  # columns that add_squares and mirror work on at once
+SHORT = 256  # tokens whose squares are added up in one product; more where there are more columns
 
 
 @cache
@@ -61,11 +62,16 @@ def _precision(name: str) -> Iterator[None]:
 
 
 def add_squares(total: Tensor, x: Tensor) -> None:
-    """Add x' x of x [tokens, n] to `total` [n, n] on and above the diagonal; `mirror` does the rest."""
+    """Add x' x of x [tokens, n] to `total` [n, n] on and above the diagonal; `mirror` does the rest.
+
+    MKL divides sums that are much longer than there are columns among its threads, so that the last bits
+    would depend on their number; therefore it gets shorter ones.
+    """
     n = x.shape[1]
-    for start in range(0, n, STRIP):
-        end = min(start + STRIP, n)
-        total[:end, start:end].addmm_(x[:, :end].T, x[:, start:end])
+    for part in torch.split(x, max(SHORT, n)):
+        for start in range(0, n, STRIP):
+            end = min(start + STRIP, n)
+            total[:end, start:end].addmm_(part[:, :end].T, part[:, start:end])
 
 
 def mirror(total: Tensor) -> None:

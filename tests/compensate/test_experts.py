@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from mc_gguf.artifacts import PROJECTIONS, Calibration, Plan
 from mc_gguf.calibrate.routed import Routing
+from mc_gguf.calibrate.verify import verified_function
 from mc_gguf.capture.capture import LayerRows
 from mc_gguf.capture.expert import read_expert
 from mc_gguf.capture.spool import Spool
@@ -156,10 +157,8 @@ def test_experts_whose_function_is_not_known_are_left_out(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = passes.verified_function
-
     def verified(checkpoint: Checkpoint, routing: Routing):  # type: ignore[no-untyped-def]
-        return (None, "unknown") if routing.rows.layer == 0 else original(checkpoint, routing)
+        return (None, "unknown") if routing.rows.layer == 0 else verified_function(checkpoint, routing)
 
     monkeypatch.setattr(passes, "verified_function", verified)
     bank, wanted = open_bank(tmp_path, calibration), want("Q4_0", (0, 2), (1,))

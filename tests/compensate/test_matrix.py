@@ -160,6 +160,20 @@ def test_squares_add_up_and_are_symmetric() -> None:
     assert torch.allclose(total, x.T @ x, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("n", [32, 64, 96, 256, 640])
+def test_squares_do_not_depend_on_threads(n: int) -> None:
+    x = torch.randn(2048, n, generator=torch.Generator().manual_seed(0))
+    before, totals = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        totals.append(torch.zeros(n, n))
+        add_squares(totals[-1], x)
+        mirror(totals[-1])
+    torch.set_num_threads(before)
+    assert all(torch.equal(total, totals[0]) for total in totals)
+    torch.testing.assert_close(totals[0], x.T @ x, rtol=1e-4, atol=1e-2)
+
+
 def test_narrow_rows_and_hessians_without_inputs() -> None:
     """32 columns short of a super-block; inputs whose squares underflow make a zero Hessian."""
     weights = make_weights(5, 288)

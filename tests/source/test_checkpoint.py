@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mc_gguf.artifacts import PROJECTIONS, TensorSpec, expert_tensor_name
 from mc_gguf.common.errors import SourceError
@@ -296,6 +297,24 @@ def test_refused_directories(sharded: Path, tmp_path: Path, case: str) -> None:
     damage(folder)
     with pytest.raises(SourceError, match=message) as caught:
         open_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_experts_in_one_tensor_where_the_converter_knows_none(tmp_path: Path, stored: dict[str, Any]) -> None:
+    """The converter does not read a Mixtral that is stored as newer families are."""
+    from safetensors.torch import save_file
+
+    part = re.compile(r"(.*\.experts)\.(\d+)\.w2\.weight")
+    found = [match for match in map(part.fullmatch, stored) if match]
+    tensors = {name: value for name, value in stored.items() if ".experts." not in name}
+    for experts in {match[1] for match in found}:
+        halves = [torch.cat([stored[f"{experts}.{e}.{w}.weight"] for w in ("w1", "w3")]) for e in range(8)]
+        tensors[f"{experts}.gate_up_proj"] = torch.stack(halves)
+        tensors[f"{experts}.down_proj"] = torch.stack([stored[f"{experts}.{e}.w2.weight"] for e in range(8)])
+    shutil.copytree(TINY, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="converter cannot read .*Unprocessed experts: ") as caught:
+        open_checkpoint(tmp_path / "m")
     assert "\n" not in str(caught.value)
 
 

@@ -120,6 +120,21 @@ def test_bench_calibrate(model: Path) -> None:
 
 
 @NATIVE
+def test_bench_capture(tiny_gguf: Path, tmp_path: Path) -> None:
+    """llama-imatrix takes minutes to build, so a stand-in takes a tenth of a second for every row."""
+    tool = tmp_path / "llama-imatrix"
+    tool.write_text('#!/bin/sh\nfor n; do :; done\nexec sleep "$((n / 10)).$((n % 10))"\n')
+    tool.chmod(0o755)
+    sizes = ("--imatrix", tool, "--tokens", 8192, "--threads", 1, "--pairs", 1)
+    lines = run("bench_capture", tiny_gguf, *sizes).splitlines()
+    assert [line.split(", ")[1].split(":")[0] for line in lines] == [
+        "rows as calibrate takes",
+        "one row at a time",
+    ]
+    assert all(" of llama-imatrix (" in line for line in lines)
+
+
+@NATIVE
 def test_bench_compensate(model: Path, text: Path) -> None:
     sizes = ("--tokens", 256, "--ctx", 128, "--calibration-tokens", 1024)
     assert "compensated" in run(

@@ -59,7 +59,7 @@ class EvoPress:
 
     def __post_init__(self) -> None:
         # The columns of every projection, from the smallest type to the largest.
-        self.levels = np.argsort(self.scope.problem.size, axis=1, kind="stable")
+        self.levels = np.argsort(self.scope.problem.size[0], axis=1, kind="stable")
 
     def mutate(self) -> Ints:
         """The incumbent after a few level switches that keep the budget."""
@@ -115,12 +115,9 @@ class Bench:
         self.plan = self.shop._plan(Budget(bpw=bpw), start, 0, self.calibration)
         self.scope, self.start = scope_of(self.plan, self.calibration)
         self.bank = compensation.open_bank(folder / "bank", self.calibration)
-        near = wanted_types(self.scope.problem.size, self.start, NEAR)
-        self.allowed = (
-            near
-            if blocks == "compensated"
-            else wanted_types(self.scope.problem.size, self.start, len(self.scope.problem.types))
-        )
+        size, n_type = self.scope.problem.size[0], len(self.scope.problem.types)
+        near = wanted_types(size, self.start, NEAR)
+        self.allowed = near if blocks == "compensated" else wanted_types(size, self.start, n_type)
         self.n_charged = int(near.sum()) if blocks == "compensated" else 0
         plain = ggml_blocks(self.shop.checkpoint, self.calibration, folder / "ggml-bank", 1)
         self.shop._bank(self.plan, _arm())  # all matrices of all types, compensated
