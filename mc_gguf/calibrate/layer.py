@@ -71,6 +71,10 @@ class LayerMeasurement:
         with place(layer, "router"):
             routing = Routing(rows)
             check_finite(routing.probs, "probabilities")
+        for number, squares in enumerate(rows.sum("middle_sq")):  # before the output, which is made of them
+            with place(layer, f"expert {number}"):
+                check_finite(squares, "sums of squared inputs of down")
+        with place(layer, "output"):
             check_finite(rows.hidden_sq.astype(np.float64), "squared hidden states")
         disturbance = Disturbance(routing, self.samples, info.expert_width)
         function, why = verified_function(self.checkpoint, routing)
@@ -128,9 +132,8 @@ class LayerMeasurement:
             part = slice(first, first + _CHUNK)
             x = rows.inputs(tokens.index[part], tokens.slots[part])
             sums += x.square().sum(0, dtype=torch.float64).numpy()
-        # The sums, not the means: error compensation adds them up in float32.
-        for values, what in ((sums, "inputs"), (middle, "inputs of down")):
-            check_finite(values, f"sums of squared {what}")
+        # The sums, not the means, here and in run(): error compensation adds them up in float32.
+        check_finite(sums, "sums of squared inputs")
         stats.imatrix_in[number] = sums / max(1, len(tokens))
         stats.imatrix_mid[number][: len(middle)] = middle / max(1, len(tokens))
         check_finite(stats.output_sq[number], "sums of squared outputs")

@@ -129,7 +129,7 @@ class Routing:
 
     @cached_property
     def _has_logits(self) -> bool:
-        """Whether the router's numbers are logits, whose softmax over the selected experts the weights are."""
+        """Whether the router's numbers are logits: a softmax over the selected ones gives the weights."""
         few = slice(0, 64)
         found = np.take_along_axis(
             np.asarray(self.rows.router[few], dtype=np.float64), self.experts[few].astype(np.int64), axis=1

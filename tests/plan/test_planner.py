@@ -20,6 +20,7 @@ from mc_gguf.ggml.types import CANDIDATES, MAX_GROUPS, TYPES
 from mc_gguf.plan import STRATEGIES, Budget, Experts, FileBytes, fixed_types
 from mc_gguf.plan import plan as any_plan
 from mc_gguf.plan.problem import build_problem, candidate_types, limited
+from mc_gguf.refine.budget import scope_of
 from tests.support.synthetic_calibration import K_QUANTS, MERGED, NO_GATE, calibration, model_info
 
 OPTIMISED = ("pmq", "layer")
@@ -404,6 +405,20 @@ def test_types_in_use_stay() -> None:
     assert left.size[:, 1][:, gone].all()
     assert left.expert_bytes(columns) == problem.expert_bytes(columns)
     assert ((left.size > 0).sum(axis=-1) == MAX_GROUPS).all()
+
+
+@pytest.mark.parametrize(("strategy", "types"), [("pmq", None), ("uniform", None), ("uniform", ["Q2_K"])])
+def test_refinement_counts_the_bytes_of_such_plans(strategy: str, types: list[str] | None) -> None:
+    """It chooses among no more types than a file holds, those of the plan among them."""
+    source = many_types()
+    plan = make_plan(source, Budget(bpw=2.63), strategy, types=types)
+    if types is not None:
+        plan = replace(plan, types=source.types)
+    scope, columns = scope_of(plan, source)
+    assert scope.problem.experts(columns) == plan.experts
+    assert scope.problem.expert_bytes(columns) == plan.expert_bytes
+    assert scope.fits(columns)
+    assert (scope.problem.size > 0).sum(axis=-1).max() == MAX_GROUPS
 
 
 def test_few_types_are_left_alone() -> None:

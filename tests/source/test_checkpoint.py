@@ -313,7 +313,7 @@ def test_experts_in_one_tensor_where_the_converter_knows_none(tmp_path: Path, st
         tensors[f"{experts}.down_proj"] = torch.stack([stored[f"{experts}.{e}.w2.weight"] for e in range(8)])
     shutil.copytree(TINY, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SourceError, match="converter cannot read .*Unprocessed experts: ") as caught:
+    with pytest.raises(SourceError, match=r"converter cannot read .*Unprocessed experts: ") as caught:
         open_checkpoint(tmp_path / "m")
     assert "\n" not in str(caught.value)
 
