@@ -56,9 +56,9 @@ class HfCheckpoint:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.gguf: Path | None = None
-        self._gguf_py = load_gguf()
         stored = check_directory(path)
         conversion = load_conversion()
+        self._gguf_py = load_gguf()
         try:
             model, self._lazy = _convert(path, conversion)
         except _CONVERTER_ERRORS as error:
