@@ -178,6 +178,7 @@ class _Run:
         found = self._divergences(model, devices, samples)
         changes = self._matrix_changes(model, devices, matrix_samples, matrices)
         calibration = self._assemble(types, names, measured, found, changes)
+        self.bar.update(self.bar.total)
         _warn(calibration)
         return calibration
 

@@ -54,12 +54,13 @@ def measured_types(info: ModelInfo, wanted: Sequence[str] | None) -> tuple[str, 
 
     Raises McError when a type is unknown, or none of the types fits some projection.
     """
-    widths = {p: info.expert_shape(p)[1] for p in info.projections}
+    # The widths of rows, each with a projection that has it.
+    widths = {stack.shape[0]: projection for (_, projection), stack in info.stacks.items()}
     names = [ggml_type(name).name for name in wanted] if wanted else list(CANDIDATES)
-    if not wanted and any(not TYPES[n].fits(w) for n in CANDIDATES for w in widths.values()):
+    if not wanted and any(not TYPES[n].fits(w) for n in CANDIDATES for w in widths):
         names += FALLBACKS
-    usable = {n for n in names if any(TYPES[n].fits(w) for w in widths.values())}
-    for projection, width in widths.items():
+    usable = {n for n in names if any(TYPES[n].fits(w) for w in widths)}
+    for width, projection in widths.items():
         if not any(TYPES[n].fits(width) for n in usable):
             raise McError(
                 f"none of the types {', '.join(names)} fits rows of {width} weights ({projection}); try F16",

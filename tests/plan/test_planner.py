@@ -411,7 +411,7 @@ def test_types_in_use_stay() -> None:
 def test_refinement_counts_the_bytes_of_such_plans(strategy: str, types: list[str] | None) -> None:
     """It chooses among no more types than a file holds, those of the plan among them."""
     source = many_types()
-    plan = make_plan(source, Budget(bpw=2.63), strategy, types=types)
+    plan = make_plan(source, Budget(bpw=2.625), strategy, types=types)
     if types is not None:
         plan = replace(plan, types=source.types)
     scope, columns = scope_of(plan, source)
