@@ -115,7 +115,7 @@ def test_mixed_equals_its_weights_as_f32(
     writer: ModelWriter, runtime: Runtime, noise: Noise, tmp_path: Path, shift: int, repack: bool
 ) -> None:
     layers: dict[int, Groups] = {}
-    for i, sizes in enumerate((SIZES[shift // 2], SIZES[(shift // 2 + 1) % len(SIZES)])):
+    for i, sizes in enumerate(SIZES[(shift // 2 + j) % len(SIZES)] for j in range(N_LAYER)):
         kinds = [CANDIDATES[(shift + i + 3 * g) % len(CANDIDATES)] for g in range(len(sizes))]
         layers[i] = split(list(zip(kinds, sizes, strict=True)), seed=shift + i)
     used = {kind for groups in layers.values() for kind, _ in groups}
